@@ -1,0 +1,154 @@
+// aliasing.cpp - see aliasing.h.
+#include "aliasing.h"
+
+#include <algorithm>
+
+namespace nk {
+namespace {
+
+struct Extent {
+  uintptr_t begin, end;  // bytes
+  int tensor;
+  char operand;  // 'w', 'g' or 'v'
+};
+
+const View& operand(const Operands& t, char which) { return which == 'w' ? t.w : which == 'g' ? t.g : t.v; }
+
+std::string name(const Operands& t, char which) {
+  const char* list = which == 'w' ? "params" : which == 'g' ? "grads" : "momentum_buffers";
+  return std::string(list) + "[" + std::to_string(t.index) + "]" +
+         (t.group < 0 ? "" : " of param_groups[" + std::to_string(t.group) + "]");
+}
+
+uintptr_t begin_of(const View& v) { return reinterpret_cast<uintptr_t>(v.data); }
+uintptr_t end_of(const View& v) {
+  int64_t last = 0;
+  for (int d = 0; d < v.ndim; d++) last += (v.shape[d] - 1) * v.strides[d];
+  return begin_of(v) + (last + 1) * v.item();
+}
+
+std::vector<uintptr_t> sorted_addresses(const View& v) {
+  std::vector<uintptr_t> all;
+  all.reserve(v.numel);
+  for (int64_t i = 0; i < v.numel; i++) {
+    int64_t rest = i, offset = 0;
+    for (int d = v.ndim - 1; d >= 0; rest /= v.shape[d--]) offset += rest % v.shape[d] * v.strides[d];
+    all.push_back(begin_of(v) + offset * v.item());
+  }
+  std::sort(all.begin(), all.end());
+  return all;
+}
+
+// Their extents overlap; do coordinates? (Interleaved slices of one tensor do not.)
+bool share_coordinates(const View& a, const View& b) {
+  if (a.dense && b.dense) return true;
+  const auto of_a = sorted_addresses(a), of_b = sorted_addresses(b);
+  for (size_t i = 0, j = 0; i < of_a.size() && j < of_b.size();) {
+    if (of_a[i] + a.item() <= of_b[j]) i++;
+    else if (of_b[j] + b.item() <= of_a[i]) j++;
+    else return true;
+  }
+  return false;
+}
+
+bool same_memory(const View& a, const View& b) {
+  return a.dense && b.dense && begin_of(a) == begin_of(b) && end_of(a) == end_of(b);
+}
+
+[[noreturn]] void refuse(const Operands& a, char of_a, const Operands& b, char of_b) {
+  throw py::value_error(where(a.group) + ": " + name(b, of_b) + " partially overlaps " + name(a, of_a) +
+                        " in memory; expected separate memory, or exactly the same");
+}
+
+}  // namespace
+
+std::string where(int group) {
+  return group < 0 ? "sgd_" : "SGD.step: param_groups[" + std::to_string(group) + "]";
+}
+
+void check_no_self_overlap(const View& v, const char* list, int index, int group) {
+  if (v.dense) return;
+  // Dimensions taken from the smallest stride up: if each steps over all that lies below it, nothing can be hit twice.
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int d = 0; d < v.ndim; d++)
+    if (v.shape[d] != 1) dims.emplace_back(v.strides[d], v.shape[d]);
+  std::sort(dims.begin(), dims.end());
+  int64_t span = 1;
+  bool nested = true;
+  for (const auto& [stride, size] : dims) {
+    nested = nested && stride >= span;
+    span += (size - 1) * stride;
+  }
+  if (nested) return;
+  bool expanded = !dims.empty() && dims[0].first == 0;
+  if (!expanded) {
+    const auto all = sorted_addresses(v);
+    if (std::adjacent_find(all.begin(), all.end()) == all.end()) return;
+  }
+  throw py::value_error(where(group) + ": " + list + "[" + std::to_string(index) + "] of shape " + shape_text(v) +
+                        (expanded ? " is expanded: " : " overlaps itself: ") +
+                        "expected a tensor whose coordinates have their own memory, got several that share it (clone it first)");
+}
+
+const std::vector<int>& Aliasing::rounds(std::vector<Operands>& tensors) {
+  addresses_.clear();
+  std::vector<Extent> extents;
+  const auto each = [&](auto&& f) {
+    for (size_t i = 0; i < tensors.size(); i++) {
+      if (tensors[i].w.numel == 0) continue;
+      f((int)i, 'w', tensors[i].w);
+      f((int)i, 'g', tensors[i].g);
+      if (tensors[i].has_v) f((int)i, 'v', tensors[i].v);
+    }
+  };
+  each([&](int i, char, const View& v) {
+    addresses_.push_back(begin_of(v));
+    addresses_.push_back(end_of(v));
+    addresses_.push_back(v.dense ? i : ~(uintptr_t)i);
+  });
+  if (addresses_ == seen_) {
+    for (int i : copies_first_) tensors[i].copies_first = true;
+    return rounds_;
+  }
+
+  seen_.clear();
+  rounds_.clear();
+  copies_first_.clear();
+  each([&](int i, char which, const View& v) { extents.push_back({begin_of(v), end_of(v), i, which}); });
+  std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+
+  std::vector<std::pair<int, int>> order;  // (earlier, later): list positions
+  std::vector<uintptr_t> reach(extents.size() + 1, 0);
+  for (size_t k = 0; k < extents.size(); k++) {
+    reach[k + 1] = std::max(reach[k], extents[k].end);
+    for (size_t j = k; j > 0 && reach[j] > extents[k].begin; j--) {
+      const Extent &x = extents[j - 1], &y = extents[k];
+      if (x.end <= y.begin || (x.operand == 'g' && y.operand == 'g')) continue;
+      const Extent &a = x.tensor <= y.tensor ? x : y, &b = x.tensor <= y.tensor ? y : x;
+      const View &of_a = operand(tensors[a.tensor], a.operand), &of_b = operand(tensors[b.tensor], b.operand);
+      if (!share_coordinates(of_a, of_b)) continue;
+      const bool same = same_memory(of_a, of_b);
+      if (a.tensor == b.tensor) {
+        // The gradient may be the very tensor that is stepped; anything else within one parameter has no meaning.
+        if (!same || (a.operand != 'g' && b.operand != 'g'))
+          refuse(tensors[a.tensor], a.operand, tensors[b.tensor], b.operand);
+        copies_first_.push_back(a.tensor);
+        continue;
+      }
+      const bool both_written = a.operand != 'g' && b.operand != 'g';
+      if (both_written && (!same || a.operand != b.operand))
+        refuse(tensors[a.tensor], a.operand, tensors[b.tensor], b.operand);
+      order.emplace_back(a.tensor, b.tensor);
+    }
+  }
+  if (!order.empty()) {
+    rounds_.assign(tensors.size(), 0);
+    std::sort(order.begin(), order.end(), [](auto& a, auto& b) { return a.second < b.second; });
+    for (const auto& [earlier, later] : order) rounds_[later] = std::max(rounds_[later], rounds_[earlier] + 1);
+  }
+  for (int i : copies_first_) tensors[i].copies_first = true;
+  seen_ = addresses_;
+  return rounds_;
+}
+
+}  // namespace nk

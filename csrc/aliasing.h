@@ -1,0 +1,38 @@
+// aliasing.h - which of a step's tensors share memory, and what that asks of the order in which they run.
+//
+// torch steps one parameter after another, so tensors that share memory have a defined result there. Ours run at the same
+// time: those that share memory are put into successive rounds, in list order; what has no sensible order is an error.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "tensors.h"
+
+namespace nk {
+
+// One parameter of a step and what it runs with.
+struct Operands {
+  View w, g, v;
+  bool has_v;
+  int index;          // position in its lists
+  int group;          // of the optimizer; -1: a bare call of the op
+  bool copies_first;  // set by `rounds`: the gradient lies in the very memory that is written
+};
+
+std::string where(int group);  // how an error sentence begins
+
+// Throws py::value_error if some of a tensor's own coordinates share memory.
+void check_no_self_overlap(const View&, const char* list, int index, int group);
+
+class Aliasing {
+ public:
+  // The round of each parameter; empty: all in one. Remembers the last answer: addresses rarely change between steps.
+  const std::vector<int>& rounds(std::vector<Operands>&);
+
+ private:
+  std::vector<uintptr_t> addresses_, seen_;
+  std::vector<int> rounds_, copies_first_;
+};
+
+}  // namespace nk

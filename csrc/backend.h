@@ -1,0 +1,54 @@
+// backend.h - the contract between the binding and the back ends: plain structs and, per op, one function for each.
+#pragma once
+#include <stdint.h>
+
+namespace nk {
+
+// Coordinates per chunk: one constant for every back end, so that sums do not depend on who ran the loop.
+// Measured: 32k with dynamic scheduling is within 3 % of the best for lists of small tensors and for one large one.
+constexpr int64_t kChunk = 32768;
+
+// Positions in formulas.h's lists.
+enum class DType : uint8_t { f64, f32, bf16, f16 };
+enum class SgdRule : uint8_t { plain, momentum, momentum_first, nesterov, nesterov_first };
+
+// Hyperparameters of one param group, as the user gave them.
+struct SgdHyper {
+  double lr, momentum, dampening, weight_decay;
+  double inverse_scale;  // 1/scale of the GradScaler, else 1
+  bool maximize;
+};
+
+// Shape and strides, in elements, of tensors that do not share one dense layout.
+struct Strided {
+  int ndim;
+  const int64_t *shape, *w, *g, *v;
+};
+
+// A run of coordinates of one tensor. Dense: the pointers are those of its first coordinate. Strided: they are the
+// tensor's, and the chunk is [begin, begin + size) in row-major order of the shape.
+struct Chunk {
+  void* w;
+  const void* g;
+  void* v;                 // null where the rule keeps no buffer
+  const Strided* strided;  // null: dense
+  int64_t begin, size;
+  int64_t slot_size;  // coordinates per slot of the statistics; the chunk starts at a slot's start or inside one slot
+  double* sums;       // null: no statistics; else one row of StepSums::count for each slot the chunk touches
+  const SgdHyper* hyper;
+  SgdRule rule;
+  DType dtype;
+};
+
+namespace cpu {
+using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void* context);
+void set_parallel_for(ParallelFor);  // torch's own pool
+
+const char* isa();                 // the level in use
+int supported(const char** names, int room);  // levels that this binary has and this machine can run, best first
+bool select_isa(const char* name);            // false: not one of them
+
+void sgd(const Chunk* chunks, int64_t count);  // any order, any thread; each chunk writes its own sums
+}  // namespace cpu
+
+}  // namespace nk

@@ -1,0 +1,172 @@
+// formulas.h - what happens to one coordinate, and what is summed. Every update rule of the project stands here once.
+//
+// Scalar code for host and device; includes nothing but <stdint.h>. Back ends are loops over `SgdRules`.
+// NK_HD functions are always inlined: each ISA level compiles this header with its own flags, and an out-of-line copy
+// made for AVX-512 must never be the one that the linker keeps for an older machine.
+#pragma once
+#include <stdint.h>
+
+#if defined(__CUDACC__)
+#define NK_HD __host__ __device__ __forceinline__
+#else
+#define NK_HD inline __attribute__((always_inline))
+#endif
+
+namespace nk {
+
+// ---- Numbers ------------------------------------------------------------------------------------------------------
+
+// a*b + c with one rounding. The portable baseline has no FMA hardware, where __builtin_fma is a slow library call:
+// it rounds twice and stands outside the bitwise promise.
+#if defined(__FMA__) || defined(__aarch64__) || defined(__CUDACC__)
+NK_HD float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+NK_HD double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
+#else
+NK_HD float fma(float a, float b, float c) { return a * b + c; }
+NK_HD double fma(double a, double b, double c) { return a * b + c; }
+#endif
+
+NK_HD float as_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+NK_HD uint32_t as_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+
+// Storage types. Arithmetic on them happens in `Real<T>`: double for double, float for everything else.
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+template <class T> struct RealOf {
+  using type = float;
+};
+template <> struct RealOf<double> {
+  using type = double;
+};
+template <class T> using Real = typename RealOf<T>::type;
+
+NK_HD float widen(bf16 x) { return as_float((uint32_t)x.bits << 16); }
+
+// Round to nearest, ties to even; NaN stays NaN.
+NK_HD bf16 narrow_bf16(float x) {
+  const uint32_t u = as_bits(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return {(uint16_t)(x != x ? 0x7fc0u : rounded)};
+}
+
+// binary16 without denormal float operations, so that flush-to-zero mode changes nothing.
+NK_HD float widen(f16 x) {
+  const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, rest = (uint32_t)(x.bits & 0x7fffu) << 13;
+  const uint32_t normal = rest + (112u << 23), special = rest + (224u << 23);
+  const float subnormal = as_float(rest + (113u << 23)) - as_float(113u << 23);
+  const uint32_t u = rest >= (31u << 23) ? special : rest < (1u << 23) ? as_bits(subnormal) : normal;
+  return as_float(sign | u);
+}
+NK_HD f16 narrow_f16(float x) {
+  const uint32_t sign = (as_bits(x) >> 16) & 0x8000u, u = as_bits(x) & 0x7fffffffu;
+  const uint32_t special = u > 0x7f800000u ? 0x7e00u : 0x7c00u;              // NaN : overflow and infinity
+  const uint32_t subnormal = as_bits(as_float(u) + 0.5f) - as_bits(0.5f);    // the adder rounds for us
+  const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
+  return {(uint16_t)(sign | (u >= 0x47800000u ? special : u < 0x38800000u ? subnormal : normal))};
+}
+
+// ---- SGD ----------------------------------------------------------------------------------------------------------
+//
+// torch.optim.SGD, step t (w weights, g gradient, v momentum buffer; lr eta, momentum mu, dampening tau, decay lambda):
+//     d  = +-g/scale + lambda w            (+ minimises, - maximises; scale of the GradScaler)
+//     v' = mu v + (1-tau) d                (the first gradient of a parameter: v' = d, whatever tau is)
+//     u  = v'                              (nesterov: u = d + mu v')
+//     w' = w - eta u
+// A rule reads and writes v only if it says so: on the first gradient v is memory that nobody has written yet.
+
+template <class R> struct SgdCoefficients {
+  R lr, momentum, one_minus_dampening, weight_decay;
+  R grad_factor;  // +-1/scale
+};
+
+// d. Without weight decay the weight is not touched: 0 * inf would turn an infinite weight into NaN, which torch keeps.
+template <class R> NK_HD R decayed_grad(const SgdCoefficients<R>& c, R w, R g) {
+  const R signed_grad = c.grad_factor * g;
+  return c.weight_decay == 0 ? signed_grad : fma(c.weight_decay, w, signed_grad);
+}
+
+struct Sgd {
+  static constexpr bool reads_v = false, writes_v = false;
+  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R&) {
+    w = fma(-c.lr, decayed_grad(c, w, g), w);
+  }
+};
+
+struct SgdMomentum {
+  static constexpr bool reads_v = true, writes_v = true;
+  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R& v) {
+    v = fma(c.momentum, v, c.one_minus_dampening * decayed_grad(c, w, g));
+    w = fma(-c.lr, v, w);
+  }
+};
+
+struct SgdMomentumFirst {
+  static constexpr bool reads_v = false, writes_v = true;
+  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R& v) {
+    v = decayed_grad(c, w, g);
+    w = fma(-c.lr, v, w);
+  }
+};
+
+struct SgdNesterov {
+  static constexpr bool reads_v = true, writes_v = true;
+  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R& v) {
+    const R d = decayed_grad(c, w, g);
+    v = fma(c.momentum, v, c.one_minus_dampening * d);
+    w = fma(-c.lr, fma(c.momentum, v, d), w);
+  }
+};
+
+struct SgdNesterovFirst {
+  static constexpr bool reads_v = false, writes_v = true;
+  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R& v) {
+    const R d = decayed_grad(c, w, g);
+    v = d;
+    w = fma(-c.lr, fma(c.momentum, v, d), w);
+  }
+};
+
+// ---- What a step sums ---------------------------------------------------------------------------------------------
+//
+// w and g before the step, w_new as stored (after its rounding), u = w_new - w:
+//     |w|^2, |g|^2, <w,g>, |u|^2, <w,u>
+// D is double, or a vector of doubles: one per lane. The product of two floats is exact in double, so fused or not the
+// sums of float32, bfloat16 and float16 come out the same on every machine, and no float's square leaves the range.
+struct StepSums {
+  static constexpr int count = 5;
+  template <class D> static NK_HD void add(D (&s)[count], D w, D g, D w_new) {
+    const D u = w_new - w;
+    s[0] += w * w;
+    s[1] += g * g;
+    s[2] += w * g;
+    s[3] += u * u;
+    s[4] += w * u;
+  }
+  // The loops sum the gradient as it lies in memory; the sums speak of g/scale.
+  static NK_HD void unscale(double (&s)[count], double inverse_scale) {
+    s[1] *= inverse_scale * inverse_scale;
+    s[2] *= inverse_scale;
+  }
+};
+
+// ---- The lists that back ends instantiate their loops over ----------------------------------------------------------
+
+template <class... Members> struct List {
+  static constexpr int size = sizeof...(Members);
+};
+using SgdRules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst>;
+using StorageTypes = List<double, float, bf16, f16>;
+
+}  // namespace nk

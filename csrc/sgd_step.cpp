@@ -1,0 +1,226 @@
+// sgd_step.cpp - see sgd_step.h.
+#include "sgd_step.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include <pybind11/stl.h>
+
+namespace nk {
+namespace {
+
+// Work worth letting other Python threads run for.
+constexpr int64_t kReleaseGil = 16384;
+
+PyObject* item(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
+
+[[noreturn]] void refuse_shape(int group, const char* list, int i, const View& got, const View& expected) {
+  throw py::value_error(where(group) + ": " + list + "[" + std::to_string(i) + "] has shape " + shape_text(got) +
+                        " but params[" + std::to_string(i) + "] has shape " + shape_text(expected));
+}
+
+void check_length(int group, const char* list, size_t got, size_t expected) {
+  if (got != expected)
+    throw py::value_error(where(group) + ": " + list + " has " + std::to_string(got) + " entries but params has " +
+                          std::to_string(expected));
+}
+
+int64_t rows_of(PyObject* param) {
+  if (const auto v = view(param)) return v->rows();
+  const py::tuple shape = py::handle(param).attr("shape");
+  return shape.size() >= 2 ? shape[0].cast<int64_t>() : 1;
+}
+
+bool rows_are_contiguous(const View& w) {
+  return w.ndim < 2 || w.shape[0] == 1 || w.numel == 0 || w.strides[0] == w.numel / w.shape[0];
+}
+
+int64_t pieces(int64_t coordinates) { return (coordinates + kChunk - 1) / kChunk; }
+
+struct Running {  // a second thread in the same optimizer would pull the lists from under the first
+  bool& flag;
+  explicit Running(bool& f) : flag(f) { flag = true; }
+  ~Running() { flag = false; }
+};
+
+}  // namespace
+
+void SgdStep::begin() {
+  if (running_)
+    throw std::runtime_error("SGD.step: another thread is inside step() of this optimizer; one optimizer steps in one thread at a time");
+  operands_.clear();
+  jobs_.clear();
+  hypers_.clear();
+  owned_.clear();
+  written_ = py::list();
+  slot_offsets_.clear();
+  slots_ = 0;
+}
+
+std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
+                              const py::object& first, const SgdHyper& hyper, bool nesterov, Stats stats, int group,
+                              const py::object& slots) {
+  const int n = (int)params.size();
+  const bool has_v = hyper.momentum != 0;
+  check_length(group, "grads", grads.size(), n);
+  py::list buffers;
+  if (has_v) {
+    if (momentum_buffers.is_none())
+      throw py::value_error(where(group) + ": momentum is not 0, expected momentum_buffers, got None");
+    buffers = momentum_buffers.cast<py::list>();
+    check_length(group, "momentum_buffers", buffers.size(), n);
+  }
+  std::vector<bool> is_first(n, false);
+  if (!first.is_none())
+    for (py::handle i : first) is_first.at(i.cast<int>()) = true;
+
+  hypers_.push_back(hyper);
+  owned_.push_back(grads);
+  std::vector<int> refused;
+  for (int i = 0; i < n; i++) {
+    Job job{(int)hypers_.size() - 1, SgdRule::plain, slots_, 0, stats == Stats::row};
+    const bool stepped = item(grads, i) != Py_None;
+    std::optional<View> w;
+    if (stepped) w = view(item(params, i));
+    if (stats != Stats::none) {
+      job.slot_count = stats == Stats::tensor ? 1 : w ? w->rows() : rows_of(item(params, i));
+      if (slots.is_none()) {
+        slot_offsets_.push_back(slots_);
+        slots_ += job.slot_count;
+      } else {
+        job.slot = py::list(slots)[i].cast<int64_t>();
+      }
+    }
+    if (!stepped) continue;
+    if (!w) {
+      refused.push_back(i);
+      continue;
+    }
+    const auto g = view(item(grads, i));
+    if (!g || g->dtype != w->dtype) {
+      refused.push_back(i);
+      continue;
+    }
+    if (!same_shape(*g, *w)) refuse_shape(group, "grads", i, *g, *w);
+    check_no_self_overlap(*w, "params", i, group);
+
+    Operands t{*w, *g, *w, has_v, i, group, false};
+    if (has_v) {
+      const auto v = view(item(buffers, i));
+      if (!v || v->dtype != w->dtype) {
+        refused.push_back(i);
+        continue;
+      }
+      if (!same_shape(*v, *w)) refuse_shape(group, "momentum_buffers", i, *v, *w);
+      check_no_self_overlap(*v, "momentum_buffers", i, group);
+      t.v = *v;
+      job.rule = nesterov ? (is_first[i] ? SgdRule::nesterov_first : SgdRule::nesterov)
+                          : (is_first[i] ? SgdRule::momentum_first : SgdRule::momentum);
+      PyList_Append(written_.ptr(), item(buffers, i));
+    }
+    PyList_Append(written_.ptr(), item(params, i));
+    operands_.push_back(t);
+    jobs_.push_back(job);
+  }
+  return refused;
+}
+
+py::tuple SgdStep::slot_offsets() {
+  if (slot_offsets_ != told_offsets_) {
+    told_offsets_ = slot_offsets_;
+    offsets_ = py::tuple(py::cast(slot_offsets_));
+  }
+  return offsets_;
+}
+
+void SgdStep::check() { rounds_ = &aliasing_.rounds(operands_); }
+
+// Cuts one parameter into chunks, each with the place where its sums go.
+void SgdStep::cut(const Operands& t, const Job& job, double* table) {
+  constexpr int kSums = StepSums::count;
+  const View& w = t.w;
+  const bool by_row = job.slot_count > 0 && job.by_row;
+  const bool dense = w.dense && t.g.dense && same_strides(w, t.g) && (!t.has_v || (t.v.dense && same_strides(w, t.v))) &&
+                     (!by_row || rows_are_contiguous(w)) && !t.copies_first;
+  const Strided* strided = nullptr;
+  if (!dense) {
+    strided_.push_back({w.ndim, w.shape, w.strides, t.g.strides, t.has_v ? t.v.strides : nullptr});
+    strided = &strided_.back();
+  }
+  const auto chunk = [&](int64_t begin, int64_t size, int64_t slot_size, double* sums) {
+    const int64_t offset = dense ? begin * w.item() : 0;
+    chunks_.push_back({static_cast<char*>(w.data) + offset, static_cast<const char*>(t.g.data) + offset,
+                       t.has_v ? static_cast<char*>(t.v.data) + offset : nullptr, strided, begin, size, slot_size, sums,
+                       &hypers_[job.hyper], job.rule, w.dtype});
+  };
+  const auto cut_slot = [&](int64_t begin, int64_t size, double* out) {
+    const int64_t parts = pieces(size);
+    double* sums = out;
+    if (out && parts > 1) {
+      pending_.push_back({out, (int64_t)partials_.size(), parts});
+      partials_.resize(partials_.size() + parts * kSums);
+      sums = partials_.data() + pending_.back().first;
+    }
+    for (int64_t p = 0; p < parts; p++) {
+      const int64_t at = p * kChunk, run = std::min(kChunk, size - at);
+      chunk(begin + at, run, run, sums ? sums + p * kSums : nullptr);
+    }
+  };
+
+  double* out = job.slot_count ? table + job.slot * kSums : nullptr;
+  if (out) std::fill(out, out + job.slot_count * kSums, 0.0);  // what an empty tensor sums to
+  if (w.numel == 0) return;
+  const int64_t row = by_row ? w.numel / job.slot_count : w.numel;
+  if (row >= kChunk || !by_row) {
+    for (int64_t r = 0; r * row < w.numel; r++) cut_slot(r * row, row, out ? out + r * kSums : nullptr);
+  } else {
+    const int64_t rows = kChunk / row;
+    for (int64_t r = 0; r < job.slot_count; r += rows)
+      chunk(r * row, std::min(rows, job.slot_count - r) * row, row, out + r * kSums);
+  }
+}
+
+py::list SgdStep::run(const py::object& table) {
+  constexpr int kSums = StepSums::count;
+  double* sums = nullptr;
+  if (slots_ > 0) {
+    const auto t = view(table.ptr());
+    if (!t || t->dtype != DType::f64 || t->numel != slots_ * kSums || !t->dense)
+      throw py::value_error("SgdStep.run: expected a dense float64 table of " + std::to_string(slots_) + " x " +
+                            std::to_string(kSums) + ", got " + (t ? shape_text(*t) : describe(table.ptr())));
+    sums = static_cast<double*>(t->data);
+    std::fill(sums, sums + slots_ * kSums, std::numeric_limits<double>::quiet_NaN());
+  }
+  const Running running(running_);
+
+  int64_t coordinates = 0, parts = 0;
+  int rounds = 1;
+  for (size_t i = 0; i < operands_.size(); i++) {
+    coordinates += operands_[i].w.numel;
+    if (jobs_[i].slot_count > 0) parts += pieces(operands_[i].w.numel) + jobs_[i].slot_count;
+    if (!rounds_->empty()) rounds = std::max(rounds, (*rounds_)[i] + 1);
+  }
+  strided_.clear();
+  strided_.reserve(operands_.size());
+  partials_.clear();
+  partials_.reserve(parts * kSums);  // chunks point into it
+  pending_.clear();
+  for (int round = 0; round < rounds; round++) {
+    chunks_.clear();
+    for (size_t i = 0; i < operands_.size(); i++)
+      if (rounds_->empty() || (*rounds_)[i] == round) cut(operands_[i], jobs_[i], sums);
+    std::optional<py::gil_scoped_release> released;
+    if (coordinates > kReleaseGil) released.emplace();
+    cpu::sgd(chunks_.data(), (int64_t)chunks_.size());
+  }
+  // In chunk order, whoever computed them: the sums do not depend on the number of threads.
+  for (const Pending& p : pending_)
+    for (int64_t part = 0; part < p.count; part++)
+      for (int j = 0; j < kSums; j++) p.out[j] += partials_[p.first + part * kSums + j];
+  owned_.clear();
+  operands_.clear();
+  return std::exchange(written_, py::list());
+}
+
+}  // namespace nk

@@ -1,0 +1,70 @@
+// sgd_step.h - one optimizer step over any number of param groups: read and check everything, then run it all.
+//
+// Two phases, so that an error in the last group leaves the first one unwritten. The object belongs to Python; between
+// steps it keeps nothing but its allocations and the answer of the memory check.
+#pragma once
+#include <string>
+#include <vector>
+
+#include "aliasing.h"
+#include "backend.h"
+#include "formulas.h"
+#include "tensors.h"
+
+namespace nk {
+
+enum class Stats : int { none, tensor, row };
+
+class SgdStep {
+ public:
+  void begin();
+
+  // Reads one group. Entries of `grads` that are None are skipped. `first`: positions whose buffer holds no history yet.
+  // Returns the positions that no kernel of ours can take, untouched: what becomes of them is the caller's decision.
+  std::vector<int> add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
+                       const py::object& first, const SgdHyper&, bool nesterov, Stats, int group,
+                       const py::object& slots);
+
+  // Throws if the tensors' memory overlaps in a way that has no meaning. After it, `run` cannot fail.
+  void check();
+
+  // Writes the parameters, the buffers and, if there are slots, the table of sums: (slots, StepSums::count) float64.
+  // Returns the tensors that were written.
+  py::list run(const py::object& table);
+
+  int64_t slots() const { return slots_; }
+  // Where each parameter's slots begin, in the order of `add`: the same tuple as long as nothing changes.
+  py::tuple slot_offsets();
+
+ private:
+  struct Job {  // what Operands does not know
+    int hyper;
+    SgdRule rule;
+    int64_t slot, slot_count;  // slot_count 0: no statistics
+    bool by_row;
+  };
+  struct Pending {  // a slot whose sums come in several parts
+    double* out;
+    int64_t first, count;
+  };
+  void cut(const Operands&, const Job&, double* table);
+
+  bool running_ = false;
+  std::vector<Operands> operands_;
+  std::vector<Job> jobs_;
+  std::vector<SgdHyper> hypers_;
+  std::vector<py::object> owned_;  // the tensors that will be written, and the gradients they are read from
+  py::list written_;
+  int64_t slots_ = 0;
+  std::vector<int64_t> slot_offsets_, told_offsets_;
+  py::tuple offsets_;
+  Aliasing aliasing_;
+  const std::vector<int>* rounds_ = nullptr;
+
+  std::vector<Chunk> chunks_;
+  std::vector<Strided> strided_;
+  std::vector<double> partials_;
+  std::vector<Pending> pending_;
+};
+
+}  // namespace nk

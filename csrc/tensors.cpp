@@ -1,0 +1,94 @@
+// tensors.cpp - see tensors.h.
+#include "tensors.h"
+
+namespace nk {
+
+Torch torch;
+
+namespace {
+
+std::optional<DType> dtype_of(const DLDataType& t) {
+  if (t.lanes != 1) return {};
+  if (t.code == kDLFloat && t.bits == 32) return DType::f32;
+  if (t.code == kDLFloat && t.bits == 64) return DType::f64;
+  if (t.code == kDLFloat && t.bits == 16) return DType::f16;
+  if (t.code == kDLBfloat && t.bits == 16) return DType::bf16;
+  return {};
+}
+
+bool is_dense(const DLTensor& t, int64_t numel) {
+  if (numel <= 1) return true;
+  int64_t expected = 1;
+  int d = t.ndim - 1;
+  for (; d >= 0 && (t.shape[d] == 1 || t.strides[d] == expected); d--) expected *= t.shape[d];
+  if (d < 0) return true;
+  // Not row-major; still dense if the dimensions, taken from the smallest stride up, fill memory without a gap.
+  expected = 1;
+  for (int found = 0; expected < numel; expected *= t.shape[found]) {
+    for (found = 0; found < t.ndim; found++)
+      if (t.shape[found] != 1 && t.strides[found] == expected) break;
+    if (found == t.ndim) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+std::optional<View> view(PyObject* object) {
+  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return {};
+  PyObject* negative = PyObject_Vectorcall(torch.is_neg, &object, 1, nullptr);
+  if (!negative) {
+    PyErr_Clear();
+    return {};
+  }
+  Py_DECREF(negative);
+  if (negative != Py_False) return {};
+
+  DLTensor t;
+  if (torch.exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
+    PyErr_Clear();
+    return {};
+  }
+  const auto dtype = dtype_of(t.dtype);
+  if (!dtype || (t.device.device_type != kDLCPU && t.device.device_type != kDLCUDAHost)) return {};
+  int64_t numel = 1;
+  for (int d = 0; d < t.ndim; d++) numel *= t.shape[d];
+  if (numel > 0 && !t.data) return {};
+  return View{static_cast<char*>(t.data) + t.byte_offset, t.ndim, t.shape, t.strides, numel, *dtype,
+              is_dense(t, numel)};
+}
+
+bool same_shape(const View& a, const View& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; d++)
+    if (a.shape[d] != b.shape[d]) return false;
+  return true;
+}
+
+bool same_strides(const View& a, const View& b) {
+  for (int d = 0; d < a.ndim; d++)
+    if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
+  return true;
+}
+
+std::string shape_text(const View& v) {
+  std::string text = "(";
+  for (int d = 0; d < v.ndim; d++) text += (d ? ", " : "") + std::to_string(v.shape[d]);
+  return text + (v.ndim == 1 ? ",)" : ")");
+}
+
+std::string describe(PyObject* object) {
+  py::handle o(object);
+  if (!py::hasattr(o, "dtype") || !py::hasattr(o, "device") || !py::hasattr(o, "layout"))
+    return Py_TYPE(object)->tp_name;
+  std::string text;
+  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter)
+    text = std::string(Py_TYPE(object)->tp_name) + " of ";
+  text += std::string(py::str(o.attr("dtype"))) + " on " + std::string(py::str(o.attr("device")));
+  const std::string layout = py::str(o.attr("layout"));
+  if (layout != "torch.strided") text += ", " + layout;
+  else if (o.attr("is_neg")().cast<bool>()) text += ", with its negative bit set";
+  return text;
+}
+
+}  // namespace nk

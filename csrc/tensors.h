@@ -1,0 +1,45 @@
+// tensors.h - Python tensors as plain views, and the sentences for those that do not fit.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <optional>
+#include <string>
+
+#include "backend.h"
+#include "dlpack.h"
+
+namespace nk {
+namespace py = pybind11;
+
+// What torch gave us at import: see ops.py.
+struct Torch {
+  const DLPackExchangeAPI* exchange = nullptr;
+  PyTypeObject *tensor = nullptr, *parameter = nullptr;
+  PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
+};
+extern Torch torch;
+
+// A tensor that a kernel can run on. Borrowed: valid while the Python object lives and is not resized.
+struct View {
+  void* data;
+  int ndim;
+  const int64_t *shape, *strides;
+  int64_t numel;
+  DType dtype;
+  bool dense;  // its coordinates fill one stretch of memory, each once
+
+  int item() const { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+  int64_t rows() const { return ndim >= 2 ? shape[0] : 1; }
+};
+
+// The view, or nothing if no kernel of ours may touch the object: a subclass, another layout, device or dtype, a tensor
+// whose negative bit is set (the exchange API would hand us the wrong sign). Never leaves a Python error behind.
+std::optional<View> view(PyObject* object);
+
+bool same_shape(const View&, const View&);
+bool same_strides(const View&, const View&);  // where the shape makes strides matter
+
+std::string shape_text(const View&);
+std::string describe(PyObject* object);  // "torch.int64 on cpu", "str": what came, for error sentences
+
+}  // namespace nk
