@@ -44,9 +44,12 @@ bool share_coordinates(const View& a, const View& b) {
   if (a.dense && b.dense) return true;
   const auto of_a = sorted_addresses(a), of_b = sorted_addresses(b);
   for (size_t i = 0, j = 0; i < of_a.size() && j < of_b.size();) {
-    if (of_a[i] + a.item() <= of_b[j]) i++;
-    else if (of_b[j] + b.item() <= of_a[i]) j++;
-    else return true;
+    if (of_a[i] + a.item() <= of_b[j])
+      i++;
+    else if (of_b[j] + b.item() <= of_a[i])
+      j++;
+    else
+      return true;
   }
   return false;
 }
@@ -62,9 +65,7 @@ bool same_memory(const View& a, const View& b) {
 
 }  // namespace
 
-std::string where(int group) {
-  return group < 0 ? "sgd_" : "SGD.step: param_groups[" + std::to_string(group) + "]";
-}
+std::string where(int group) { return group < 0 ? "sgd_" : "SGD.step: param_groups[" + std::to_string(group) + "]"; }
 
 void check_no_self_overlap(const View& v, const char* list, int index, int group) {
   if (v.dense) return;
@@ -85,9 +86,10 @@ void check_no_self_overlap(const View& v, const char* list, int index, int group
     const auto all = sorted_addresses(v);
     if (std::adjacent_find(all.begin(), all.end()) == all.end()) return;
   }
-  throw py::value_error(where(group) + ": " + list + "[" + std::to_string(index) + "] of shape " + shape_text(v) +
-                        (expanded ? " is expanded: " : " overlaps itself: ") +
-                        "expected a tensor whose coordinates have their own memory, got several that share it (clone it first)");
+  throw py::value_error(
+      where(group) + ": " + list + "[" + std::to_string(index) + "] of shape " + shape_text(v) +
+      (expanded ? " is expanded: " : " overlaps itself: ") +
+      "expected a tensor whose coordinates have their own memory, got several that share it (clone it first)");
 }
 
 const std::vector<int>& Aliasing::rounds(std::vector<Operands>& tensors) {

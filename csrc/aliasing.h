@@ -1,7 +1,8 @@
 // aliasing.h - which of a step's tensors share memory, and what that asks of the order in which they run.
 //
-// torch steps one parameter after another, so tensors that share memory have a defined result there. Ours run at the same
-// time: those that share memory are put into successive rounds, in list order; what has no sensible order is an error.
+// torch steps one parameter after another, so tensors that share memory have a defined result there. Ours run at the
+// same time: those that share memory are put into successive rounds, in list order; what has no sensible order is an
+// error.
 #pragma once
 #include <cstdint>
 #include <string>

@@ -41,10 +41,11 @@ struct Chunk {
 };
 
 namespace cpu {
-using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*), void* context);
+using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*),
+                            void* context);
 void set_parallel_for(ParallelFor);  // torch's own pool
 
-const char* isa();                 // the level in use
+const char* isa();                            // the level in use
 int supported(const char** names, int room);  // levels that this binary has and this machine can run, best first
 bool select_isa(const char* name);            // false: not one of them
 

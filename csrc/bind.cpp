@@ -49,7 +49,8 @@ py::tuple gather(const py::list& params, const py::object& state, const py::str&
   return py::make_tuple(grads, values, missing);
 }
 
-void connect(const py::object& exchange_api, uintptr_t parallel_for, const py::type& tensor, const py::type& parameter) {
+void connect(const py::object& exchange_api, uintptr_t parallel_for, const py::type& tensor,
+             const py::type& parameter) {
   auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
   if (api->header.version.major != 1)

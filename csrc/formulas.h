@@ -71,8 +71,8 @@ NK_HD float widen(f16 x) {
 }
 NK_HD f16 narrow_f16(float x) {
   const uint32_t sign = (as_bits(x) >> 16) & 0x8000u, u = as_bits(x) & 0x7fffffffu;
-  const uint32_t special = u > 0x7f800000u ? 0x7e00u : 0x7c00u;              // NaN : overflow and infinity
-  const uint32_t subnormal = as_bits(as_float(u) + 0.5f) - as_bits(0.5f);    // the adder rounds for us
+  const uint32_t special = u > 0x7f800000u ? 0x7e00u : 0x7c00u;            // NaN : overflow and infinity
+  const uint32_t subnormal = as_bits(as_float(u) + 0.5f) - as_bits(0.5f);  // the adder rounds for us
   const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
   return {(uint16_t)(sign | (u >= 0x47800000u ? special : u < 0x38800000u ? subnormal : normal))};
 }
@@ -142,17 +142,17 @@ struct SgdNesterovFirst {
 //
 // w and g before the step, w_new as stored (after its rounding), u = w_new - w:
 //     |w|^2, |g|^2, <w,g>, |u|^2, <w,u>
-// D is double, or a vector of doubles: one per lane. The product of two floats is exact in double, so fused or not the
-// sums of float32, bfloat16 and float16 come out the same on every machine, and no float's square leaves the range.
+// D is double, or several doubles side by side. The product of two floats is exact in double: the sums of float32,
+// bfloat16 and float16 come out the same with or without FMA hardware, and no float's square leaves the range.
 struct StepSums {
   static constexpr int count = 5;
   template <class D> static NK_HD void add(D (&s)[count], D w, D g, D w_new) {
     const D u = w_new - w;
-    s[0] += w * w;
-    s[1] += g * g;
-    s[2] += w * g;
-    s[3] += u * u;
-    s[4] += w * u;
+    s[0] = fma(w, w, s[0]);
+    s[1] = fma(g, g, s[1]);
+    s[2] = fma(w, g, s[2]);
+    s[3] = fma(u, u, s[3]);
+    s[4] = fma(w, u, s[4]);
   }
   // The loops sum the gradient as it lies in memory; the sums speak of g/scale.
   static NK_HD void unscale(double (&s)[count], double inverse_scale) {

@@ -48,7 +48,8 @@ struct Running {  // a second thread in the same optimizer would pull the lists 
 
 void SgdStep::begin() {
   if (running_)
-    throw std::runtime_error("SGD.step: another thread is inside step() of this optimizer; one optimizer steps in one thread at a time");
+    throw std::runtime_error(
+        "SGD.step: another thread is inside step() of this optimizer; one optimizer steps in one thread at a time");
   operands_.clear();
   jobs_.clear();
   hypers_.clear();
@@ -56,6 +57,15 @@ void SgdStep::begin() {
   written_ = py::list();
   slot_offsets_.clear();
   slots_ = 0;
+  reading_ = 0;
+}
+
+std::optional<View> SgdStep::view_written(PyObject* object) {
+  if (reading_ == known_.size()) known_.push_back({nullptr, nullptr});
+  Known& known = known_[reading_++];
+  const auto v = view(object, known.object == object ? known.data : nullptr);
+  known = {object, v ? v->data : nullptr};
+  return v;
 }
 
 std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
@@ -82,7 +92,7 @@ std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, con
     Job job{(int)hypers_.size() - 1, SgdRule::plain, slots_, 0, stats == Stats::row};
     const bool stepped = item(grads, i) != Py_None;
     std::optional<View> w;
-    if (stepped) w = view(item(params, i));
+    if (stepped) w = view_written(item(params, i));
     if (stats != Stats::none) {
       job.slot_count = stats == Stats::tensor ? 1 : w ? w->rows() : rows_of(item(params, i));
       if (slots.is_none()) {
@@ -107,7 +117,7 @@ std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, con
 
     Operands t{*w, *g, *w, has_v, i, group, false};
     if (has_v) {
-      const auto v = view(item(buffers, i));
+      const auto v = view_written(item(buffers, i));
       if (!v || v->dtype != w->dtype) {
         refused.push_back(i);
         continue;
@@ -141,8 +151,9 @@ void SgdStep::cut(const Operands& t, const Job& job, double* table) {
   constexpr int kSums = StepSums::count;
   const View& w = t.w;
   const bool by_row = job.slot_count > 0 && job.by_row;
-  const bool dense = w.dense && t.g.dense && same_strides(w, t.g) && (!t.has_v || (t.v.dense && same_strides(w, t.v))) &&
-                     (!by_row || rows_are_contiguous(w)) && !t.copies_first;
+  const bool dense = w.dense && t.g.dense && same_strides(w, t.g) &&
+                     (!t.has_v || (t.v.dense && same_strides(w, t.v))) && (!by_row || rows_are_contiguous(w)) &&
+                     !t.copies_first;
   const Strided* strided = nullptr;
   if (!dense) {
     strided_.push_back({w.ndim, w.shape, w.strides, t.g.strides, t.has_v ? t.v.strides : nullptr});

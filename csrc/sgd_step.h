@@ -3,7 +3,7 @@
 // Two phases, so that an error in the last group leaves the first one unwritten. The object belongs to Python; between
 // steps it keeps nothing but its allocations and the answer of the memory check.
 #pragma once
-#include <string>
+#include <optional>
 #include <vector>
 
 #include "aliasing.h"
@@ -19,8 +19,9 @@ class SgdStep {
  public:
   void begin();
 
-  // Reads one group. Entries of `grads` that are None are skipped. `first`: positions whose buffer holds no history yet.
-  // Returns the positions that no kernel of ours can take, untouched: what becomes of them is the caller's decision.
+  // Reads one group. Entries of `grads` that are None are skipped. `first`: positions whose buffer holds no history
+  // yet. Returns the positions that no kernel of ours can take, untouched: what becomes of them is the caller's
+  // decision.
   std::vector<int> add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
                        const py::object& first, const SgdHyper&, bool nesterov, Stats, int group,
                        const py::object& slots);
@@ -55,6 +56,15 @@ class SgdStep {
   std::vector<SgdHyper> hypers_;
   std::vector<py::object> owned_;  // the tensors that will be written, and the gradients they are read from
   py::list written_;
+  // Where each written tensor's memory was at the last step, in the order of reading: see `view`.
+  struct Known {
+    PyObject* object;
+    const void* data;
+  };
+  std::optional<View> view_written(PyObject* object);
+  std::vector<Known> known_;
+  size_t reading_ = 0;
+
   int64_t slots_ = 0;
   std::vector<int64_t> slot_offsets_, told_offsets_;
   py::tuple offsets_;

@@ -34,16 +34,8 @@ bool is_dense(const DLTensor& t, int64_t numel) {
 
 }  // namespace
 
-std::optional<View> view(PyObject* object) {
+std::optional<View> view(PyObject* object, const void* last) {
   if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return {};
-  PyObject* negative = PyObject_Vectorcall(torch.is_neg, &object, 1, nullptr);
-  if (!negative) {
-    PyErr_Clear();
-    return {};
-  }
-  Py_DECREF(negative);
-  if (negative != Py_False) return {};
-
   DLTensor t;
   if (torch.exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
     PyErr_Clear();
@@ -51,11 +43,17 @@ std::optional<View> view(PyObject* object) {
   }
   const auto dtype = dtype_of(t.dtype);
   if (!dtype || (t.device.device_type != kDLCPU && t.device.device_type != kDLCUDAHost)) return {};
+  void* data = static_cast<char*>(t.data) + t.byte_offset;
+  if (!data || data != last) {
+    PyObject* negative = PyObject_Vectorcall(torch.is_neg, &object, 1, nullptr);
+    if (!negative) PyErr_Clear();
+    Py_XDECREF(negative);
+    if (negative != Py_False) return {};
+  }
   int64_t numel = 1;
   for (int d = 0; d < t.ndim; d++) numel *= t.shape[d];
   if (numel > 0 && !t.data) return {};
-  return View{static_cast<char*>(t.data) + t.byte_offset, t.ndim, t.shape, t.strides, numel, *dtype,
-              is_dense(t, numel)};
+  return View{data, t.ndim, t.shape, t.strides, numel, *dtype, is_dense(t, numel)};
 }
 
 bool same_shape(const View& a, const View& b) {
@@ -86,8 +84,10 @@ std::string describe(PyObject* object) {
     text = std::string(Py_TYPE(object)->tp_name) + " of ";
   text += std::string(py::str(o.attr("dtype"))) + " on " + std::string(py::str(o.attr("device")));
   const std::string layout = py::str(o.attr("layout"));
-  if (layout != "torch.strided") text += ", " + layout;
-  else if (o.attr("is_neg")().cast<bool>()) text += ", with its negative bit set";
+  if (layout != "torch.strided")
+    text += ", " + layout;
+  else if (o.attr("is_neg")().cast<bool>())
+    text += ", with its negative bit set";
   return text;
 }
 

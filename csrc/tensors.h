@@ -34,7 +34,9 @@ struct View {
 
 // The view, or nothing if no kernel of ours may touch the object: a subclass, another layout, device or dtype, a tensor
 // whose negative bit is set (the exchange API would hand us the wrong sign). Never leaves a Python error behind.
-std::optional<View> view(PyObject* object);
+// Asking for the negative bit costs as much as the rest: `last` is where the object's memory was when it was last
+// asked.
+std::optional<View> view(PyObject* object, const void* last = nullptr);
 
 bool same_shape(const View&, const View&);
 bool same_strides(const View&, const View&);  // where the shape makes strides matter

@@ -23,8 +23,7 @@ bool has_v3() {
 }
 bool has_v4() {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl");
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 const Level levels[] = {{"v4", &v4::table, has_v4()}, {"v3", &v3::table, has_v3()}, {"v2", &v2::table, true}};
 #elif defined(__aarch64__)

@@ -10,13 +10,23 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
-namespace v2 { extern const Isa table; }
-namespace v3 { extern const Isa table; }
-namespace v4 { extern const Isa table; }
+namespace v2 {
+extern const Isa table;
+}
+namespace v3 {
+extern const Isa table;
+}
+namespace v4 {
+extern const Isa table;
+}
 #elif defined(__aarch64__)
-namespace neon { extern const Isa table; }
+namespace neon {
+extern const Isa table;
+}
 #else
-namespace portable { extern const Isa table; }
+namespace portable {
+extern const Isa table;
+}
 #endif
 
 }  // namespace nk::cpu

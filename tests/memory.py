@@ -1,0 +1,30 @@
+"""Tensors with a fence of NaN around them, at any alignment."""
+
+import torch
+
+FENCE = 64  # elements on each side, at least
+
+
+class Fenced:
+    """A tensor in the middle of a stretch of NaN, `offset` elements away from alignment."""
+
+    def __init__(self, values: torch.Tensor, offset: int = 0) -> None:
+        n = values.numel()
+        self.block = torch.full((n + 2 * FENCE + offset,), torch.nan, dtype=values.dtype)
+        self.start = FENCE + offset
+        self.tensor = self.block[self.start : self.start + n].view(values.shape)
+        self.tensor.copy_(values)
+
+    def is_intact(self) -> bool:
+        """Nobody wrote outside."""
+        outside = torch.cat([self.block[: self.start], self.block[self.start + self.tensor.numel() :]])
+        return bool(outside.isnan().all())
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The raw bits: NaN equals NaN, and 0 differs from -0."""
+    return x.detach().contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and torch.equal(bits(a), bits(b))
