@@ -150,7 +150,7 @@ void SgdStep::check() { rounds_ = &aliasing_.rounds(operands_); }
 void SgdStep::cut(const Operands& t, const Job& job, double* table) {
   constexpr int kSums = StepSums::count;
   const View& w = t.w;
-  const bool by_row = job.slot_count > 0 && job.by_row;
+  const bool by_row = table && job.slot_count > 0 && job.by_row;
   const bool dense = w.dense && t.g.dense && same_strides(w, t.g) &&
                      (!t.has_v || (t.v.dense && same_strides(w, t.v))) && (!by_row || rows_are_contiguous(w)) &&
                      !t.copies_first;
@@ -179,7 +179,7 @@ void SgdStep::cut(const Operands& t, const Job& job, double* table) {
     }
   };
 
-  double* out = job.slot_count ? table + job.slot * kSums : nullptr;
+  double* out = table && job.slot_count ? table + job.slot * kSums : nullptr;
   if (out) std::fill(out, out + job.slot_count * kSums, 0.0);  // what an empty tensor sums to
   if (w.numel == 0) return;
   const int64_t row = by_row ? w.numel / job.slot_count : w.numel;
@@ -195,7 +195,7 @@ void SgdStep::cut(const Operands& t, const Job& job, double* table) {
 py::list SgdStep::run(const py::object& table) {
   constexpr int kSums = StepSums::count;
   double* sums = nullptr;
-  if (slots_ > 0) {
+  if (slots_ > 0 && !table.is_none()) {
     const auto t = view(table.ptr());
     if (!t || t->dtype != DType::f64 || t->numel != slots_ * kSums || !t->dense)
       throw py::value_error("SgdStep.run: expected a dense float64 table of " + std::to_string(slots_) + " x " +
@@ -209,7 +209,7 @@ py::list SgdStep::run(const py::object& table) {
   int rounds = 1;
   for (size_t i = 0; i < operands_.size(); i++) {
     coordinates += operands_[i].w.numel;
-    if (jobs_[i].slot_count > 0) parts += pieces(operands_[i].w.numel) + jobs_[i].slot_count;
+    if (sums && jobs_[i].slot_count > 0) parts += pieces(operands_[i].w.numel) + jobs_[i].slot_count;
     if (!rounds_->empty()) rounds = std::max(rounds, (*rounds_)[i] + 1);
   }
   strided_.clear();

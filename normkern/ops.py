@@ -50,7 +50,7 @@ def select_isa(name: str) -> None:
         raise ValueError(f"select_isa: expected one of {', '.join(supported_isas())} on this machine, got {name!r}")
 
 
-def _torch_symbol(name: str) -> int:
+def torch_symbol(name: str) -> int:
     """The address of one of torch's C functions, from the library that torch itself has loaded."""
     folder = os.path.join(os.path.dirname(torch.__file__), "lib")
     file = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
@@ -62,7 +62,7 @@ def _torch_symbol(name: str) -> int:
 
 _C.connect(
     torch.Tensor.__dlpack_c_exchange_api__,  # type: ignore[attr-defined]
-    _torch_symbol("torch_parallel_for"),
+    torch_symbol("torch_parallel_for"),
     torch.Tensor,
     torch.nn.Parameter,
 )

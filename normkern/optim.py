@@ -9,9 +9,9 @@ from numbers import Real
 from typing import Any, overload
 
 import torch
-import torch.optim.sgd
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
+from torch.optim.sgd import sgd as torch_sgd
 
 from . import ops
 from .stats import StepStats
@@ -140,6 +140,8 @@ class SGD(torch.optim.SGD):
             if group.left_to_torch:
                 group.step_with_torch(grad_scale)
         table = ops.new_table(step.slots) if step.slots else None
+        if table is not None and not ops.kernel_takes(table):  # under FakeTensorMode there is nothing to measure
+            table = None
         torch.autograd.graph.increment_version(step.run(table))
         for group in groups:
             for p, buffer in group.created:
@@ -287,7 +289,7 @@ class _Group:
         sparse = any(g.layout != torch.strided for g in grads)
         before = [p.detach().clone() for p in params] if self.stats else []
         with torch.set_grad_enabled(bool(options["differentiable"])):
-            torch.optim.sgd.sgd(
+            torch_sgd(
                 params,
                 grads,
                 buffers,
@@ -308,9 +310,8 @@ class _Group:
             from .reference import step_sums
 
             for i, w, g, p in zip(self.left_to_torch, before, grads, params, strict=True):
-                sums = step_sums(w, g, p, self.stats)
-                if type(sums) is Tensor and not sums.is_meta:  # a meta or fake tensor has nothing to tell
-                    self.torch_sums.append((self._first_slot(i), sums))
+                if not p.is_meta and not _is_a(p, "torch._subclasses.fake_tensor", "FakeTensor"):
+                    self.torch_sums.append((self._first_slot(i), step_sums(w, g, p, self.stats)))
 
 
 class _Measured:
@@ -338,9 +339,14 @@ def _slot_count(p: Tensor, stats: ops.Stats) -> int:
     return p.shape[0] if stats == "row" and p.ndim >= 2 else 1
 
 
-def _is_dtensor(x: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # where nobody imported it there are none
-    return module is not None and isinstance(x, module.DTensor)
+def _is_a(x: Any, module: str, name: str) -> bool:
+    """isinstance, without an import: where nobody imported the module there are no such objects."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(x, getattr(loaded, name))
+
+
+def _is_dtensor(x: Any) -> bool:
+    return _is_a(x, "torch.distributed.tensor", "DTensor")
 
 
 def _shard(x: Any, like: Any) -> Tensor:

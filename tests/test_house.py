@@ -1,0 +1,125 @@
+"""The rules of the house, checked by reading the files."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import normkern
+from normkern import ops
+
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
+LOADS = [ROOT / "normkern" / n for n in os.listdir(ROOT / "normkern") if n.endswith(".py")]
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*([<"][^>"]+[>"])', path.read_text(), re.MULTILINE)
+
+
+def test_formulas_include_nothing_but_stdint():
+    assert includes(CSRC / "formulas.h") == ["<stdint.h>"]
+
+
+def test_loops_include_no_standard_library():
+    seen, todo = set(), [CSRC / "cpu" / "loops.cpp"]
+    while todo:
+        path = todo.pop()
+        for name in includes(path):
+            if name.startswith('"'):
+                inner = (path.parent / name.strip('"')).resolve()
+                if inner not in seen:
+                    seen.add(inner)
+                    todo.append(inner)
+            else:
+                assert name in ("<stdint.h>", "<immintrin.h>", "<arm_neon.h>"), f"{path.name} includes {name}"
+
+
+def test_no_torch_header_anywhere():
+    for path in CSRC.rglob("*.[ch]*"):
+        assert not [n for n in includes(path) if re.search("torch/|ATen/|c10/", n)], path
+
+
+def test_only_ops_imports_the_binary():
+    importers = [p.name for p in LOADS if re.search(r"import _C\b|from \._C|normkern\._C", p.read_text())]
+    assert importers == ["ops.py"]
+
+
+def test_nobody_imports_the_reference_at_the_top():
+    for path in LOADS:
+        assert not re.search(r"^(from|import) .*reference", path.read_text(), re.MULTILINE), path
+
+
+def test_four_macros():
+    names = {m for p in CSRC.rglob("*.[ch]*") for m in re.findall(r"#define\s+(\w+)", p.read_text())}
+    assert names <= {"NK_HD", "NK_ISA", "NK_LAUNCH", "NK_SHARED"}
+
+
+def test_binary_names_no_library_of_torch():
+    binary = Path(ops._C.__file__).read_bytes()
+    for name in (b"libtorch", b"libc10", b"libgomp", b"libtorch_python", b"_ZN2at", b"_ZN3c10"):
+        assert name not in binary
+
+
+def test_version_stands_in_one_place():
+    from importlib.metadata import version
+
+    assert version("normkern") == normkern.__version__
+
+
+def python(code, **env):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env={**os.environ, **env}, check=False
+    )
+
+
+def test_import_brings_no_compiler_and_no_plots():
+    heavy = ("torch._dynamo", "torch._inductor", "matplotlib", "sklearn", "rich", "numpy.testing")
+    done = python(f"import sys, torch; before = set(sys.modules); import normkern; "
+                  f"print([m for m in {heavy!r} if m in set(sys.modules) - before])")  # fmt: skip
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.9.1", "1.13.0", "2.9.0+cu128"])
+def test_old_torch_is_refused_with_a_sentence(version):
+    done = python(f"import torch; torch.__version__ = {version!r}; import normkern")
+    assert done.returncode != 0
+    assert f"needs torch >= 2.10, whose DLPack exchange API it is built on; found torch {version}" in done.stderr
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "2.14.1+cu130", "3.0.0a0+git1234"])
+def test_newer_torch_is_welcome(version):
+    done = python(f"import torch; torch.__version__ = {version!r}; import normkern; print('in')")
+    assert done.stdout.strip() == "in", done.stderr
+
+
+def test_missing_binary_is_explained():
+    done = python("import sys, torch; sys.modules['normkern._C'] = None; import normkern")
+    assert "normkern's binary could not be loaded" in done.stderr
+    assert "pip install --force-reinstall --no-deps normkern" in done.stderr
+
+
+@pytest.mark.parametrize("name", ops.supported_isas())
+def test_environment_forces_an_isa(name):
+    done = python("from normkern import ops; print(ops.isa())", NORMKERN_ISA=name)
+    assert done.stdout.strip() == name, done.stderr
+
+
+def test_unknown_isa_in_the_environment_is_refused():
+    done = python("import normkern", NORMKERN_ISA="v9")
+    assert "ImportError: NORMKERN_ISA: select_isa: expected one of" in done.stderr
+    assert "got 'v9'" in done.stderr
+
+
+def test_best_isa_is_the_default():
+    environment = {k: v for k, v in os.environ.items() if k != "NORMKERN_ISA"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from normkern import ops; print(ops.isa(), *ops.supported_isas())"],
+        capture_output=True, text=True, timeout=120, env=environment, check=True,
+    )  # fmt: skip
+    chosen, best, *_ = done.stdout.split()
+    assert chosen == best
