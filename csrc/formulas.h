@@ -54,12 +54,12 @@ template <class T> using Real = typename RealOf<T>::type;
 
 NK_HD float widen(bf16 x) { return as_float((uint32_t)x.bits << 16); }
 
-// Round to nearest, ties to even; NaN stays NaN.
-NK_HD bf16 narrow_bf16(float x) {
-  const uint32_t u = as_bits(x);
-  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  return {(uint16_t)(x != x ? 0x7fc0u : rounded)};
+// The bits of a float, rounded to the nearest bfloat16, ties to even; NaN stays NaN. Or of several floats.
+template <class U, class Bool> NK_HD U bf16_bits(U u, Bool is_nan) {
+  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet_nan = U{} + 0x7fc0u;
+  return is_nan ? quiet_nan : rounded;
 }
+NK_HD bf16 narrow_bf16(float x) { return {(uint16_t)bf16_bits(as_bits(x), x != x)}; }
 
 // binary16 without denormal float operations, so that flush-to-zero mode changes nothing.
 NK_HD float widen(f16 x) {
@@ -85,16 +85,18 @@ NK_HD f16 narrow_f16(float x) {
 //     u  = v'                              (nesterov: u = d + mu v')
 //     w' = w - eta u
 // A rule reads and writes v only if it says so: on the first gradient v is memory that nobody has written yet.
+// R is float, double, or several of them side by side.
 
 template <class R> struct SgdCoefficients {
   R lr, momentum, one_minus_dampening, weight_decay;
   R grad_factor;  // +-1/scale
+  bool decays;    // weight_decay != 0
 };
 
 // d. Without weight decay the weight is not touched: 0 * inf would turn an infinite weight into NaN, which torch keeps.
 template <class R> NK_HD R decayed_grad(const SgdCoefficients<R>& c, R w, R g) {
   const R signed_grad = c.grad_factor * g;
-  return c.weight_decay == 0 ? signed_grad : fma(c.weight_decay, w, signed_grad);
+  return c.decays ? fma(c.weight_decay, w, signed_grad) : signed_grad;
 }
 
 struct Sgd {
