@@ -61,7 +61,7 @@ def torch_symbol(name: str) -> int:
 
 
 _C.connect(
-    torch.Tensor.__dlpack_c_exchange_api__,  # type: ignore[attr-defined]
+    torch.Tensor.__dlpack_c_exchange_api__,
     torch_symbol("torch_parallel_for"),
     torch.Tensor,
     torch.nn.Parameter,
@@ -161,17 +161,14 @@ def sgd_(
 
 
 def _why_refused(i: int, params: list[Tensor], grads: list[Tensor | None], buffers: list[Tensor | None] | None) -> str:
-    lists = {"params": params, "grads": grads, "momentum_buffers": buffers or []}
-    for name, tensors in lists.items():
-        if tensors and not kernel_takes(tensors[i]):
+    named = {"params": params[i], "grads": grads[i]}
+    if buffers is not None:
+        named["momentum_buffers"] = buffers[i]
+    for name, tensor in named.items():
+        if not kernel_takes(tensor):
             return (
-                f"sgd_: {name}[{i}] is {describe(tensors[i])}; "
+                f"sgd_: {name}[{i}] is {describe(tensor)}; "
                 "expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu"
             )
-    for name, tensors in lists.items():
-        if tensors and tensors[i].dtype != params[i].dtype:  # type: ignore[union-attr]
-            return (
-                f"sgd_: {name}[{i}] is {describe(tensors[i])} but params[{i}] is {describe(params[i])}; "
-                "expected one dtype"
-            )
-    raise AssertionError("a tensor was refused for no reason")
+    name, tensor = next((n, t) for n, t in named.items() if t is not None and t.dtype != params[i].dtype)
+    return f"sgd_: {name}[{i}] is {describe(tensor)} but params[{i}] is {describe(params[i])}; expected one dtype"

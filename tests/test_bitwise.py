@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from memory import same_bits
+
 from normkern import ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -19,7 +19,15 @@ def steps(dtype, stats="tensor", nesterov=False, count=3):
     for _ in range(count):
         grads = [torch.randn(s, generator=make).to(dtype) for s in shapes]
         table = ops.sgd_(
-            params, grads, buffers, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov, grad_scale=3.0, stats=stats
+            params,
+            grads,
+            buffers,
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=0.01,
+            nesterov=nesterov,
+            grad_scale=3.0,
+            stats=stats,
         )
     return [*params, *buffers], table
 
@@ -30,7 +38,9 @@ def assert_same(a, b):
     assert a[1] is None or same_bits(a[1], b[1])
 
 
-@pytest.mark.skipif(len(WITH_FMA) < 2, reason="this machine runs one level with FMA hardware; two are needed to compare")
+@pytest.mark.skipif(
+    len(WITH_FMA) < 2, reason="this machine runs one level with FMA hardware; two are needed to compare"
+)
 @pytest.mark.parametrize("stats", ["tensor", "row"])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

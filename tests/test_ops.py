@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from memory import Fenced, bits, same_bits
+
 from normkern import ops, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -39,7 +39,9 @@ def assert_within(got, exact, size, isa, what):
     """|got - exact| <= budget of arithmetic roundings + half a unit of the storage type at the result."""
     real_eps = torch.finfo(torch.float64 if got.dtype == torch.float64 else torch.float32).eps
     error = (got.double() - exact).abs()
-    budget = BUDGET_ULP.get(isa, BUDGET_ULP_FMA) + (BUDGET_ULP["v2"] if got.dtype == torch.float64 else 0)  # the oracle's own
+    budget = BUDGET_ULP.get(isa, BUDGET_ULP_FMA) + (
+        BUDGET_ULP["v2"] if got.dtype == torch.float64 else 0
+    )  # the oracle's own
     allowed = 0.5 * budget * real_eps * size
     if got.dtype not in (torch.float64, torch.float32):
         info = torch.finfo(got.dtype)
@@ -55,7 +57,9 @@ def random_case(size, dtype, seed=0):
     return [(x * torch.exp2(torch.randint(-6, 3, (size,), generator=make).double())).to(dtype) for x in (w, g, v)]
 
 
-@pytest.mark.parametrize(("rule", "first"), [(r, f) for r in RULES for f in (False, True) if "momentum" in RULES[r] or not f])
+@pytest.mark.parametrize(
+    ("rule", "first"), [(r, f) for r in RULES for f in (False, True) if "momentum" in RULES[r] or not f]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sgd_against_reference(isa, rule, dtype, first):
     options = {"lr": 0.1, **RULES[rule]}
@@ -88,13 +92,26 @@ def test_sgd_against_reference(isa, rule, dtype, first):
             assert all(f.is_intact() for f in fenced), "memory outside the tensors was written"
             # The sums speak of what was stored; in double, so little is lost.
             sums = reference.step_sums(before, g.double() / options.get("grad_scale", 1.0), fw, "tensor")
-            scale = reference.step_sums(before.abs(), g.double().abs(), before.abs() + sizes[1], "tensor").abs() + 1e-300
+            scale = (
+                reference.step_sums(before.abs(), g.double().abs(), before.abs() + sizes[1], "tensor").abs() + 1e-300
+            )
             assert ((table - sums).abs() / scale).max() < 1e-13, what
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_are_tensor_sums_of_each_row(isa, dtype):
-    shapes = [(7, 3), (64, 3, 3, 3), (3, ops.CHUNK + 17), (2, ops.CHUNK), (ops.CHUNK + 1, 2), (1, 5), (5,), (), (0, 4), (4, 0)]
+    shapes = [
+        (7, 3),
+        (64, 3, 3, 3),
+        (3, ops.CHUNK + 17),
+        (2, ops.CHUNK),
+        (ops.CHUNK + 1, 2),
+        (1, 5),
+        (5,),
+        (),
+        (0, 4),
+        (4, 0),
+    ]
     params = [random_case(math.prod(s), dtype, seed=1)[0].view(s) for s in shapes]
     grads = [random_case(math.prod(s), dtype, seed=2)[1].view(s) for s in shapes]
     expected = [p.clone() for p in params]
@@ -240,9 +257,30 @@ def refusals():
     f = torch.ones
     base = torch.arange(20.0)
     yield "length", [f(3)], [f(3), f(3)], None, ValueError, r"sgd_: grads has 2 entries but params has 1"
-    yield "shape", [f(3), f(4)], [f(3), f(4, 1)], None, ValueError, r"grads\[1\] has shape \(4, 1\) but params\[1\] has shape \(4,\)"
-    yield "dtype", [f(3)], [f(3).double()], None, TypeError, r"grads\[0\] is torch.float64 on cpu but params\[0\] is torch.float32"
-    yield "integer", [f(3).long()], [f(3).long()], None, TypeError, r"params\[0\] is torch.int64 on cpu; expected .*float16"
+    yield (
+        "shape",
+        [f(3), f(4)],
+        [f(3), f(4, 1)],
+        None,
+        ValueError,
+        r"grads\[1\] has shape \(4, 1\) but params\[1\] has shape \(4,\)",
+    )
+    yield (
+        "dtype",
+        [f(3)],
+        [f(3).double()],
+        None,
+        TypeError,
+        r"grads\[0\] is torch.float64 on cpu but params\[0\] is torch.float32",
+    )
+    yield (
+        "integer",
+        [f(3).long()],
+        [f(3).long()],
+        None,
+        TypeError,
+        r"params\[0\] is torch.int64 on cpu; expected .*float16",
+    )
     yield "complex", [f(3).cfloat()], [f(3).cfloat()], None, TypeError, r"params\[0\] is torch.complex64"
     yield "device", [f(3), f(2)], [f(3), f(2, device="meta")], None, TypeError, r"grads\[1\] is torch.float32 on meta"
     yield "sparse", [f(3)], [f(3).to_sparse()], None, TypeError, r"grads\[0\] is torch.float32 on cpu, torch.sparse_coo"
@@ -251,11 +289,39 @@ def refusals():
     yield "subclass", [f(3), MyTensor(f(3))], [f(3), f(3)], None, TypeError, r"params\[1\] is MyTensor of torch.float32"
     yield "expanded", [f(3), f(1).expand(3)], [f(3), f(3)], None, ValueError, r"params\[1\] of shape \(3,\) is expanded"
     yield "itself", [base.as_strided((3, 3), (2, 1))], [f(3, 3)], None, ValueError, r"params\[0\] .* overlaps itself"
-    yield "partial", [base[:10], base[5:15]], [f(10), f(10)], None, ValueError, r"params\[1\] partially overlaps params\[0\]"
-    yield "shifted gradient", [base[:10]], [base[1:11]], None, ValueError, r"(grads|params)\[0\] partially overlaps (grads|params)\[0\]"
+    yield (
+        "partial",
+        [base[:10], base[5:15]],
+        [f(10), f(10)],
+        None,
+        ValueError,
+        r"params\[1\] partially overlaps params\[0\]",
+    )
+    yield (
+        "shifted gradient",
+        [base[:10]],
+        [base[1:11]],
+        None,
+        ValueError,
+        r"(grads|params)\[0\] partially overlaps (grads|params)\[0\]",
+    )
     yield "buffer length", [f(3)], [f(3)], [f(3), f(3)], ValueError, r"momentum_buffers has 2 entries but params has 1"
-    yield "buffer shape", [f(3)], [f(3)], [f(4)], ValueError, r"momentum_buffers\[0\] has shape \(4,\) but params\[0\] has shape \(3,\)"
-    yield "buffer dtype", [f(3)], [f(3)], [f(3).half()], TypeError, r"momentum_buffers\[0\] is torch.float16 on cpu but params\[0\]"
+    yield (
+        "buffer shape",
+        [f(3)],
+        [f(3)],
+        [f(4)],
+        ValueError,
+        r"momentum_buffers\[0\] has shape \(4,\) but params\[0\] has shape \(3,\)",
+    )
+    yield (
+        "buffer dtype",
+        [f(3)],
+        [f(3)],
+        [f(3).half()],
+        TypeError,
+        r"momentum_buffers\[0\] is torch.float16 on cpu but params\[0\]",
+    )
     yield "buffer is param", [base[:10]], [f(10)], [base[5:15]], ValueError, r"partially overlaps"
 
 
@@ -263,9 +329,13 @@ class MyTensor(torch.Tensor):
     pass
 
 
-@pytest.mark.parametrize(("params", "grads", "buffers", "error", "text"), [c[1:] for c in refusals()], ids=[c[0] for c in refusals()])
+@pytest.mark.parametrize(
+    ("params", "grads", "buffers", "error", "text"), [c[1:] for c in refusals()], ids=[c[0] for c in refusals()]
+)
 def test_refusal(params, grads, buffers, error, text):
-    written = [t for t in (*params, *(buffers or [])) if isinstance(t, torch.Tensor) and not t.is_sparse and not t.is_meta]
+    written = [
+        t for t in (*params, *(buffers or [])) if isinstance(t, torch.Tensor) and not t.is_sparse and not t.is_meta
+    ]
     before = [t.clone() for t in written]
     momentum = {"momentum": 0.9} if buffers else {}
     with pytest.raises(error, match=text):

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from memory import same_bits
 from torch import nn
 
 import normkern
-from memory import same_bits
 from normkern import ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +75,13 @@ def test_slots_by_row():
         p.grad = torch.randn_like(p)
     opt.step()
     s = opt.stats()
-    assert s.slots == {"0.0": slice(0, 40), "0.1": slice(40, 41), "0.2": slice(41, 46), "0.3": slice(46, 47), "0.4": slice(47, 49)}
+    assert s.slots == {
+        "0.0": slice(0, 40),
+        "0.1": slice(40, 41),
+        "0.2": slice(41, 46),
+        "0.3": slice(46, 47),
+        "0.4": slice(47, 49),
+    }
 
 
 def test_groups_choose_for_themselves():
@@ -191,7 +197,9 @@ def test_nothing_to_tell():
     w.grad = torch.ones(3)
     off = normkern.SGD([w], lr=0.1)
     off.step()
-    with pytest.raises(RuntimeError, match=r'SGD.stats: nothing was measured; construct the optimizer with stats="tensor" or "row"'):
+    with pytest.raises(
+        RuntimeError, match=r'SGD.stats: nothing was measured; construct the optimizer with stats="tensor" or "row"'
+    ):
         off.stats()
     with pytest.raises(RuntimeError, match="SGD.stats: expected a step before it, but none has been taken yet"):
         normkern.SGD([w], lr=0.1, stats="row").stats()

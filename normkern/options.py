@@ -1,0 +1,59 @@
+"""What users may write into param groups and checkpoints, and the sentences for what they may not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from . import ops
+
+#: The entry of an optimizer's state that holds a parameter's momentum buffer; torch's name.
+BUFFER = "momentum_buffer"
+_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+
+
+def number(x: Any, name: str, where: str) -> float:
+    """A hyperparameter as the float it is: numbers, numpy's too, and tensors of one element (read, so synchronised)."""
+    if type(x) is float:
+        return x
+    if isinstance(x, Tensor):
+        if x.numel() != 1 or x.is_complex():
+            raise ValueError(f"{where}: {name} expected one number, got a tensor of shape {tuple(x.shape)}")
+        return float(x.detach())
+    if isinstance(x, Real):
+        return float(x)
+    raise ValueError(f"{where}: {name} expected a number, got {x!r}")
+
+
+def check_decay(decay: object, where: str) -> None:
+    """A form of weight decay that exists."""
+    if decay != "coupled":
+        raise ValueError(f'{where}: decay expected "coupled", got {decay!r}')
+
+
+def check_options(group: dict[str, Any], where: str) -> None:
+    """Every option of a loaded param group is of its kind."""
+    for name in _NUMBERS:
+        number(group[name], name, where)
+    ops.stats_code(group["stats"], where)
+    check_decay(group["decay"], where)
+
+
+def check_state(state: Any, groups: list[dict[str, Any]]) -> None:
+    """Every buffer fits its parameter. An old checkpoint's None is no buffer yet."""
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            entry = state.get(p, {})
+            where = f"SGD.load_state_dict: the state of param_groups[{g}]['params'][{i}]"
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"{where} expected a dict, got {type(entry).__name__}")
+            buffer = entry.get(BUFFER)
+            if buffer is None:
+                continue
+            if not isinstance(buffer, Tensor):
+                raise ValueError(f"{where}: momentum_buffer expected a tensor, got {type(buffer).__name__}")
+            if buffer.shape != p.shape:
+                raise ValueError(f"{where}: momentum_buffer expected shape {tuple(p.shape)}, got {tuple(buffer.shape)}")
