@@ -12,6 +12,7 @@ import argparse
 import ctypes
 import json
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -98,7 +99,7 @@ def with_norms(params: list[nn.Parameter], step: Step) -> Step:
 def competitors(params: list[nn.Parameter]) -> dict[str, Step]:
     fused = torch.optim.SGD(params, fused=True, **HYPER)
     buffers: list[torch.Tensor | None] = [torch.zeros_like(p) for p in params]
-    return {
+    steps: dict[str, Step] = {
         "normkern": normkern.SGD(params, **HYPER).step,
         "normkern tensor": normkern.SGD(params, stats="tensor", **HYPER).step,
         "normkern row": normkern.SGD(params, stats="row", **HYPER).step,
@@ -106,8 +107,12 @@ def competitors(params: list[nn.Parameter]) -> dict[str, Step]:
         "torch foreach": torch.optim.SGD(params, foreach=True, **HYPER).step,
         "torch fused": fused.step,
         "torch fused + norms": with_norms(params, fused.step),
-        "reference tensor": lambda: reference.sgd_(params, [p.grad for p in params], buffers, stats="tensor", **HYPER),
     }
+    if sum(p.numel() for p in params) < 1 << 20:  # a hundred times slower: it would leave the others no rounds
+        steps["reference tensor"] = lambda: reference.sgd_(
+            params, [p.grad for p in params], buffers, stats="tensor", **HYPER
+        )
+    return steps
 
 
 def is_right(name: str, dtype: torch.dtype) -> bool:
@@ -128,17 +133,29 @@ def is_right(name: str, dtype: torch.dtype) -> bool:
 
 
 def interleaved(steps: dict[str, Step], seconds: float) -> dict[str, list[float]]:
-    """Each in turn, until the time is over: name -> seconds of every round."""
+    """Rounds in which each has its turn, in a new order every time: name -> seconds per step, one number a turn.
+
+    A turn is one untimed step, which meets the caches as the last competitor left them, and then enough steps to be
+    longer than the clock's and the scheduler's noise.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(3):
-            step()
+    repeats = {}
+    for name, step in steps.items():
+        step()
+        begin = time.perf_counter()
+        step()
+        repeats[name] = max(1, min(100, int(2e-3 / (time.perf_counter() - begin))))
+    order, shuffle = list(steps), random.Random(0)
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 7:
-        for name, step in steps.items():
-            begin = time.perf_counter()
+    while time.perf_counter() < end or len(times[order[0]]) < 9:
+        shuffle.shuffle(order)
+        for name in order:
+            step = steps[name]
             step()
-            times[name].append(time.perf_counter() - begin)
+            begin = time.perf_counter()
+            for _ in range(repeats[name]):
+                step()
+            times[name].append((time.perf_counter() - begin) / repeats[name])
     return times
 
 
@@ -209,8 +226,8 @@ def machine() -> dict[str, object]:
 def show(console: Console, name: str, case: dict[str, object]) -> None:
     seconds, ratios, quartiles = (case[k] for k in ("seconds", "times_of_normkern", "quartiles"))
     table = Table(title=f"{name}: {case['tensors']} tensors, {case['coordinates']:,} coordinates, {case['dtype']}")
-    for column in ("step", "median us", "quartiles us", "GB/s", "times of normkern"):
-        table.add_column(column, justify="left" if column == "step" else "right")
+    for column in ("step", "median us", "quartiles us", "GB/s", "ratio"):
+        table.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
     for n, t in seconds.items():  # type: ignore[attr-defined]
         low, high = quartiles[n]  # type: ignore[index]
         rate = case["bytes_moved"] / t / 1e9  # type: ignore[operator]

@@ -59,8 +59,10 @@ bool same_memory(const View& a, const View& b) {
 }
 
 [[noreturn]] void refuse(const Operands& a, char of_a, const Operands& b, char of_b) {
-  throw py::value_error(where(a.group) + ": " + name(b, of_b) + " partially overlaps " + name(a, of_a) +
-                        " in memory; expected separate memory, or exactly the same");
+  const bool same = same_memory(operand(a, of_a), operand(b, of_b));
+  throw py::value_error(where(a.group) + ": " + name(b, of_b) +
+                        (same ? " is the same memory as " : " partially overlaps ") + name(a, of_a) +
+                        "; expected separate memory" + (same ? "" : ", or exactly the same"));
 }
 
 }  // namespace
@@ -92,31 +94,15 @@ void check_no_self_overlap(const View& v, const char* list, int index, int group
       "expected a tensor whose coordinates have their own memory, got several that share it (clone it first)");
 }
 
-const std::vector<int>& Aliasing::rounds(std::vector<Operands>& tensors) {
-  addresses_.clear();
+std::vector<int> rounds(std::vector<Operands>& tensors) {
   std::vector<Extent> extents;
-  const auto each = [&](auto&& f) {
-    for (size_t i = 0; i < tensors.size(); i++) {
-      if (tensors[i].w.numel == 0) continue;
-      f((int)i, 'w', tensors[i].w);
-      f((int)i, 'g', tensors[i].g);
-      if (tensors[i].has_v) f((int)i, 'v', tensors[i].v);
-    }
-  };
-  each([&](int i, char, const View& v) {
-    addresses_.push_back(begin_of(v));
-    addresses_.push_back(end_of(v));
-    addresses_.push_back(v.dense ? i : ~(uintptr_t)i);
-  });
-  if (addresses_ == seen_) {
-    for (int i : copies_first_) tensors[i].copies_first = true;
-    return rounds_;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    const Operands& t = tensors[i];
+    if (t.w.numel == 0) continue;
+    extents.push_back({begin_of(t.w), end_of(t.w), (int)i, 'w'});
+    extents.push_back({begin_of(t.g), end_of(t.g), (int)i, 'g'});
+    if (t.has_v) extents.push_back({begin_of(t.v), end_of(t.v), (int)i, 'v'});
   }
-
-  seen_.clear();
-  rounds_.clear();
-  copies_first_.clear();
-  each([&](int i, char which, const View& v) { extents.push_back({begin_of(v), end_of(v), i, which}); });
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
 
   std::vector<std::pair<int, int>> order;  // (earlier, later): list positions
@@ -132,9 +118,9 @@ const std::vector<int>& Aliasing::rounds(std::vector<Operands>& tensors) {
       const bool same = same_memory(of_a, of_b);
       if (a.tensor == b.tensor) {
         // The gradient may be the very tensor that is stepped; anything else within one parameter has no meaning.
-        if (!same || (a.operand != 'g' && b.operand != 'g'))
+        if (!same || a.operand == 'v' || b.operand == 'v')
           refuse(tensors[a.tensor], a.operand, tensors[b.tensor], b.operand);
-        copies_first_.push_back(a.tensor);
+        tensors[a.tensor].copies_first = true;
         continue;
       }
       const bool both_written = a.operand != 'g' && b.operand != 'g';
@@ -143,14 +129,12 @@ const std::vector<int>& Aliasing::rounds(std::vector<Operands>& tensors) {
       order.emplace_back(a.tensor, b.tensor);
     }
   }
-  if (!order.empty()) {
-    rounds_.assign(tensors.size(), 0);
-    std::sort(order.begin(), order.end(), [](auto& a, auto& b) { return a.second < b.second; });
-    for (const auto& [earlier, later] : order) rounds_[later] = std::max(rounds_[later], rounds_[earlier] + 1);
-  }
-  for (int i : copies_first_) tensors[i].copies_first = true;
-  seen_ = addresses_;
-  return rounds_;
+  std::vector<int> round;
+  if (order.empty()) return round;
+  round.assign(tensors.size(), 0);
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+  for (const auto& [earlier, later] : order) round[later] = std::max(round[later], round[earlier] + 1);
+  return round;
 }
 
 }  // namespace nk

@@ -26,14 +26,7 @@ std::string where(int group);  // how an error sentence begins
 // Throws py::value_error if some of a tensor's own coordinates share memory.
 void check_no_self_overlap(const View&, const char* list, int index, int group);
 
-class Aliasing {
- public:
-  // The round of each parameter; empty: all in one. Remembers the last answer: addresses rarely change between steps.
-  const std::vector<int>& rounds(std::vector<Operands>&);
-
- private:
-  std::vector<uintptr_t> addresses_, seen_;
-  std::vector<int> rounds_, copies_first_;
-};
+// The round of each parameter; empty: all in one. Throws py::value_error for what has no sensible order.
+std::vector<int> rounds(std::vector<Operands>&);
 
 }  // namespace nk

@@ -22,7 +22,8 @@ py::tuple gather(const py::list& params, const py::object& state, const py::str&
   bool walking = next();
   for (Py_ssize_t i = 0; i < n; i++) {
     PyObject* p = PyList_GET_ITEM(params.ptr(), i);
-    PyObject* grad = PyObject_GetAttr(p, grad_name);
+    const bool plain = Py_TYPE(p) == torch.tensor || Py_TYPE(p) == torch.parameter;
+    PyObject* grad = plain ? Py_TYPE(torch.grad)->tp_descr_get(torch.grad, p, nullptr) : PyObject_GetAttr(p, grad_name);
     if (!grad) throw py::error_already_set();
     PyList_SET_ITEM(grads.ptr(), i, grad);
 
@@ -59,6 +60,7 @@ void connect(const py::object& exchange_api, uintptr_t parallel_for, const py::t
   torch.exchange = api;
   torch.tensor = reinterpret_cast<PyTypeObject*>(tensor.ptr());
   torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.ptr());
+  torch.grad = py::object(tensor.attr("grad")).release().ptr();
   torch.is_neg = py::object(tensor.attr("is_neg")).release().ptr();  // held for the life of the process
   cpu::set_parallel_for(reinterpret_cast<cpu::ParallelFor>(parallel_for));
 }
@@ -81,6 +83,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", [](const std::string& name) { return cpu::select_isa(name.c_str()); }, "name"_a);
   m.def("describe", [](const py::object& o) { return describe(o.ptr()); }, "tensor"_a);
   m.def("kernel_takes", [](const py::object& o) { return view(o.ptr()).has_value(); }, "tensor"_a);
+  m.def(
+      "slot_count", [](const py::object& o, int stats) { return slot_count(o.ptr(), Stats(stats)); }, "param"_a,
+      "stats"_a);
   m.def("gather", gather, "params"_a, "state"_a, "key"_a);
   m.attr("CHUNK") = kChunk;
   m.attr("SUMS") = StepSums::count;

@@ -26,30 +26,26 @@ void check_length(int group, const char* list, size_t got, size_t expected) {
                           std::to_string(expected));
 }
 
-int64_t rows_of(PyObject* param) {
-  if (const auto v = view(param)) return v->rows();
-  const py::tuple shape = py::handle(param).attr("shape");
-  return shape.size() >= 2 ? shape[0].cast<int64_t>() : 1;
-}
-
 bool rows_are_contiguous(const View& w) {
   return w.ndim < 2 || w.shape[0] == 1 || w.numel == 0 || w.strides[0] == w.numel / w.shape[0];
 }
 
 int64_t pieces(int64_t coordinates) { return (coordinates + kChunk - 1) / kChunk; }
 
-struct Running {  // a second thread in the same optimizer would pull the lists from under the first
-  bool& flag;
-  explicit Running(bool& f) : flag(f) { flag = true; }
-  ~Running() { flag = false; }
-};
-
 }  // namespace
 
+int64_t slot_count(PyObject* param, Stats stats) {
+  if (stats != Stats::row) return stats == Stats::none ? 0 : 1;
+  if (const auto v = view(param)) return v->rows();
+  try {
+    const py::tuple shape = py::handle(param).attr("shape");
+    return shape.size() >= 2 ? shape[0].cast<int64_t>() : 1;
+  } catch (py::error_already_set&) {
+    return 1;  // a lazy module's parameter has no shape before the first forward
+  }
+}
+
 void SgdStep::begin() {
-  if (running_)
-    throw std::runtime_error(
-        "SGD.step: another thread is inside step() of this optimizer; one optimizer steps in one thread at a time");
   operands_.clear();
   jobs_.clear();
   hypers_.clear();
@@ -60,11 +56,13 @@ void SgdStep::begin() {
   reading_ = 0;
 }
 
-std::optional<View> SgdStep::view_written(PyObject* object) {
-  if (reading_ == known_.size()) known_.push_back({nullptr, nullptr});
-  Known& known = known_[reading_++];
-  const auto v = view(object, known.object == object ? known.data : nullptr);
-  known = {object, v ? v->data : nullptr};
+std::optional<View> SgdStep::read(PyObject* object) {
+  if (reading_ == places_.size()) places_.push_back({nullptr, nullptr, 0});
+  Place& place = places_[reading_++];
+  const auto v = view(object, place.object == object ? place.data : nullptr);
+  const Place now = v ? Place{object, v->data, v->dense ? v->numel : -1} : Place{nullptr, nullptr, 0};
+  moved_ = moved_ || place.object != object || place.data != now.data || place.extent != now.extent || now.extent < 0;
+  place = now;
   return v;
 }
 
@@ -92,9 +90,9 @@ std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, con
     Job job{(int)hypers_.size() - 1, SgdRule::plain, slots_, 0, stats == Stats::row};
     const bool stepped = item(grads, i) != Py_None;
     std::optional<View> w;
-    if (stepped) w = view_written(item(params, i));
+    if (stepped) w = read(item(params, i));
     if (stats != Stats::none) {
-      job.slot_count = stats == Stats::tensor ? 1 : w ? w->rows() : rows_of(item(params, i));
+      job.slot_count = w ? (stats == Stats::row ? w->rows() : 1) : slot_count(item(params, i), stats);
       if (slots.is_none()) {
         slot_offsets_.push_back(slots_);
         slots_ += job.slot_count;
@@ -107,7 +105,7 @@ std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, con
       refused.push_back(i);
       continue;
     }
-    const auto g = view(item(grads, i));
+    const auto g = read(item(grads, i));
     if (!g || g->dtype != w->dtype) {
       refused.push_back(i);
       continue;
@@ -117,7 +115,7 @@ std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, con
 
     Operands t{*w, *g, *w, has_v, i, group, false};
     if (has_v) {
-      const auto v = view_written(item(buffers, i));
+      const auto v = read(item(buffers, i));
       if (!v || v->dtype != w->dtype) {
         refused.push_back(i);
         continue;
@@ -144,7 +142,18 @@ py::tuple SgdStep::slot_offsets() {
   return offsets_;
 }
 
-void SgdStep::check() { rounds_ = &aliasing_.rounds(operands_); }
+void SgdStep::check() {
+  moved_ = moved_ || reading_ != places_.size();
+  if (moved_) {
+    places_.resize(reading_);
+    rounds_ = rounds(operands_);
+    copies_first_.clear();
+    for (size_t i = 0; i < operands_.size(); i++)
+      if (operands_[i].copies_first) copies_first_.push_back((int)i);
+    moved_ = false;
+  }
+  for (int i : copies_first_) operands_[i].copies_first = true;
+}
 
 // Cuts one parameter into chunks, each with the place where its sums go.
 void SgdStep::cut(const Operands& t, const Job& job, double* table) {
@@ -203,14 +212,13 @@ py::list SgdStep::run(const py::object& table) {
     sums = static_cast<double*>(t->data);
     std::fill(sums, sums + slots_ * kSums, std::numeric_limits<double>::quiet_NaN());
   }
-  const Running running(running_);
 
   int64_t coordinates = 0, parts = 0;
   int rounds = 1;
   for (size_t i = 0; i < operands_.size(); i++) {
     coordinates += operands_[i].w.numel;
     if (sums && jobs_[i].slot_count > 0) parts += pieces(operands_[i].w.numel) + jobs_[i].slot_count;
-    if (!rounds_->empty()) rounds = std::max(rounds, (*rounds_)[i] + 1);
+    if (!rounds_.empty()) rounds = std::max(rounds, rounds_[i] + 1);
   }
   strided_.clear();
   strided_.reserve(operands_.size());
@@ -220,7 +228,7 @@ py::list SgdStep::run(const py::object& table) {
   for (int round = 0; round < rounds; round++) {
     chunks_.clear();
     for (size_t i = 0; i < operands_.size(); i++)
-      if (rounds_->empty() || (*rounds_)[i] == round) cut(operands_[i], jobs_[i], sums);
+      if (rounds_.empty() || rounds_[i] == round) cut(operands_[i], jobs_[i], sums);
     std::optional<py::gil_scoped_release> released;
     if (coordinates > kReleaseGil) released.emplace();
     cpu::sgd(chunks_.data(), (int64_t)chunks_.size());

@@ -1,7 +1,7 @@
 // sgd_step.h - one optimizer step over any number of param groups: read and check everything, then run it all.
 //
 // Two phases, so that an error in the last group leaves the first one unwritten. The object belongs to Python; between
-// steps it keeps nothing but its allocations and the answer of the memory check.
+// steps it keeps nothing but its allocations and what it found out about the tensors' memory.
 #pragma once
 #include <optional>
 #include <vector>
@@ -14,6 +14,9 @@
 namespace nk {
 
 enum class Stats : int { none, tensor, row };
+
+// How many slots a parameter has: the one place that knows.
+int64_t slot_count(PyObject* param, Stats);
 
 class SgdStep {
  public:
@@ -50,26 +53,27 @@ class SgdStep {
   };
   void cut(const Operands&, const Job&, double* table);
 
-  bool running_ = false;
   std::vector<Operands> operands_;
   std::vector<Job> jobs_;
   std::vector<SgdHyper> hypers_;
   std::vector<py::object> owned_;  // the tensors that will be written, and the gradients they are read from
   py::list written_;
-  // Where each written tensor's memory was at the last step, in the order of reading: see `view`.
-  struct Known {
+  // What a tensor's place in memory was at the last step, in the order of reading. Between most steps nothing moves,
+  // and the questions that only memory answers need not be asked again.
+  struct Place {
     PyObject* object;
     const void* data;
+    int64_t extent;
   };
-  std::optional<View> view_written(PyObject* object);
-  std::vector<Known> known_;
+  std::optional<View> read(PyObject* object);
+  std::vector<Place> places_;
   size_t reading_ = 0;
+  bool moved_ = true;
 
   int64_t slots_ = 0;
   std::vector<int64_t> slot_offsets_, told_offsets_;
   py::tuple offsets_;
-  Aliasing aliasing_;
-  const std::vector<int>* rounds_ = nullptr;
+  std::vector<int> rounds_, copies_first_;
 
   std::vector<Chunk> chunks_;
   std::vector<Strided> strided_;

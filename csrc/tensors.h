@@ -16,6 +16,7 @@ struct Torch {
   const DLPackExchangeAPI* exchange = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
+  PyObject* grad = nullptr;    // torch.Tensor.grad, the descriptor
 };
 extern Torch torch;
 

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.optim.sgd import sgd as torch_sgd
 
 from . import ops
 from .options import BUFFER, check_decay, number
-
-if TYPE_CHECKING:
-    from typing import TypeAlias
 
 _log = logging.getLogger("normkern")
 
@@ -27,7 +26,7 @@ class GroupStep:
     """One param group during one step: what runs on our kernel, what on torch's loop, which buffers are new."""
 
     __slots__ = (
-        "buffers", "created", "grads", "index", "left_to_torch", "lr", "options", "params", "plan", "slot",
+        "buffers", "code", "created", "grads", "index", "left_to_torch", "lr", "options", "params", "plan", "slot",
         "state", "stats", "torch_sums", "wrappers",
     )  # fmt: skip
 
@@ -37,8 +36,10 @@ class GroupStep:
         """Reads and checks the group; writes nothing."""
         where = f"SGD.step: param_groups[{index}]"
         self.plan, self.state, self.index, self.options = plan, state, index, options
-        self.params = params = options["params"]
+        params = options["params"]
+        self.params = params = params if type(params) is list else list(params)
         self.lr, self.stats = number(options["lr"], "lr", where), options["stats"]
+        self.code = ops.stats_code(self.stats, where)
         momentum = number(options["momentum"], "momentum", where)
         if options["decay"] != "coupled":
             check_decay(options["decay"], where)
@@ -48,9 +49,10 @@ class GroupStep:
         self.torch_sums: list[tuple[int, Tensor]] = []
         self.wrappers: list[Tensor] = []  # DTensors whose local part the kernel writes
 
+        all_to_torch = options["differentiable"] or somebody_watches()
         grads, buffers, missing = ops.gather(params, state if momentum != 0 else None, BUFFER)
         self.grads, self.buffers = grads, buffers
-        if options["differentiable"]:
+        if all_to_torch:
             grads = [None] * len(params)
         for i in missing:
             if ops.kernel_takes(params[i]) and ops.kernel_takes(grads[i]) and params[i].dtype == grads[i].dtype:
@@ -64,11 +66,11 @@ class GroupStep:
             bool(options["nesterov"]),
             bool(options["maximize"]),
             inverse_scale,
-            ops.stats_code(self.stats, where),
+            self.code,
             index,
         )
         refused = plan.add(params, grads, buffers, missing, *arguments, slots=None)
-        if options["differentiable"]:
+        if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
         elif refused:
             self._find_another_way(refused, set(missing), arguments, where)
@@ -109,7 +111,7 @@ class GroupStep:
         """Where the sums of parameter i begin; for the shard of a DTensor, those of its first own row."""
         if self.stats is None:
             return 0
-        slot = self.slot + sum(_slot_count(p, self.stats) for p in self.params[:i])
+        slot = self.slot + sum(ops.slot_count(p, self.code) for p in self.params[:i])
         if self.stats == "row" and self.params[i].ndim >= 2 and _is_dtensor(self.params[i]):
             from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -148,12 +150,17 @@ class GroupStep:
             from .reference import step_sums
 
             for i, w, g, p in zip(self.left_to_torch, before, grads, params, strict=True):
-                if not p.is_meta and not _is_a(p, "torch._subclasses.fake_tensor", "FakeTensor"):
+                if (
+                    not p.is_meta
+                    and not somebody_watches()
+                    and not _is_a(p, "torch._subclasses.fake_tensor", "FakeTensor")
+                ):
                     self.torch_sums.append((self._first_slot(i), step_sums(w, g, p, self.stats)))
 
 
-def _slot_count(p: Tensor, stats: ops.Stats) -> int:
-    return p.shape[0] if stats == "row" and p.ndim >= 2 else 1
+def somebody_watches() -> bool:
+    """A dispatch mode (make_fx, FakeTensorMode) or a torch.func transform wants to see every operation on a tensor."""
+    return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
 
 
 def _is_a(x: Any, module: str, name: str) -> bool:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ except ImportError as error:
         f"normkern's binary could not be loaded ({error}). Build it for this interpreter "
         f"(Python {sys.version_info.major}.{sys.version_info.minor}): pip install --force-reinstall --no-deps normkern"
     ) from error
-
-if TYPE_CHECKING:
-    from typing import TypeAlias
 
 Stats: TypeAlias = Literal["tensor", "row"] | None
 
@@ -34,6 +31,7 @@ SgdStep = _C.SgdStep
 gather = _C.gather
 describe = _C.describe
 kernel_takes = _C.kernel_takes
+slot_count = _C.slot_count
 isa = _C.isa
 supported_isas = _C.supported_isas
 

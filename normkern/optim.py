@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from . import ops
-from .group_step import GroupStep
+from .group_step import GroupStep, somebody_watches
 from .options import BUFFER, check_decay, check_options, check_state
 from .stats import StepStats
 
@@ -37,11 +39,12 @@ class SGD(torch.optim.SGD):
         decay: "coupled", weight decay as part of the gradient. Also a group key.
 
     Sparse and complex tensors, tensor subclasses, devices other than the CPU, gradients of another dtype than their
-    parameter: torch's own loop steps them, with its result; logger "normkern" says so at level DEBUG. A DTensor is
-    stepped through its local shard, and its sums are those of the shard.
+    parameter: torch's own loop steps them, with its result; logger "normkern" says so at level DEBUG. So it does with
+    everything under a dispatch mode or a torch.func transform. A DTensor is stepped through its local shard, and its
+    sums are those of the shard. Several threads may step one optimizer: one after the other.
 
     Raises, at a step, before anything is written:
-        RuntimeError: a parameter is of an integer dtype, or another thread is inside the same optimizer's step.
+        RuntimeError: a parameter is of an integer dtype.
         ValueError: shapes differ; a parameter is expanded, or overlaps another partially; `stats` is no known choice.
 
     >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -83,7 +86,7 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._step_plan = ops.SgdStep()
+        self._step_plan, self._lock = ops.SgdStep(), threading.Lock()
         self._measured: _Measured | None = None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -118,10 +121,17 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
 
+        # One at a time: torch steps an optimizer from two threads in some order, and so do we.
+        with self._lock:
+            self._step_now()
+        return loss
+
+    @_disable_dynamo  # the kernels are opaque to torch.compile; without it would warn at each call of one
+    def _step_now(self) -> None:
         # GradScaler leaves these on an optimizer with fused=True for the duration of the call.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         if found_inf is not None and float(found_inf) != 0:
-            return loss
+            return
         inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
         step = self._step_plan
@@ -132,9 +142,7 @@ class SGD(torch.optim.SGD):
         for group in groups:
             if group.left_to_torch:
                 group.step_with_torch(grad_scale)
-        table = ops.new_table(step.slots) if step.slots else None
-        if table is not None and not ops.kernel_takes(table):  # under FakeTensorMode there is nothing to measure
-            table = None
+        table = ops.new_table(step.slots) if step.slots and not somebody_watches() else None
         torch.autograd.graph.increment_version(step.run(table))
         for group in groups:
             for p, buffer in group.created:
@@ -147,7 +155,6 @@ class SGD(torch.optim.SGD):
                     table[slot : slot + len(sums)] = sums
             measured = [(group.index, group.lr, len(group.params)) for group in groups if group.stats]
             self._measured = _Measured(table, step.slot_offsets, measured)
-        return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in `torch.optim.SGD`, whose checkpoints of any age are welcome. Options they lack keep their values.
@@ -179,6 +186,7 @@ class SGD(torch.optim.SGD):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._own_defaults = {key: self.defaults[key] for key in ("stats", "decay")}
         self.__dict__.setdefault("_step_plan", ops.SgdStep())
+        self.__dict__.setdefault("_lock", threading.Lock())
         self.__dict__.setdefault("_measured", None)
         if self.defaults["fused"]:  # torch loses these on the way through pickle
             self._step_supports_amp_scaling = True

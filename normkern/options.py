@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -16,16 +15,17 @@ _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 
 
 def number(x: Any, name: str, where: str) -> float:
-    """A hyperparameter as the float it is: numbers, numpy's too, and tensors of one element (read, so synchronised)."""
+    """A hyperparameter as the float it is: any number, or a tensor of one element (synchronised)."""
     if type(x) is float:
         return x
     if isinstance(x, Tensor):
         if x.numel() != 1 or x.is_complex():
             raise ValueError(f"{where}: {name} expected one number, got a tensor of shape {tuple(x.shape)}")
         return float(x.detach())
-    if isinstance(x, Real):
-        return float(x)
-    raise ValueError(f"{where}: {name} expected a number, got {x!r}")
+    try:
+        return float(x.__float__())
+    except (AttributeError, TypeError):
+        raise ValueError(f"{where}: {name} expected a number, got {x!r}") from None
 
 
 def check_decay(decay: object, where: str) -> None:

@@ -322,6 +322,14 @@ def refusals():
         TypeError,
         r"momentum_buffers\[0\] is torch.float16 on cpu but params\[0\]",
     )
+    yield (
+        "gradient is buffer",
+        [f(3)],
+        [base[:3]],
+        [base[:3]],
+        ValueError,
+        r"momentum_buffers\[0\] is the same memory as grads\[0\]|grads\[0\] is the same memory as momentum_buffers\[0\]",
+    )
     yield "buffer is param", [base[:10]], [f(10)], [base[5:15]], ValueError, r"partially overlaps"
 
 

@@ -1,0 +1,342 @@
+"""The demo: a small batch-normalised ResNet on handwritten digits, and what `normkern.SGD` tells of its training.
+
+A convolution that is followed by BatchNorm computes the same function whatever the length of its weights, so only their
+direction learns. Weight decay sets how far that direction turns in a step: the length settles where decay and updates
+balance, and the angle between w and the next w becomes a number that the learning rate, the decay and the momentum
+decide alone. The demo prints and draws that angle beside its prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import normkern
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BATCH_SIZE = 32
+EPOCHS = 30
+LR = 0.05
+MOMENTUM = 0.9
+WEIGHT_DECAY = 4e-3
+
+#: What the demo imports beyond torch: module -> the package that brings it.
+PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+
+#: Those that can train, and that are timed against each other.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.SGD]] = {
+    "normkern": partial(normkern.SGD, stats="tensor"),
+    "torch": torch.optim.SGD,
+    "torch-foreach": partial(torch.optim.SGD, foreach=True),
+    "torch-fused": partial(torch.optim.SGD, fused=True),
+}
+
+
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """scikit-learn's 1797 handwritten digits, split 80:20 with the same share of every digit on both sides.
+
+    Returns:
+        Training images, training labels, test images, test labels: float32 (n, 1, 8, 8) from 0 to 1, int64 (n,).
+    """
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+
+    images, labels = load_digits(return_X_y=True)
+    images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    labels = torch.tensor(labels)
+    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, shuffle=True, random_state=0)
+    return images[train], labels[train], images[test], labels[test]
+
+
+def conv_norm(channels_in: int, channels_out: int, size: int, stride: int = 1) -> nn.Sequential:
+    """A convolution and the BatchNorm that makes its weights scale-invariant."""
+    return nn.Sequential(
+        nn.Conv2d(channels_in, channels_out, size, stride, padding=size // 2, bias=False),
+        # At equilibrium the weights turn by a degree a step: averages over the usual ten batches would be out of date.
+        nn.BatchNorm2d(channels_out, momentum=0.3),
+    )
+
+
+class Block(nn.Module):
+    """Two convolutions and a way around them."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.first = conv_norm(channels_in, channels_out, 3, stride)
+        self.second = conv_norm(channels_out, channels_out, 3)
+        same = channels_in == channels_out and stride == 1
+        self.shortcut = nn.Identity() if same else conv_norm(channels_in, channels_out, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(F.relu(self.first(x))) + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """Images (n, 1, 8, 8) -> logits (n, 10): three blocks, at 8 x 8, 4 x 4 and 2 x 2 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv_norm(1, 16, 3)
+        self.blocks = nn.Sequential(Block(16, 16, 1), Block(16, 32, 2), Block(32, 64, 2))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.stem(x)))
+        logits: Tensor = self.head(x.mean(dim=(2, 3)))
+        return logits
+
+
+def scale_invariant(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The convolutions of our ResNet, each of which is followed by BatchNorm: name -> weights."""
+    return {name: p for name, p in model.named_parameters() if p.ndim == 4}
+
+
+def make_optimizer(name: str, model: nn.Module) -> torch.optim.SGD:
+    """One of `OPTIMIZERS` on the named parameters of `model`, with weight decay on the scale-invariant ones."""
+    invariant = scale_invariant(model)
+    others = [(n, p) for n, p in model.named_parameters() if n not in invariant]
+    groups = [{"params": list(invariant.items()), "weight_decay": WEIGHT_DECAY}, {"params": others}]
+    return OPTIMIZERS[name](groups, lr=LR, momentum=MOMENTUM)
+
+
+def predicted_angle(lr: float) -> float:
+    r"""The angular update at equilibrium, in radians: :math:`\sqrt{2 \eta \lambda / (1 + \mu)}`.
+
+    The root mean square over the steps, for scale-invariant weights under SGD with momentum and coupled weight decay
+    (arXiv 2006.08419; arXiv 2305.17212). Neither the network nor the data has a say in it.
+    """
+    return math.sqrt(2 * lr * WEIGHT_DECAY / (1 + MOMENTUM))
+
+
+def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Every image moved by at most one pixel in each direction, zeros moving in."""
+    size = images.shape[-1]
+    windows = F.pad(images, (1, 1, 1, 1)).unfold(2, size, 1).unfold(3, size, 1)
+    down, right = torch.randint(3, (2, len(images)), generator=generator).to(images.device)
+    return windows[torch.arange(len(images), device=images.device), :, down, right]
+
+
+def train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.SGD,
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    after_step: Callable[[], None],
+) -> tuple[float, list[normkern.StepStats]]:
+    """One pass over the training images in random order: the mean loss, and what each step measured."""
+    model.train()
+    total = torch.zeros((), device=images.device)
+    steps = []
+    for batch in torch.randperm(len(images), generator=generator).to(images.device).split(BATCH_SIZE):
+        loss = F.cross_entropy(model(shifted(images[batch], generator)), labels[batch])
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        if isinstance(optimizer, normkern.SGD):
+            steps.append(optimizer.stats())
+        total += loss.detach() * len(batch)
+        after_step()
+    return total.item() / len(images), steps
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The share of images that the model in eval mode tells right, 0 to 1."""
+    model.eval()
+    return (model(images).argmax(dim=1) == labels).double().mean().item()
+
+
+def measured(steps: list[normkern.StepStats], names: list[str]) -> tuple[Tensor, Tensor]:
+    """Effective LR and angular update of the named parameters, both (steps, names) on the CPU."""
+    slots = [steps[0].slots[name].start for name in names]
+    effective_lr = torch.stack([step.effective_lr for step in steps])
+    angular_update = torch.stack([step.angular_update for step in steps])
+    return effective_lr[:, slots].cpu(), angular_update[:, slots].cpu()
+
+
+def root_mean_square(x: Tensor, dim: int | None = None) -> Tensor:
+    return x.square().mean(dim).sqrt()
+
+
+@torch.no_grad()
+def step_and_norms(optimizer: torch.optim.SGD, before: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """A step of any optimizer with |w|, |g|, <w, g>, |u| and <w, u> of every parameter; `before` keeps the old w.
+
+    `normkern.SGD` has them already. Anybody else's are computed as one would: batched where torch can.
+    """
+    if isinstance(optimizer, normkern.SGD):
+        optimizer.step()
+        s = optimizer.stats()
+        return ([s.weight_norm], [s.grad_norm], [s.weight_grad_dot], [s.update_norm], [s.weight_update_dot])
+    params = optimizer.param_groups[0]["params"]
+    grads = [p.grad for p in params]
+    torch._foreach_copy_(before, params)
+    optimizer.step()
+    updates = list(torch._foreach_sub(params, before))
+    weight_grad_dots = [torch.dot(w.flatten(), g.flatten()) for w, g in zip(before, grads, strict=True)]
+    weight_update_dots = [torch.dot(w.flatten(), u.flatten()) for w, u in zip(before, updates, strict=True)]
+    weight_norms, grad_norms, update_norms = (list(torch._foreach_norm(x)) for x in (before, grads, updates))
+    return weight_norms, grad_norms, weight_grad_dots, update_norms, weight_update_dots
+
+
+def time_steps(model: nn.Module, rounds: int = 300) -> dict[str, float]:
+    """Median seconds of `step_and_norms` per optimizer, each on a copy of the model's weights and last gradients."""
+    seconds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
+    runs = {}
+    for name, construct in OPTIMIZERS.items():
+        params = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
+        for copy, p in zip(params, model.parameters(), strict=True):
+            copy.grad = None if p.grad is None else p.grad.clone()
+        optimizer = construct(params, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        runs[name] = partial(step_and_norms, optimizer, [torch.empty_like(p) for p in params])
+    wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
+    # They take turns, so that whatever else the machine does meets all of them.
+    for _ in range(rounds):
+        for name, run in runs.items():
+            wait()
+            start = time.perf_counter()
+            run()
+            wait()
+            seconds[name].append(time.perf_counter() - start)
+    warm_up = rounds // 10
+    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
+
+
+def plot(curves: list[dict[str, Any]], steps: list[normkern.StepStats], names: list[str], title: str, file: Path) -> None:
+    """Four panels over the epochs, as PNG: loss, test accuracy, effective LR, angular update against its prediction."""
+    from matplotlib.figure import Figure
+
+    epochs = [row["epoch"] for row in curves]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    figure.suptitle(title)
+    (loss, right), (rate, angle) = figure.subplots(2, 2)
+
+    loss.plot(epochs, [row["loss"] for row in curves])
+    loss.set(title="Training loss", ylabel="cross entropy (nats)", yscale="log")
+
+    right.plot(epochs, [100 * row["test_accuracy"] for row in curves])
+    right.set(title=f"Test accuracy: {curves[-1]['test_accuracy']:.2%} in the end", ylabel="test images told right (%)")
+
+    rate.set(title="Effective learning rate", ylabel="lr / |w|$^2$")
+    angle.set(title="Angular update", ylabel="angle between w and the next w (rad)")
+    if steps:
+        when = [(i + 1) * len(curves) / len(steps) for i in range(len(steps))]
+        effective_lr, angular_update = measured(steps, names)
+        rate.plot(when, effective_lr, color="C0", alpha=0.35, linewidth=0.8)
+        rate.plot([], [], color="C0", alpha=0.35, linewidth=0.8, label="each convolution")
+        rate.plot(when, effective_lr.mean(1), color="C0", label="their mean")
+        rate.set(yscale="log")
+        angle.plot(when, root_mean_square(angular_update, 1), color="C1", alpha=0.35, linewidth=0.8, label="each step")
+        angle.plot(epochs, [row["angular_update"] for row in curves], color="C1", label="each epoch, root mean square")
+        rate.legend()
+    else:
+        rate.text(0.5, 0.5, "torch.optim.SGD does not measure it", transform=rate.transAxes, ha="center")
+    predicted = [row["predicted_angular_update"] for row in curves]
+    angle.plot(epochs, predicted, color="black", linestyle="--", label=r"predicted: $\sqrt{2\,lr\,wd/(1+momentum)}$")
+    angle.set_ylim(bottom=0)
+    angle.legend()
+    for panel in (loss, right, rate, angle):
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+    figure.savefig(file, dpi=120)
+
+
+def print_times(console: Console, seconds: dict[str, float], parameters: int) -> None:
+    """The table of `time_steps`."""
+    from rich.table import Table
+
+    table = Table(title=f"A step with |w|, |g|, <w,g>, |u|, <w,u> of all {parameters} parameter tensors", title_style="")
+    table.add_column("optimizer")
+    table.add_column("microseconds", justify="right")
+    table.add_column("of normkern's", justify="right")
+    labels = {
+        "normkern": 'normkern.SGD(stats="tensor")',
+        "torch": "torch.optim.SGD, norms eagerly",
+        "torch-foreach": "torch.optim.SGD(foreach=True), norms eagerly",
+        "torch-fused": "torch.optim.SGD(fused=True), norms eagerly",
+    }
+    for name, time_of_step in seconds.items():
+        table.add_row(labels[name], f"{1e6 * time_of_step:.0f}", f"{time_of_step / seconds['normkern']:.1f} x")
+    console.print(table)
+
+
+def run(optimizer_name: str, epochs: int, seed: int, out: Path) -> None:
+    """Train, print a line per epoch, time the optimizers; leave ``train.json`` and ``curves.png`` in the folder `out`."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, labels, test_images, test_labels = (x.to(device) for x in digits())
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model = ResNet().to(device)
+    optimizer = make_optimizer(optimizer_name, model)
+    # Constant for the first half, which is when the equilibrium shows; then straight to zero.
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(1.0, 2 * (1 - epoch / epochs)))
+    names = list(scale_invariant(model))
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(
+        f"A ResNet of {sum(p.numel() for p in model.parameters())} weights on {len(images)} handwritten digits, "
+        f"{len(test_images)} to test, on {device}.\n"
+        f"Effective LR: mean over its {len(names)} convolutions. Angular update: root mean square, in radians;\n"
+        "predicted: sqrt(2 * lr * weight_decay / (1 + momentum)).\n\n"
+        "epoch     loss   test accuracy   effective LR   angular update   predicted"
+    )
+    curves: list[dict[str, Any]] = []
+    steps: list[normkern.StepStats] = []
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=epochs * math.ceil(len(images) / BATCH_SIZE))
+        for epoch in range(1, epochs + 1):
+            row: dict[str, Any] = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
+            row["loss"], new_steps = train_epoch(
+                model, optimizer, images, labels, generator, partial(progress.advance, bar)
+            )
+            schedule.step()
+            row["test_accuracy"] = accuracy(model, test_images, test_labels)
+            row["predicted_angular_update"] = predicted_angle(row["lr"])
+            row["effective_lr"] = row["angular_update"] = None
+            if new_steps:
+                effective_lr, angular_update = measured(new_steps, names)
+                row["effective_lr"] = effective_lr.mean().item()
+                row["angular_update"] = root_mean_square(angular_update).item()
+            steps += new_steps
+            curves.append(row)
+            rate, angle = ("-" if x is None else f"{x:.5f}" for x in (row["effective_lr"], row["angular_update"]))
+            console.print(
+                f"{epoch:5}  {row['loss']:7.4f}  {row['test_accuracy']:14.2%}  {rate:>13}  {angle:>15}  "
+                f"{row['predicted_angular_update']:10.5f}"
+            )
+
+    step_seconds = time_steps(model)
+    console.print()
+    print_times(console, step_seconds, len(list(model.parameters())))
+    result = {
+        "test_accuracy": curves[-1]["test_accuracy"],
+        "epochs": epochs,
+        "seed": seed,
+        "step_seconds": step_seconds,
+        "optimizer": optimizer_name,
+        "hyperparameters": {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE},
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
+        "versions": {"normkern": normkern.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "curves": curves,
+    }
+    (out / "train.json").write_text(json.dumps(result, indent=2) + "\n")
+    title = f"A small ResNet on handwritten digits, --optimizer {optimizer_name}, seed {seed}"
+    plot(curves, steps, names, title, out / "curves.png")
+    console.print(f"\n{result['test_accuracy']:.2%} test accuracy; wrote {out / 'train.json'} and {out / 'curves.png'}")
