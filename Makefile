@@ -2,7 +2,7 @@
 #   make demo    train on handwritten digits: demo/curves.png, demo/train.json
 #   make test    the whole test suite (make test-slow: with the long sweeps)
 #   make lint    what CI checks of style and types
-#   make bench-sgd    the numbers of the README: bench/results/sgd.json
+#   make bench-sgd    the numbers of the README: bench/results/sgd.json, README.md
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) CMakeLists.txt pyproject.toml constraints.txt
@@ -30,7 +30,7 @@ format: .venv/ready
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
 
 bench-sgd: .venv/ready
-	$(BIN)/python bench/sgd.py --out bench/results/sgd.json
+	$(BIN)/python bench/sgd.py --out bench/results/sgd.json --readme README.md
 
 # An editable install: Python files are read from here, the binary is built anew when its sources change.
 .venv/ready: $(SOURCES)

@@ -1,6 +1,6 @@
 """The time of one step: normkern.SGD, torch's three SGDs and the machine's limit, interleaved, medians and ratios.
 
-    python bench/sgd.py --out bench/results/sgd.json [--seconds 6] [--cases resnet50 tiny161]
+    python bench/sgd.py --out bench/results/sgd.json [--seconds 6] [--cases ResNet-50]
 
 Machines are noisy: only ratios within one run are worth quoting. Before anything is timed each competitor's step is
 compared with a float64 step; one that is wrong is reported as wrong and not timed.
@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -50,13 +51,13 @@ def resnet50_shapes() -> list[tuple[int, ...]]:
 
 
 CASES: dict[str, tuple[list[tuple[int, ...]], torch.dtype]] = {
-    "resnet50": (resnet50_shapes(), torch.float32),
-    "64M": ([(64 << 20,)], torch.float32),
-    "64M bfloat16": ([(64 << 20,)], torch.bfloat16),
-    "64M float16": ([(64 << 20,)], torch.float16),
-    "tiny161": ([(8, 8)] * 161, torch.float32),
-    "tiny161 of 1024": ([(32, 32)] * 161, torch.float32),
-    "tiny20": ([(8, 8)] * 20, torch.float32),
+    "ResNet-50": (resnet50_shapes(), torch.float32),
+    "one of 64M": ([(64 << 20,)], torch.float32),
+    "one of 64M, bf16": ([(64 << 20,)], torch.bfloat16),
+    "one of 64M, f16": ([(64 << 20,)], torch.float16),
+    "161 of 8x8": ([(8, 8)] * 161, torch.float32),
+    "161 of 32x32": ([(32, 32)] * 161, torch.float32),
+    "20 of 8x8": ([(8, 8)] * 20, torch.float32),
 }
 
 
@@ -90,7 +91,7 @@ def with_norms(params: list[nn.Parameter], step: Step) -> Step:
             torch._foreach_norm(params)
             torch._foreach_norm(grads)
             for p, g in zip(params, grads, strict=True):
-                torch.dot(p.view(-1), g.view(-1))  # type: ignore[union-attr]
+                torch.dot(p.view(-1), g.view(-1))
         step()
 
     return measured
@@ -159,7 +160,7 @@ def interleaved(steps: dict[str, Step], seconds: float) -> dict[str, list[float]
     return times
 
 
-def run_case(name: str, seconds: float) -> dict[str, object]:
+def run_case(name: str, seconds: float) -> dict[str, Any]:
     shapes, dtype = CASES[name]
     params = [nn.Parameter(torch.randn(s).to(dtype)) for s in shapes]
     for p in params:
@@ -223,32 +224,62 @@ def machine() -> dict[str, object]:
     }
 
 
-def show(console: Console, name: str, case: dict[str, object]) -> None:
+def show(console: Console, name: str, case: dict[str, Any]) -> None:
     seconds, ratios, quartiles = (case[k] for k in ("seconds", "times_of_normkern", "quartiles"))
     table = Table(title=f"{name}: {case['tensors']} tensors, {case['coordinates']:,} coordinates, {case['dtype']}")
     for column in ("step", "median us", "quartiles us", "GB/s", "ratio"):
         table.add_column(column, justify="left" if column == "step" else "right", no_wrap=True)
-    for n, t in seconds.items():  # type: ignore[attr-defined]
-        low, high = quartiles[n]  # type: ignore[index]
-        rate = case["bytes_moved"] / t / 1e9  # type: ignore[operator]
-        table.add_row(n, f"{t * 1e6:,.1f}", f"{low * 1e6:,.1f} - {high * 1e6:,.1f}", f"{rate:.1f}", f"{ratios[n]:.2f}")  # type: ignore[index]
-    for n in case["wrong"]:  # type: ignore[attr-defined]
+    for n, t in seconds.items():
+        low, high = quartiles[n]
+        rate = case["bytes_moved"] / t / 1e9
+        table.add_row(n, f"{t * 1e6:,.1f}", f"{low * 1e6:,.1f} - {high * 1e6:,.1f}", f"{rate:.1f}", f"{ratios[n]:.2f}")
+    for n in case["wrong"]:
         table.add_row(n, "wrong", "", "", "")
     console.print(table)
+
+
+def readme_table(results: dict[str, Any]) -> str:
+    """The cases as Markdown: microseconds of ours, and how many times longer the others take."""
+    columns = [
+        "normkern tensor",
+        "normkern row",
+        "torch fused",
+        "torch default",
+        "torch fused + norms",
+        "five-stream loop",
+    ]
+    lines = [
+        "| case | normkern | " + " | ".join(columns) + " |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for name, case in results["cases"].items():
+        ratios = case["times_of_normkern"]
+        cells = ["wrong" if c in case["wrong"] else f"{ratios[c]:.2f} x" if c in ratios else "" for c in columns]
+        microseconds = case["seconds"]["normkern"] * 1e6
+        lines.append(f"| {name}, {case['dtype']} | {microseconds:,.0f} us | " + " | ".join(cells) + " |")
+    m = results["machine"]
+    return "\n".join([*lines, "", f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}."])
+
+
+def write_between_marks(file: Path, text: str) -> None:
+    begin, end = "<!-- bench:begin -->", "<!-- bench:end -->"
+    head, rest = file.read_text().split(begin)
+    file.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
+    parser.add_argument("--readme", type=Path, help="write the table into this file, between its marks")
     parser.add_argument("--seconds", type=float, default=6.0, help="per case")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--no-build", action="store_true", help="leave out build time, wheel size and import time")
     arguments = parser.parse_args()
     console = Console()
-    results: dict[str, object] = {"machine": machine(), "hyperparameters": HYPER, "cases": {}}
+    results: dict[str, Any] = {"machine": machine(), "hyperparameters": HYPER, "cases": {}}
     for name in arguments.cases:
         case = run_case(name, arguments.seconds)
-        results["cases"][name] = case  # type: ignore[index]
+        results["cases"][name] = case
         show(console, name, case)
     if not arguments.no_build:
         results["build"] = build_numbers()
@@ -256,6 +287,8 @@ def main() -> None:
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.readme:
+        write_between_marks(arguments.readme, readme_table(results))
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ def _add_train(commands: Commands) -> None:
         "train",
         help="the demo: train a small ResNet on handwritten digits and watch its norms",
         description=(
-            "Train a small batch-normalised ResNet on scikit-learn's handwritten digits, print what every epoch measured, "
-            "time the step against torch's, and write train.json and curves.png."
+            "Train a small batch-normalised ResNet on scikit-learn's handwritten digits, print what every epoch "
+            "measured, time the step against torch's, and write train.json and curves.png."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -48,19 +48,25 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     from . import train
 
     # Asked for before the work begins: a missing matplotlib must not cost a training run.
-    for module, package in train.PACKAGES.items():
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as missing:
-            wanted = package if missing.name == module else f"{package}, which needs {missing.name}"
-            print(f"{parser.prog}: {wanted} is not installed: pip install 'normkern[demo]'", file=sys.stderr)
-            return 1
+    missing = [package for module, package in train.PACKAGES.items() if not _importable(module)]
+    if missing:
+        packages = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
+        print(f"{parser.prog}: {packages} not installed: pip install 'normkern[demo]'", file=sys.stderr)
+        return 1
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: expected a folder that exists or can be made, got {arguments.out} ({error})")
     train.run(arguments.optimizer, arguments.epochs, arguments.seed, arguments.out)
     return 0
+
+
+def _importable(module: str) -> bool:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return False
+    return True
 
 
 def _whole_number(low: int, high: int) -> Callable[[str], int]:

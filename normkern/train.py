@@ -141,7 +141,8 @@ def train_epoch(
     model.train()
     total = torch.zeros((), device=images.device)
     steps = []
-    for batch in torch.randperm(len(images), generator=generator).to(images.device).split(BATCH_SIZE):
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    for batch in torch.split(order, BATCH_SIZE):
         loss = F.cross_entropy(model(shifted(images[batch], generator)), labels[batch])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -157,7 +158,8 @@ def train_epoch(
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """The share of images that the model in eval mode tells right, 0 to 1."""
     model.eval()
-    return (model(images).argmax(dim=1) == labels).double().mean().item()
+    right = model(images).argmax(dim=1) == labels
+    return float(right.double().mean())
 
 
 def measured(steps: list[normkern.StepStats], names: list[str]) -> tuple[Tensor, Tensor]:
@@ -203,7 +205,7 @@ def time_steps(model: nn.Module, rounds: int = 300) -> dict[str, float]:
             copy.grad = None if p.grad is None else p.grad.clone()
         optimizer = construct(params, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         runs[name] = partial(step_and_norms, optimizer, [torch.empty_like(p) for p in params])
-    wait = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
+    wait: Callable[[], object] = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
     # They take turns, so that whatever else the machine does meets all of them.
     for _ in range(rounds):
         for name, run in runs.items():
@@ -216,7 +218,9 @@ def time_steps(model: nn.Module, rounds: int = 300) -> dict[str, float]:
     return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
 
 
-def plot(curves: list[dict[str, Any]], steps: list[normkern.StepStats], names: list[str], title: str, file: Path) -> None:
+def plot(
+    curves: list[dict[str, Any]], steps: list[normkern.StepStats], names: list[str], title: str, file: Path
+) -> None:
     """Four panels over the epochs, as PNG: loss, test accuracy, effective LR, angular update against its prediction."""
     from matplotlib.figure import Figure
 
@@ -259,7 +263,8 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
     """The table of `time_steps`."""
     from rich.table import Table
 
-    table = Table(title=f"A step with |w|, |g|, <w,g>, |u|, <w,u> of all {parameters} parameter tensors", title_style="")
+    title = f"A step with |w|, |g|, <w,g>, |u|, <w,u> of all {parameters} parameter tensors"
+    table = Table(title=title, title_style="")
     table.add_column("optimizer")
     table.add_column("microseconds", justify="right")
     table.add_column("of normkern's", justify="right")
@@ -275,7 +280,7 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
 
 
 def run(optimizer_name: str, epochs: int, seed: int, out: Path) -> None:
-    """Train, print a line per epoch, time the optimizers; leave ``train.json`` and ``curves.png`` in the folder `out`."""
+    """Train, print a line per epoch, time the optimizers; leave ``train.json`` and ``curves.png`` in `out`."""
     from rich.console import Console
     from rich.progress import Progress
 
