@@ -25,7 +25,8 @@ if _found is None or tuple(map(int, _found.groups())) < _FLOOR:
         f"found torch {_torch.__version__}. Upgrade it: pip install 'torch>={_FLOOR[0]}.{_FLOOR[1]}'"
     )
 
+from . import ops, reference  # noqa: E402
 from .optim import SGD  # noqa: E402
 from .stats import StepStats  # noqa: E402
 
-__all__ = ["SGD", "StepStats", "__version__"]
+__all__ = ["SGD", "StepStats", "__version__", "ops", "reference"]

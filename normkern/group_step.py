@@ -14,7 +14,7 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.optim.sgd import sgd as torch_sgd
 
 from . import ops
-from .options import BUFFER, check_decay, number
+from .options import BUFFER, check_decay, number, place
 
 _log = logging.getLogger("normkern")
 
@@ -34,15 +34,14 @@ class GroupStep:
         self, plan: ops.SgdStep, state: Any, index: int, options: dict[str, Any], inverse_scale: float
     ) -> None:
         """Reads and checks the group; writes nothing."""
-        where = f"SGD.step: param_groups[{index}]"
         self.plan, self.state, self.index, self.options = plan, state, index, options
         params = options["params"]
         self.params = params = params if type(params) is list else list(params)
-        self.lr, self.stats = number(options["lr"], "lr", where), options["stats"]
-        self.code = ops.stats_code(self.stats, where)
-        momentum = number(options["momentum"], "momentum", where)
+        self.lr, self.stats = number(options["lr"], "lr", index), options["stats"]
+        self.code = 0 if self.stats is None else ops.stats_code(self.stats, place(index))
+        momentum = number(options["momentum"], "momentum", index)
         if options["decay"] != "coupled":
-            check_decay(options["decay"], where)
+            check_decay(options["decay"], place(index))
         self.slot = plan.slots
         self.created: list[tuple[Tensor, Tensor]] = []
         self.left_to_torch: list[int] = []
@@ -61,8 +60,8 @@ class GroupStep:
         arguments = (
             self.lr,
             momentum,
-            number(options["dampening"], "dampening", where),
-            number(options["weight_decay"], "weight_decay", where),
+            number(options["dampening"], "dampening", index),
+            number(options["weight_decay"], "weight_decay", index),
             bool(options["nesterov"]),
             bool(options["maximize"]),
             inverse_scale,
@@ -73,10 +72,11 @@ class GroupStep:
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
         elif refused:
-            self._find_another_way(refused, set(missing), arguments, where)
+            self._find_another_way(refused, set(missing), arguments)
 
-    def _find_another_way(self, refused: list[int], missing: set[int], arguments: _Arguments, where: str) -> None:
+    def _find_another_way(self, refused: list[int], missing: set[int], arguments: _Arguments) -> None:
         """A DTensor runs through its local shard; what the kernel cannot take is left to torch's loop."""
+        where = place(self.index)
         for i in refused:
             p = self.params[i]
             if not (p.is_floating_point() or p.is_complex()):

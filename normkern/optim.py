@@ -8,8 +8,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
-from torch.optim.optimizer import ParamsT
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import ops
 from .group_step import GroupStep, somebody_watches
@@ -116,15 +117,32 @@ class SGD(torch.optim.SGD):
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step. `closure` re-evaluates the model and returns the loss, which is returned."""
+        # torch wraps every step into hooks and a profiler range, which cost as much as a whole step of twenty small
+        # tensors. Ours is marked as wrapped already, and goes through torch's wrapper when somebody is there to notice.
+        watched = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _profiler_enabled()
+        )
+        if watched and type(self).step is SGD.step:  # torch has wrapped the step of a subclass that has its own
+            return self._watched_step() if closure is None else self._watched_step(closure)
+        return self._plain_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _plain_step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
         # One at a time: torch steps an optimizer from two threads in some order, and so do we.
         with self._lock:
             self._step_now()
         return loss
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
     @_disable_dynamo  # the kernels are opaque to torch.compile; without it would warn at each call of one
     def _step_now(self) -> None:

@@ -14,18 +14,26 @@ BUFFER = "momentum_buffer"
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 
 
-def number(x: Any, name: str, where: str) -> float:
-    """A hyperparameter as the float it is: any number, or a tensor of one element (synchronised)."""
+def number(x: Any, name: str, where: str | int) -> float:
+    """A hyperparameter as the float it is: any number, or a tensor of one element (synchronised).
+
+    `where` begins the sentence for what is none: a text, or the position of a param group at a step.
+    """
     if type(x) is float:
         return x
     if isinstance(x, Tensor):
         if x.numel() != 1 or x.is_complex():
-            raise ValueError(f"{where}: {name} expected one number, got a tensor of shape {tuple(x.shape)}")
+            raise ValueError(f"{place(where)}: {name} expected one number, got a tensor of shape {tuple(x.shape)}")
         return float(x.detach())
     try:
         return float(x.__float__())
     except (AttributeError, TypeError):
-        raise ValueError(f"{where}: {name} expected a number, got {x!r}") from None
+        raise ValueError(f"{place(where)}: {name} expected a number, got {x!r}") from None
+
+
+def place(where: str | int) -> str:
+    """How a sentence begins: made only when there is one to say."""
+    return where if isinstance(where, str) else f"SGD.step: param_groups[{where}]"
 
 
 def check_decay(decay: object, where: str) -> None:

@@ -31,7 +31,7 @@ BATCH_SIZE = 32
 EPOCHS = 30
 LR = 0.05
 MOMENTUM = 0.9
-WEIGHT_DECAY = 4e-3
+WEIGHT_DECAY = 1e-2
 
 #: What the demo imports beyond torch: module -> the package that brings it.
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -156,7 +156,7 @@ def train_epoch(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The share of images that the model in eval mode tells right, 0 to 1."""
+    """The share of images that the model, in eval mode, gets right: 0 to 1."""
     model.eval()
     right = model(images).argmax(dim=1) == labels
     return float(right.double().mean())
@@ -171,6 +171,7 @@ def measured(steps: list[normkern.StepStats], names: list[str]) -> tuple[Tensor,
 
 
 def root_mean_square(x: Tensor, dim: int | None = None) -> Tensor:
+    """Over all of `x`, or over one of its dimensions."""
     return x.square().mean(dim).sqrt()
 
 
@@ -188,7 +189,7 @@ def step_and_norms(optimizer: torch.optim.SGD, before: list[Tensor]) -> tuple[li
     grads = [p.grad for p in params]
     torch._foreach_copy_(before, params)
     optimizer.step()
-    updates = list(torch._foreach_sub(params, before))
+    updates = torch._foreach_sub(params, before)
     weight_grad_dots = [torch.dot(w.flatten(), g.flatten()) for w, g in zip(before, grads, strict=True)]
     weight_update_dots = [torch.dot(w.flatten(), u.flatten()) for w, u in zip(before, updates, strict=True)]
     weight_norms, grad_norms, update_norms = (list(torch._foreach_norm(x)) for x in (before, grads, updates))
@@ -219,42 +220,50 @@ def time_steps(model: nn.Module, rounds: int = 300) -> dict[str, float]:
 
 
 def plot(
-    curves: list[dict[str, Any]], steps: list[normkern.StepStats], names: list[str], title: str, file: Path
+    file: Path, title: str, curves: list[dict[str, Any]], steps: list[normkern.StepStats], names: list[str]
 ) -> None:
     """Four panels over the epochs, as PNG: loss, test accuracy, effective LR, angular update against its prediction."""
     from matplotlib.figure import Figure
 
-    epochs = [row["epoch"] for row in curves]
+    ends = [row["epoch"] for row in curves]
+    middles = [end - 0.5 for end in ends]
     figure = Figure(figsize=(10, 7), layout="constrained")
     figure.suptitle(title)
-    (loss, right), (rate, angle) = figure.subplots(2, 2)
+    (loss, correct), (rate, angle) = figure.subplots(2, 2)
 
-    loss.plot(epochs, [row["loss"] for row in curves])
+    loss.plot(middles, [row["loss"] for row in curves])
     loss.set(title="Training loss", ylabel="cross entropy (nats)", yscale="log")
 
-    right.plot(epochs, [100 * row["test_accuracy"] for row in curves])
-    right.set(title=f"Test accuracy: {curves[-1]['test_accuracy']:.2%} in the end", ylabel="test images told right (%)")
+    correct.plot(ends, [100 * row["test_accuracy"] for row in curves], marker=".")
+    correct.set(title=f"Test accuracy: {curves[-1]['test_accuracy']:.2%} at the end", ylabel="correct (%)")
 
     rate.set(title="Effective learning rate", ylabel="lr / |w|$^2$")
-    angle.set(title="Angular update", ylabel="angle between w and the next w (rad)")
+    angle.set(title="Angular update", ylabel="angle that w turns in a step (rad)")
     if steps:
         when = [(i + 1) * len(curves) / len(steps) for i in range(len(steps))]
         effective_lr, angular_update = measured(steps, names)
-        rate.plot(when, effective_lr, color="C0", alpha=0.35, linewidth=0.8)
-        rate.plot([], [], color="C0", alpha=0.35, linewidth=0.8, label="each convolution")
+        each = rate.plot(when, effective_lr, color="C0", alpha=0.35, linewidth=0.8)
+        each[0].set_label("each convolution")
         rate.plot(when, effective_lr.mean(1), color="C0", label="their mean")
         rate.set(yscale="log")
+        rate.legend(loc="lower left")
         angle.plot(when, root_mean_square(angular_update, 1), color="C1", alpha=0.35, linewidth=0.8, label="each step")
-        angle.plot(epochs, [row["angular_update"] for row in curves], color="C1", label="each epoch, root mean square")
-        rate.legend()
+        angle.plot(middles, [row["angular_update"] for row in curves], color="C1", label="each epoch")
     else:
         rate.text(0.5, 0.5, "torch.optim.SGD does not measure it", transform=rate.transAxes, ha="center")
     predicted = [row["predicted_angular_update"] for row in curves]
-    angle.plot(epochs, predicted, color="black", linestyle="--", label=r"predicted: $\sqrt{2\,lr\,wd/(1+momentum)}$")
+    angle.plot(
+        [0, *ends], [predicted[0], *predicted], drawstyle="steps-pre", color="black", linestyle="--",
+        label=r"at equilibrium: $\sqrt{2 \cdot \mathrm{lr} \cdot \mathrm{wd} / (1 + \mathrm{momentum})}$",
+    )  # fmt: skip
     angle.set_ylim(bottom=0)
-    angle.legend()
-    for panel in (loss, right, rate, angle):
-        panel.set_xlabel("epoch")
+    angle.legend(loc="lower left")
+
+    falling = [row["epoch"] - 1 for row in curves if row["lr"] < LR]
+    for panel in (loss, correct, rate, angle):
+        if falling:
+            panel.axvspan(falling[0], ends[-1], color="black", alpha=0.06, linewidth=0)
+        panel.set(xlabel="epoch (grey: the learning rate falls to 0)", xlim=(0, ends[-1]))
         panel.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
 
@@ -267,7 +276,7 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
     table = Table(title=title, title_style="")
     table.add_column("optimizer")
     table.add_column("microseconds", justify="right")
-    table.add_column("of normkern's", justify="right")
+    table.add_column("ratio to normkern", justify="right")
     labels = {
         "normkern": 'normkern.SGD(stats="tensor")',
         "torch": "torch.optim.SGD, norms eagerly",
@@ -275,7 +284,7 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
         "torch-fused": "torch.optim.SGD(fused=True), norms eagerly",
     }
     for name, time_of_step in seconds.items():
-        table.add_row(labels[name], f"{1e6 * time_of_step:.0f}", f"{time_of_step / seconds['normkern']:.1f} x")
+        table.add_row(labels[name], f"{1e6 * time_of_step:.0f}", f"{time_of_step / seconds['normkern']:.2f}")
     console.print(table)
 
 
@@ -343,5 +352,5 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path) -> None:
     }
     (out / "train.json").write_text(json.dumps(result, indent=2) + "\n")
     title = f"A small ResNet on handwritten digits, --optimizer {optimizer_name}, seed {seed}"
-    plot(curves, steps, names, title, out / "curves.png")
+    plot(out / "curves.png", title, curves, steps, names)
     console.print(f"\n{result['test_accuracy']:.2%} test accuracy; wrote {out / 'train.json'} and {out / 'curves.png'}")

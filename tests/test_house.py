@@ -50,6 +50,8 @@ def test_only_ops_imports_the_binary():
 
 def test_nobody_imports_the_reference_at_the_top():
     for path in LOADS:
+        if path.name == "__init__.py":  # the public name
+            continue
         assert not re.search(r"^(from|import) .*reference", path.read_text(), re.MULTILINE), path
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from memory import same_bits
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import optim_error_inputs_func_sgd, optim_inputs_func_sgd
 
 import normkern
@@ -214,6 +215,48 @@ def test_hooks_see_the_step():
     opt.register_step_post_hook(lambda *_: seen.append(w[0].item()))
     opt.step()
     assert seen == [1.0, pytest.approx(0.9)]
+
+
+def test_global_hooks_and_hooks_that_change_the_arguments():
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.ones(3)
+    opt = normkern.SGD([w], lr=0.1)
+    seen = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: seen.append("global pre")),
+        opt.register_step_pre_hook(lambda o, args, kwargs: ((*args, lambda: seen.append("closure")), kwargs)),
+        opt.register_step_post_hook(lambda *_: seen.append("post")),
+        register_optimizer_step_post_hook(lambda *_: seen.append("global post")),
+    ]
+    opt.step()
+    for handle in handles:
+        handle.remove()
+    opt.step()
+    assert seen == ["global pre", "closure", "post", "global post"]
+    assert w[0].item() == pytest.approx(0.8)
+
+
+def test_subclass_with_its_own_step_runs_hooks_once():
+    class Mine(normkern.SGD):
+        def step(self, closure=None):
+            return super().step(closure)
+
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.ones(3)
+    opt = Mine([w], lr=0.1)
+    seen = []
+    opt.register_step_post_hook(lambda *_: seen.append(1))
+    opt.step()
+    assert seen == [1]
+
+
+def test_profiler_sees_the_step():
+    w = nn.Parameter(torch.ones(3))
+    w.grad = torch.ones(3)
+    opt = normkern.SGD([w], lr=0.1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        opt.step()
+    assert "Optimizer.step#SGD.step" in [event.name for event in profile.events()]
 
 
 def test_version_counters_are_bumped():
