@@ -31,7 +31,7 @@ BATCH_SIZE = 32
 EPOCHS = 30
 LR = 0.05
 MOMENTUM = 0.9
-WEIGHT_DECAY = 1e-2
+WEIGHT_DECAY = 4e-3
 
 #: What the demo imports beyond torch: module -> the package that brings it.
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -257,7 +257,7 @@ def plot(
         label=r"at equilibrium: $\sqrt{2 \cdot \mathrm{lr} \cdot \mathrm{wd} / (1 + \mathrm{momentum})}$",
     )  # fmt: skip
     angle.set_ylim(bottom=0)
-    angle.legend(loc="lower left")
+    angle.legend(loc="upper right")
 
     falling = [row["epoch"] - 1 for row in curves if row["lr"] < LR]
     for panel in (loss, correct, rate, angle):
