@@ -54,12 +54,13 @@ template <class T> using Real = typename RealOf<T>::type;
 
 NK_HD float widen(bf16 x) { return as_float((uint32_t)x.bits << 16); }
 
-// The bits of a float, rounded to the nearest bfloat16, ties to even; NaN stays NaN. Or of several floats.
-template <class U, class Bool> NK_HD U bf16_bits(U u, Bool is_nan) {
-  const U rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet_nan = U{} + 0x7fc0u;
+// The bits of a float rounded to the nearest bfloat16, ties to even, in the upper half; what is left in the lower half
+// means nothing. NaN stays NaN. Or of several floats.
+template <class U, class Bool> NK_HD U round_to_bf16(U u, Bool is_nan) {
+  const U rounded = u + 0x7fffu + ((u >> 16) & 1u), quiet_nan = U{} + 0x7fc00000u;
   return is_nan ? quiet_nan : rounded;
 }
-NK_HD bf16 narrow_bf16(float x) { return {(uint16_t)bf16_bits(as_bits(x), x != x)}; }
+NK_HD bf16 narrow_bf16(float x) { return {(uint16_t)(round_to_bf16(as_bits(x), x != x) >> 16)}; }
 
 // binary16 without denormal float operations, so that flush-to-zero mode changes nothing.
 NK_HD float widen(f16 x) {

@@ -108,14 +108,16 @@ NK_HD Eight<float> load(const bf16* p) {
 }
 NK_HD Eight<float> store(bf16* p, Eight<float> x) {
   typedef uint32_t Words __attribute__((vector_size(32)));
-  const __m256i u = (__m256i)bf16_bits((Words)x.part[0], x.part[0] != x.part[0]);
-#if defined(__AVX512VL__)
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtepi32_epi16(u));
+  const __m256i u = (__m256i)round_to_bf16((Words)x.part[0], x.part[0] != x.part[0]);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  const __m256i upper_halves = _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
+  const __m256i packed = _mm256_permutexvar_epi16(upper_halves, u);
 #else
-  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 0b1000);
-  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+  const __m256i low = _mm256_srli_epi32(u, 16);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0b1000);
 #endif
-  x.part[0] = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
+  _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
+  x.part[0] = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000)));
   return x;
 }
 NK_HD Eight<float> load(const f16* p) {
