@@ -88,7 +88,6 @@ PYBIND11_MODULE(_C, m) {
       "stats"_a);
   m.def("gather", gather, "params"_a, "state"_a, "key"_a);
   m.attr("CHUNK") = kChunk;
-  m.attr("SUMS") = StepSums::count;
 
   py::class_<SgdStep>(m, "SgdStep")
       .def(py::init<>())

@@ -56,7 +56,7 @@ class SgdStep {
   std::vector<Operands> operands_;
   std::vector<Job> jobs_;
   std::vector<SgdHyper> hypers_;
-  std::vector<py::object> owned_;  // the tensors that will be written, and the gradients they are read from
+  std::vector<py::object> owned_;  // the lists of gradients; written_ holds the rest
   py::list written_;
   // What a tensor's place in memory was at the last step, in the order of reading. Between most steps nothing moves,
   // and the questions that only memory answers need not be asked again.

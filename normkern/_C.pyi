@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor
 
 CHUNK: int
-SUMS: int
 
 def connect(exchange_api: object, parallel_for: int, tensor: type, parameter: type) -> None: ...
 def isa() -> str: ...

@@ -7,7 +7,7 @@
 namespace nk::cpu {
 namespace {
 
-// Below this many coordinates waking the pool costs more than it brings (measured: 2 cores, 64k to 128k break even).
+// Below this many coordinates waking the pool costs more than it brings. An estimate; not swept yet.
 constexpr int64_t kSerial = 65536;
 
 struct Level {
