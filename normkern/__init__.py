@@ -12,21 +12,33 @@ tensor([5.], dtype=torch.float64)
 """
 
 import re as _re
-
-import torch as _torch
+import sys as _sys
 
 __version__ = "0.1.0"
 
-_FLOOR = (2, 10)
-_found = _re.match(r"(\d+)\.(\d+)", _torch.__version__)
-if _found is None or tuple(map(int, _found.groups())) < _FLOOR:
-    raise ImportError(
-        f"normkern {__version__} needs torch >= {_FLOOR[0]}.{_FLOOR[1]}, whose DLPack exchange API it is built on; "
-        f"found torch {_torch.__version__}. Upgrade it: pip install 'torch>={_FLOOR[0]}.{_FLOOR[1]}'"
-    )
+#: The oldest torch that works.
+TORCH_FLOOR = (2, 10)
 
-from . import ops, reference  # noqa: E402
-from .optim import SGD  # noqa: E402
-from .stats import StepStats  # noqa: E402
+try:
+    import torch as _torch
 
-__all__ = ["SGD", "StepStats", "__version__", "ops", "reference"]
+    _found = _re.match(r"(\d+)\.(\d+)", _torch.__version__)
+    if _found is None or tuple(map(int, _found.groups())) < TORCH_FLOOR:
+        _floor = ".".join(map(str, TORCH_FLOOR))
+        raise ImportError(
+            f"normkern {__version__} needs torch >= {_floor}, whose DLPack exchange API it is built on; "
+            f"found torch {_torch.__version__}. Upgrade it: pip install 'torch>={_floor}'"
+        )
+
+    from . import ops, reference
+    from .optim import SGD
+    from .stats import StepStats
+except Exception as _error:
+    # `python -m normkern` imports the package before its command line can speak: there a sentence says more than a
+    # traceback. While Python looks for the module, sys.argv[0] is "-m" and the rest is what follows the module's name.
+    if _sys.argv[:1] != ["-m"] or _sys.orig_argv[-len(_sys.argv)] != "normkern":
+        raise
+    _cure = "" if type(_error) is ImportError else ". Install it anew: pip install --force-reinstall normkern"
+    _sys.exit(f"python -m normkern: {_error}{_cure}")
+
+__all__ = ["SGD", "TORCH_FLOOR", "StepStats", "__version__", "ops", "reference"]

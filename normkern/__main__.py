@@ -1,11 +1,11 @@
-"""The command line: `python -m normkern train`."""
+"""The command line: `python -m normkern info | doctor | train`."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -19,10 +19,68 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m normkern", description="Fused, measured optimizers for PyTorch, from the command line."
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_info(commands)
+    _add_doctor(commands)
     _add_train(commands)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
+
+
+def _add_info(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="what was built, and what it runs on",
+        description=(
+            "Print versions, the binary and the libraries it needs, instruction-set levels, threads, OpenMP runtimes "
+            "and GPUs."
+        ),
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON")
+    parser.set_defaults(run=lambda arguments: _info(arguments, parser))
+
+
+def _info(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not arguments.json and _lacks(_TABLES, parser):
+        return 1
+    from . import info
+
+    info.show(arguments.json)
+    return 0
+
+
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="is it right on this machine: a line per check, a cure per failure",
+        description=(
+            "Compare every op on every instruction-set level and dtype with the reference, here and now; look at "
+            "threads, OpenMP runtimes, versions and devices. The exit status is 1 if something failed."
+        ),
+    )
+    parser.add_argument("--json", action="store_true", help="as JSON, with what info prints")
+    parser.add_argument(
+        "--import",
+        dest="modules",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="MODULE",
+        help="import these first, as your program does: they may bring a second OpenMP runtime",
+    )
+    parser.set_defaults(run=lambda arguments: _doctor(arguments, parser))
+
+
+def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not arguments.json and _lacks(_TABLES, parser):
+        return 1
+    from . import doctor
+
+    try:
+        brought_by = doctor.import_modules(arguments.modules)
+    except ImportError as error:
+        parser.error(f"argument --import: {error}")
+    return 0 if doctor.show(brought_by, arguments.json) else 1
 
 
 def _add_train(commands: Commands) -> None:
@@ -48,10 +106,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     from . import train
 
     # Asked for before the work begins: a missing matplotlib must not cost a training run.
-    missing = [package for module, package in train.PACKAGES.items() if not _importable(module)]
-    if missing:
-        packages = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
-        print(f"{parser.prog}: {packages} not installed: pip install 'normkern[demo]'", file=sys.stderr)
+    if _lacks(train.PACKAGES, parser):
         return 1
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -59,6 +114,19 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(f"argument --out: expected a folder that exists or can be made, got {arguments.out} ({error})")
     train.run(arguments.optimizer, arguments.epochs, arguments.seed, arguments.out)
     return 0
+
+
+#: What tables need: module -> the package that brings it.
+_TABLES = {"rich": "rich"}
+
+
+def _lacks(packages: Mapping[str, str], parser: argparse.ArgumentParser) -> bool:
+    """Whether any of `packages` (module -> package) cannot be imported; says so."""
+    missing = [package for module, package in packages.items() if not _importable(module)]
+    if missing:
+        named = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'}"
+        print(f"{parser.prog}: {named} not installed: pip install 'normkern[demo]'", file=sys.stderr)
+    return bool(missing)
 
 
 def _importable(module: str) -> bool:

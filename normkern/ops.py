@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 try:
-    from . import _C
+    import normkern._C as _C
 except ImportError as error:
     raise ImportError(
         f"normkern's binary could not be loaded ({error}). Build it for this interpreter "
@@ -25,6 +25,8 @@ Stats: TypeAlias = Literal["tensor", "row"] | None
 SUMS = ("weight_sq", "grad_sq", "weight_grad_dot", "update_sq", "weight_update_dot")
 #: Coordinates per chunk: the unit of work and of summation.
 CHUNK: int = _C.CHUNK
+#: The binary itself, for those who examine it.
+binary = _C
 _STATS_CODE = {None: 0, "tensor": 1, "row": 2}
 
 SgdStep = _C.SgdStep

@@ -1,0 +1,76 @@
+"""How far what an op wrote is from the reference, in roundings."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .places import PLACES, SIZES
+
+NO_FMA = ("v2", "portable")  # levels on which every multiply-add rounds twice
+
+
+@dataclass(frozen=True)
+class Written:
+    """What an op left behind: the tensors it wrote, flat and one after the other; its table of sums; any trespass."""
+
+    tensors: dict[str, Tensor]
+    sums: Tensor
+    trespass: str | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """From the reference: the largest number of roundings in any coordinate, and a sentence if that is too many."""
+
+    roundings: float
+    fault: str | None
+
+
+def roundings_allowed(isa: str, dtype: torch.dtype) -> float:
+    """Roundings of arithmetic precision on the way to a stored value; the reference's own are added in float64."""
+    return (7.0 if isa in NO_FMA else 4.0) + (7.0 if dtype == torch.float64 else 0.0)
+
+
+def difference(name: str, got: Tensor, exact: Tensor, size: Tensor, allowed: float) -> Difference:
+    """`got` against `exact`; `size`: the largest intermediate result, half a unit of which is one rounding.
+
+    The one rounding to a narrow storage type is free.
+    """
+    error = (got.double() - exact).abs()
+    if got.dtype not in (torch.float64, torch.float32):
+        t = torch.finfo(got.dtype)
+        error -= 0.5 * t.eps * (exact.abs() * (1 + 1e-6) + t.smallest_normal)
+    real = torch.float64 if got.dtype == torch.float64 else torch.float32
+    roundings = (error / (0.5 * torch.finfo(real).eps * size)).nan_to_num(nan=math.inf)
+    roundings[same(got.double(), exact)] = 0
+    worst = max(0.0, float(roundings.max()))
+    if worst <= allowed:
+        return Difference(worst, None)
+    # Numbers tell more of what went wrong than an infinity that became NaN.
+    finite = torch.where(roundings.isfinite(), roundings, 0)
+    i = int((finite if finite.max() > allowed else roundings).argmax())
+    ends = list(accumulate(SIZES))
+    place = bisect_right(ends, i)
+    where, shape = i - ends[place] + SIZES[place], PLACES[place][0]
+    return Difference(
+        worst,
+        f"{name}[{where}] of shape {shape} is {float(got[i]):.9g}, expected {float(exact[i]):.9g} "
+        f"({int((roundings > allowed).sum())} of {len(got)} are wrong)",
+    )
+
+
+def same(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors are equal, NaN like infinity and zero."""
+    return (a == b) | (a.isnan() & b.isnan())
+
+
+def bits(x: Tensor) -> Tensor:
+    """Bits that can be compared; which NaN it is does not matter."""
+    x = torch.where(x.isnan(), torch.full_like(x, math.nan), x)
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
