@@ -2,12 +2,13 @@
 #   make demo    train on handwritten digits: demo/curves.png, demo/train.json
 #   make test    the whole test suite (make test-slow: with the long sweeps)
 #   make lint    what CI checks of style and types
-#   make bench-sgd    the numbers of the README: bench/results/sgd.json, README.md
+#   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
+#   make bench-compare OLD=a.json NEW=b.json    what got slower
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format bench-sgd clean
+.PHONY: demo test test-slow lint format bench bench-compare clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -29,14 +30,33 @@ format: .venv/ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
 
-bench-sgd: .venv/ready
-	$(BIN)/python bench/sgd.py --out bench/results/sgd.json --readme README.md
+ifdef QUICK
+BENCH_JSON := build/bench.json
+BENCH_TO := --plot build/bench.png
+else
+BENCH_JSON := bench/results/bench.json
+BENCH_TO := --plot docs/bench.png --readme README.md
+endif
+
+bench: .venv/ready .venv/bench-ready
+	mkdir -p $(dir $(BENCH_JSON))
+	$(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-quiet $(if $(QUICK),--quick) --benchmark-json=$(BENCH_JSON)
+	$(BIN)/python -m bench.report $(BENCH_JSON) $(BENCH_TO)
+
+bench-compare: .venv/ready .venv/bench-ready
+	$(BIN)/python -m bench.compare $(OLD) $(NEW)
 
 # An editable install: Python files are read from here, the binary is built anew when its sources change.
 .venv/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test,lint]"
+	touch $@
+
+# Peers with large packages are welcome, not needed: where one cannot be had, its rows say so.
+.venv/bench-ready: pyproject.toml constraints.txt | .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench-peers]" || echo "bench: going on without some peers"
 	touch $@
 
 clean:

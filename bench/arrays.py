@@ -1,0 +1,52 @@
+"""What a maker receives and what it returns: the arrays of an optimizer step, and a step over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .cases import Shape
+
+#: A learning rate so small that a minute of steps leaves the weights where they are.
+HYPER = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 5e-4}
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Weights with their gradients, and momentum buffers: the same memory for every peer, so none has luck with it."""
+
+    params: list[nn.Parameter]
+    momentum_buffers: list[Tensor]
+    hyper: dict[str, float]
+
+    @property
+    def grads(self) -> list[Tensor | None]:
+        return [p.grad for p in self.params]
+
+
+def arrays(shapes: Sequence[Shape], dtype: torch.dtype) -> Arrays:
+    """Random weights and gradients, momentum buffers of zeros."""
+    params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn(p.shape, dtype=dtype)
+    return Arrays(params, [torch.zeros_like(p, requires_grad=False) for p in params], HYPER)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one peer.
+
+    run: the step, which is what gets timed.
+    sums: |w|^2, |g|^2, <w,g> of the last run, (tensors, 3) float64; None where nothing is measured.
+    write_back: copies the weights into the params, for a peer that has arrays of its own.
+    """
+
+    run: Callable[[], object]
+    sums: Callable[[], Tensor] | None = None
+    write_back: Callable[[], None] = lambda: None
+
+
+Maker = Callable[[Arrays], Step]

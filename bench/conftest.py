@@ -1,0 +1,52 @@
+"""What pytest-benchmark writes into the JSON beside the samples' statistics: machine, versions, who was left out."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from .arrays import HYPER
+from .machine import build_numbers, machine_info
+
+LEFT_OUT = pytest.StashKey[dict[str, dict[str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="few cases, a few seconds each, no build")
+    parser.addoption("--seconds", type=float, help="of interleaved turns per case")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[LEFT_OUT] = {}
+
+
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    return machine_info()
+
+
+def pytest_benchmark_update_commit_info(commit_info: dict[str, Any]) -> None:
+    for key in ("project", "branch"):  # names of this checkout, not of what was measured
+        commit_info.pop(key, None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    quick = config.getoption("quick")
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)  # thousands of lines that no reader here needs: the quartiles stay
+        entry.pop("options", None)
+    output_json["normkern"] = {
+        "quick": quick,
+        "hyperparameters": HYPER,
+        "left_out": [
+            {"group": group, "peer": peer, "reason": reason}
+            for group, peers in config.stash[LEFT_OUT].items()
+            for peer, reason in peers.items()
+        ],
+    }
+    if not quick:
+        try:
+            output_json["normkern"]["build"] = build_numbers()
+        except (OSError, subprocess.CalledProcessError) as error:  # no network, no pip: the times are worth keeping
+            output_json["normkern"]["build"] = {"failed": str(error)}

@@ -1,0 +1,46 @@
+"""The table of jobs: what is done to a case, how much memory that must move, and how a peer's result is judged.
+
+Jobs that share a `prepare` share its data and are measured in one interleaved run. A new kernel adds a `Job` here, its
+check to right.py, its peers to peers.py, and names the job in the cases that it is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .arrays import arrays
+from .cases import Shape
+from .right import sgd_fault, sgd_statistics_fault
+
+
+@dataclass(frozen=True)
+class Job:
+    """What peers compete in.
+
+    prepare: (shapes, dtype) -> what their makers receive.
+    streams: how many times every coordinate must be read or written; the bytes moved follow from it.
+    limit: the loop of limits.py that moves memory in this way.
+    anchor: the peer of which the others' times are multiples.
+    fault: (maker, dtype) -> what is wrong with its numbers, or "".
+    """
+
+    name: str
+    prepare: Callable[[Sequence[Shape], torch.dtype], Any]
+    streams: int
+    limit: str
+    anchor: str
+    fault: Callable[[Callable[..., Any], torch.dtype], str]
+
+
+JOBS: dict[str, Job] = {
+    job.name: job
+    for job in (
+        Job("step", arrays, 5, "five-stream loop", "normkern", sgd_fault),
+        # The sums come from numbers that the step has in its hands: no further stream.
+        Job("step + statistics", arrays, 5, "five-stream loop", "normkern", sgd_statistics_fault),
+    )
+}

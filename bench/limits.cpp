@@ -1,0 +1,55 @@
+// limits.cpp - what this machine's memory can do: flat loops on torch's pool and nothing else.
+// limits.py compiles it with the machine's own compiler and times it beside the rest, in every run.
+#include <cstdint>
+
+using ParallelFor = int (*)(int64_t, int64_t, int64_t, void (*)(int64_t, int64_t, void*), void*);
+
+namespace {
+struct Arrays {
+  float* w;
+  const float* g;
+  float* v;
+};
+
+// One piece per thread, and none so short that a second thread costs more than it brings.
+void run(ParallelFor parallel_for, Arrays arrays, int64_t n, int64_t threads, void (*loop)(int64_t, int64_t, void*)) {
+  int64_t piece = (n + threads - 1) / threads;
+  parallel_for(0, n, piece < 32768 ? 32768 : piece, loop, &arrays);
+}
+}  // namespace
+
+// The least that a momentum step can do: read w, g and v, write w and v. As a compiler sees it, without prefetching: a
+// step that prefetches may pass it by some per cent.
+extern "C" void five_streams(ParallelFor parallel_for, float* w, const float* g, float* v, int64_t n, int64_t threads) {
+  run(parallel_for, {w, g, v}, n, threads, [](int64_t begin, int64_t end, void* context) {
+    const Arrays& arrays = *static_cast<Arrays*>(context);
+    float* __restrict w = arrays.w;
+    float* __restrict v = arrays.v;
+    const float* __restrict g = arrays.g;
+    for (int64_t i = begin; i < end; i++) {
+      v[i] = 0.9f * v[i] + (g[i] + 5e-4f * w[i]);
+      w[i] = w[i] - 1e-6f * v[i];
+    }
+  });
+}
+
+// Read g once. The bits are folded with xor, which compilers may reorder; v takes one word, or the loop would be dropped.
+extern "C" void read(ParallelFor parallel_for, float* w, const float* g, float* v, int64_t n, int64_t threads) {
+  run(parallel_for, {w, g, v}, n, threads, [](int64_t begin, int64_t end, void* context) {
+    const Arrays& arrays = *static_cast<Arrays*>(context);
+    const uint32_t* bits = reinterpret_cast<const uint32_t*>(arrays.g);
+    uint32_t folded = 0;
+    for (int64_t i = begin; i < end; i++) folded ^= bits[i];
+    arrays.v[begin] = static_cast<float>(folded & 1);
+  });
+}
+
+// Read g, write w.
+extern "C" void copy(ParallelFor parallel_for, float* w, const float* g, float* v, int64_t n, int64_t threads) {
+  run(parallel_for, {w, g, v}, n, threads, [](int64_t begin, int64_t end, void* context) {
+    const Arrays& arrays = *static_cast<Arrays*>(context);
+    float* __restrict w = arrays.w;
+    const float* __restrict g = arrays.g;
+    for (int64_t i = begin; i < end; i++) w[i] = g[i];
+  });
+}

@@ -1,0 +1,248 @@
+"""The table of peers: who does a job, and for which cases. A new peer is a maker and one line of `PEERS`.
+
+A maker takes what its job prepares and returns a `Step`; right.py judges it before it is timed.
+
+Looked at on the package index in November 2026 and left out. Their code was read or run:
+- another rule (the decay is decoupled, not part of the gradient): heavyball 3.2 SGD, timm 1.0 SGDW;
+- no kernel for the CPU: flashoptim 0.1, which is Triton;
+- no torch of today: intel-extension-for-pytorch 2.8, its last, which refuses any torch but 2.8;
+- torchopt 0.7: the rule in several eager operations, made for differentiating through it; its C++ is Adam's alone.
+By their listing or documentation only:
+- other rules: torch_optimizer (SGDW, SGDP, AccSGD), schedulefree, dadaptation, madgrad;
+- no plain SGD of their own for the CPU: deepspeed, colossalai, torchao;
+- frameworks with arrays of their own (TensorFlow, Keras, Paddle, MLX): JAX with optax stands for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import normkern
+from normkern import reference
+
+from .arrays import Arrays, Maker, Step
+from .cases import Case
+from .limits import compiler
+
+M = 1 << 20
+
+
+# --- makers: torch.optim.SGD and its drop-ins -------------------------------------------------------------------------
+
+
+def shared(optimizer: torch.optim.Optimizer, arrays: Arrays, key: str = "momentum_buffer", **more: Any) -> Any:
+    """The optimizer, with the common momentum buffers in its state."""
+    for p, buffer in zip(arrays.params, arrays.momentum_buffers, strict=True):
+        optimizer.state[p].update({key: buffer}, **more)
+    return optimizer
+
+
+def torch_step(arrays: Arrays, **choice: bool) -> Step:
+    return Step(shared(torch.optim.SGD(arrays.params, **arrays.hyper, **choice), arrays).step)
+
+
+def torch_compiled(arrays: Arrays) -> Step:
+    """As torch documents it: the step of a default optimizer, compiled."""
+    return Step(torch.compile(torch_step(arrays).run))
+
+
+def normkern_step(arrays: Arrays) -> Step:
+    return Step(shared(normkern.SGD(arrays.params, **arrays.hyper), arrays).step)
+
+
+def reference_step(arrays: Arrays) -> Step:
+    return Step(lambda: reference.sgd_(arrays.params, arrays.grads, list(arrays.momentum_buffers), **arrays.hyper))
+
+
+def optimi_step(arrays: Arrays) -> Step:
+    import optimi
+
+    # kahan_sum would add a stream in low precision. Its decay is added to the user's gradients, in place.
+    optimizer = optimi.SGD(arrays.params, kahan_sum=False, **arrays.hyper)
+    return Step(shared(optimizer, arrays, "exp_avg", kahan_comp=None).step)
+
+
+def pytorch_optimizer_step(arrays: Arrays) -> Step:
+    import pytorch_optimizer
+
+    # Its decay, too, is added to the user's gradients, in place.
+    return Step(shared(pytorch_optimizer.SGDW(arrays.params, weight_decouple=False, **arrays.hyper), arrays).step)
+
+
+def bitsandbytes_step(arrays: Arrays) -> Step:
+    import bitsandbytes
+
+    return Step(bitsandbytes.optim.SGD32bit(arrays.params, **arrays.hyper).step)  # its buffers are float32
+
+
+# --- makers: step + statistics ----------------------------------------------------------------------------------------
+
+
+def normkern_measured(arrays: Arrays, stats: Any) -> Step:
+    optimizer = shared(normkern.SGD(arrays.params, stats=stats, **arrays.hyper), arrays)
+
+    def sums() -> Tensor:
+        told = optimizer.stats()
+        columns = torch.stack([told.weight_sq, told.grad_sq, told.weight_grad_dot], dim=1)
+        return torch.stack([columns[told.slots[name]].sum(0) for name in told.names])
+
+    return Step(optimizer.step, sums)
+
+
+def reference_measured(arrays: Arrays) -> Step:
+    told: list[Tensor | None] = [None]
+
+    def step() -> None:
+        buffers: list[Tensor | None] = list(arrays.momentum_buffers)
+        told[0] = reference.sgd_(arrays.params, arrays.grads, buffers, stats="tensor", **arrays.hyper)
+
+    return Step(step, lambda: told[0][:, :3])  # type: ignore[index]
+
+
+def torch_measured(arrays: Arrays, compiled: bool = False, **choice: bool) -> Step:
+    """What one has to add to torch's step to know |w|, |g| and <w,g>; not |u| and <w,u>, which would cost a copy."""
+    step, told = torch_step(arrays, **choice).run, []
+
+    def norms_and_step() -> tuple[Any, Any, list[Tensor]]:
+        params, grads = arrays.params, [p.grad for p in arrays.params]
+        with torch.no_grad():
+            w, g = torch._foreach_norm(params), torch._foreach_norm(grads)
+            dots = [torch.dot(p.view(-1), g.view(-1)) for p, g in zip(params, grads, strict=True) if g is not None]
+        step()
+        return w, g, dots
+
+    run = torch.compile(norms_and_step) if compiled else norms_and_step
+
+    def measured() -> None:
+        told[:] = run()
+
+    def sums() -> Tensor:
+        w, g, dots = (torch.stack(list(x)).double() for x in told)
+        return torch.stack([w**2, g**2, dots], dim=1)
+
+    return Step(measured, sums)
+
+
+# --- makers: JAX ------------------------------------------------------------------------------------------------------
+
+
+def optax_step(arrays: Arrays, measured: bool = False) -> Step:
+    """optax's chain as one jitted function that may write over its inputs; JAX has its own arrays and threads."""
+    import jax
+    import optax
+
+    decay, rest = arrays.hyper["weight_decay"], (arrays.hyper["lr"], arrays.hyper["momentum"])
+    rule = optax.chain(optax.add_decayed_weights(decay), optax.sgd(*rest))
+
+    def to_jax(tensors: list[Any]) -> list[Any]:
+        dtype = str(tensors[0].dtype).removeprefix("torch.")
+        return [jax.numpy.array(t.detach().float().numpy(), dtype=dtype) for t in tensors]
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def apply(params: Any, state: Any, grads: Any) -> Any:
+        pairs = [(p.ravel().astype("float32"), g.ravel().astype("float32")) for p, g in zip(params, grads, strict=True)]
+        sums = [(p @ p, g @ g, p @ g) for p, g in pairs] if measured else []
+        updates, state = rule.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, sums
+
+    params, grads, told = to_jax(list(arrays.params)), to_jax(arrays.grads), []
+    state = rule.init(params)
+
+    def step() -> None:
+        nonlocal params, state, told
+        params, state, told = apply(params, state, grads)
+        jax.block_until_ready((params, state, told))
+
+    def write_back() -> None:
+        with torch.no_grad():
+            for p, w in zip(arrays.params, params, strict=True):
+                p.copy_(torch.tensor(jax.numpy.asarray(w, dtype="float32").tolist()))
+
+    def sums() -> Tensor:
+        return torch.tensor([[float(x) for x in row] for row in told], dtype=torch.float64)
+
+    return Step(step, sums if measured else None, write_back)
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def anything(case: Case) -> bool:
+    return True
+
+
+def up_to(coordinates: int) -> Callable[[Case], bool]:
+    return lambda case: case.coordinates <= coordinates
+
+
+def compiles_soon(case: Case) -> bool:
+    """Each list compiles anew: a quarter of a minute for 150 tensors, so once per list and not in a quick run."""
+    return few(case) or (case.dtype == torch.float32 and case.name != "161 of 32x32")
+
+
+def few(case: Case) -> bool:
+    return len(case.shapes) <= 20
+
+
+def on_the_index(case: Case) -> bool:
+    """Peers from the index have memory and time of their own: the largest list is left to torch and us."""
+    return case.coordinates <= 64 * M and case.dtype != torch.float64
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One competitor in one job.
+
+    fits: is it worth its time and memory on this case?
+    quick: and in a quick run?
+    needs: packages to import, as (module, name on the index), and ("c++", "") for a compiler.
+    """
+
+    name: str
+    job: str
+    make: Maker
+    fits: Callable[[Case], bool] = anything
+    needs: tuple[tuple[str, str], ...] = ()
+    quick: Callable[[Case], bool] = anything
+
+    def missing(self) -> str:
+        """What must be installed first, or ""."""
+        for module, package in self.needs:
+            if module == "c++" and compiler() is None:
+                return "not installed: a C++ compiler"
+            if module != "c++" and importlib.util.find_spec(module) is None:
+                return f"not installed: {package}"
+        return ""
+
+
+CXX = (("c++", ""),)
+OPTIMI, PYTORCH_OPTIMIZER = (("optimi", "torch-optimi"),), (("pytorch_optimizer", "pytorch-optimizer"),)
+BITSANDBYTES, JAX = (("bitsandbytes", "bitsandbytes"),), (("jax", "jax"), ("optax", "optax"))
+part = functools.partial
+
+PEERS: tuple[Peer, ...] = (
+    Peer("normkern", "step", normkern_step),
+    Peer("reference", "step", reference_step, quick=up_to(32 * M)),
+    Peer("torch default", "step", torch_step),
+    Peer("torch foreach", "step", part(torch_step, foreach=True)),
+    Peer("torch fused", "step", part(torch_step, fused=True)),
+    Peer("torch compile", "step", torch_compiled, compiles_soon, CXX, few),
+    Peer("optimi", "step", optimi_step, on_the_index, OPTIMI, up_to(32 * M)),
+    Peer("pytorch_optimizer", "step", pytorch_optimizer_step, on_the_index, PYTORCH_OPTIMIZER, up_to(32 * M)),
+    Peer("bitsandbytes", "step", bitsandbytes_step, on_the_index, BITSANDBYTES, up_to(32 * M)),
+    Peer("optax jit", "step", optax_step, on_the_index, JAX, up_to(32 * M)),
+    Peer("normkern tensor", "step + statistics", part(normkern_measured, stats="tensor")),
+    Peer("normkern row", "step + statistics", part(normkern_measured, stats="row")),
+    Peer("reference tensor", "step + statistics", reference_measured, up_to(32 * M), quick=up_to(M)),
+    Peer("torch foreach + norms", "step + statistics", part(torch_measured, foreach=True)),
+    Peer("torch fused + norms", "step + statistics", part(torch_measured, fused=True)),
+    Peer("torch compile + norms", "step + statistics", part(torch_measured, compiled=True), compiles_soon, CXX, few),
+    Peer("optax jit + norms", "step + statistics", part(optax_step, measured=True), on_the_index, JAX, up_to(32 * M)),
+)

@@ -1,0 +1,125 @@
+"""A results file as a table on the terminal, as the README's table, and as a plot.
+
+python -m bench.report bench/results/bench.json --readme README.md --plot docs/bench.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .results import Results, Row, load, short_reason
+
+MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+#: The README's columns after our own time: peer -> heading.
+COLUMNS = {
+    "normkern tensor": "stats tensor",
+    "normkern row": "stats row",
+    "torch fused": "torch fused",
+    "torch compile": "torch compile",
+    "torch default": "torch default",
+    "reference": "eager",
+    "torch fused + norms": "torch fused + norms",
+    "torch compile + norms": "torch compile + norms",
+    "five-stream loop": "five-stream loop",
+}
+
+
+def digits(x: float) -> str:
+    """Three of them, which is more than any run is worth: 0.440, 7.80, 318, 1290."""
+    return f"{x:#.3g}".rstrip(".") if 0 < x < 999.5 else f"{x:.0f}"
+
+
+def scaled(seconds: float) -> str:
+    unit, factor = next((u, f) for u, f in (("s", 1.0), ("ms", 1e3), ("us", 1e6)) if seconds * f >= 1 or u == "us")
+    return f"{digits(seconds * factor)} {unit}"
+
+
+def show(console: Console, results: Results) -> None:
+    """One table per case: limits, then each job's peers, fastest first, then who was left out and why."""
+    for group in dict.fromkeys([*results.groups, *results.left_out]):
+        rows = results.groups.get(group, {})
+        some = next(iter(rows.values()), None)
+        size = f": {some.tensors} tensor{'s' * (some.tensors > 1)}, {some.coordinates:,} coordinates" if some else ""
+        table = Table(title=f"{group}{size}", title_justify="left")
+        table.add_column("step", no_wrap=True)
+        for column in ("median", "quartiles", "turns", "GB/s", "of the limit", "x normkern"):
+            table.add_column(column, justify="right", no_wrap=True)
+        job = ""
+        for row in sorted(rows.values(), key=lambda r: (r.job != "limit", r.job, r.seconds)):
+            if row.job != job:
+                table.add_section()
+                job = row.job
+            table.add_row(*cells(row), style="bold" if row.ours else None)
+        table.add_section()
+        for peer, reason in results.left_out.get(group, {}).items():
+            table.add_row(peer, f"[red]{short_reason(reason)}[/]")
+        console.print(table)
+    reasons = {f"{peer}, {group}: {why}" for group, out in results.left_out.items() for peer, why in out.items()}
+    for line in sorted(reasons):
+        console.print(line, style="dim", highlight=False)
+    if results.build:
+        console.print(results.build)
+
+
+def cells(row: Row) -> list[str]:
+    fraction = "" if row.fraction is None else f"{row.fraction:.0%}" if row.fraction >= 0.01 else "< 1%"
+    times = "" if row.times is None else f"{row.times:.2f}"
+    spread = f"{scaled(row.low)} - {scaled(row.high)}"
+    return [row.peer, scaled(row.seconds), spread, str(row.samples), digits(row.rate), fraction, times]
+
+
+def readme_table(results: Results) -> str:
+    """The cases as Markdown: our time and rate, and how many times longer the others take."""
+    lines = [
+        "| case | normkern | GB/s | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|" + "--:|" * (2 + len(COLUMNS)),
+    ]
+    for group, rows in results.groups.items():
+        ours = rows.get("normkern")
+        if ours is None:
+            continue
+        out = results.left_out.get(group, {})
+        others = [
+            digits(rows[peer].seconds / ours.seconds) if peer in rows else short_reason(out.get(peer, "")) or "-"
+            for peer in COLUMNS
+        ]
+        lines.append(f"| {group} | {scaled(ours.seconds)} | {digits(ours.rate)} | " + " | ".join(others) + " |")
+    m = results.machine
+    where = f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, commit {results.commit}."
+    return "\n".join([*lines, "", "After GB/s: times normkern's step. -: not measured. " + where])
+
+
+def write_between_marks(file: Path, text: str) -> None:
+    begin, end = MARKS
+    told = file.read_text()
+    if told.count(begin) != 1 or told.count(end) != 1 or told.index(begin) > told.index(end):
+        raise ValueError(f"{file}: expected one {begin} and after it one {end}")
+    head, rest = told.split(begin)
+    file.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("results", type=Path, help="JSON of a run")
+    parser.add_argument("--readme", type=Path, help="write the short table into this file, between its marks")
+    parser.add_argument("--plot", type=Path, help="write the plot there")
+    arguments = parser.parse_args()
+    results = load(arguments.results)
+    console = Console()
+    # Piped into a file, rich would cut the tables at 80 columns.
+    show(console if console.is_terminal else Console(width=120), results)
+    if arguments.readme:
+        write_between_marks(arguments.readme, readme_table(results))
+    if arguments.plot:
+        from .plot import plot
+
+        plot(results, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

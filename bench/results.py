@@ -1,0 +1,86 @@
+"""A results file as plain rows: the one place that knows the layout of the JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One peer, or one limit (job "limit"), on one case. Seconds are of one step."""
+
+    group: str
+    job: str
+    peer: str
+    seconds: float
+    low: float
+    high: float
+    rate: float
+    fraction: float | None
+    anchor: str | None
+    times: float | None
+    samples: int
+    tensors: int
+    coordinates: int
+    dtype: str
+    tags: tuple[str, ...]
+
+    @property
+    def ours(self) -> bool:
+        return self.peer.startswith("normkern")
+
+
+@dataclass(frozen=True)
+class Results:
+    machine: dict[str, Any]
+    commit: str
+    time: str
+    quick: bool
+    build: dict[str, Any]
+    groups: dict[str, dict[str, Row]]
+    left_out: dict[str, dict[str, str]]
+
+
+def load(path: Path) -> Results:
+    told = json.loads(path.read_text())
+    groups: dict[str, dict[str, Row]] = {}
+    left_out: dict[str, dict[str, str]] = {}
+    for entry in told["benchmarks"]:
+        row = read_row(entry)
+        groups.setdefault(row.group, {})[row.peer] = row
+    for entry in told["normkern"]["left_out"]:
+        left_out.setdefault(entry["group"], {})[entry["peer"]] = entry["reason"]
+    commit = told["commit_info"]["id"][:10] + (" + changes" if told["commit_info"]["dirty"] else "")
+    more = told["normkern"]
+    return Results(
+        told["machine_info"], commit, told["datetime"][:10], more["quick"], more.get("build", {}), groups, left_out
+    )
+
+
+def read_row(entry: dict[str, Any]) -> Row:
+    stats, info = entry["stats"], entry["extra_info"]
+    return Row(
+        group=entry["group"],
+        job=info["job"],
+        peer=info["peer"],
+        seconds=stats["median"],
+        low=stats["q1"],
+        high=stats["q3"],
+        rate=info["gigabytes_per_second"],
+        fraction=info.get("fraction_of_limit"),
+        anchor=info.get("anchor"),
+        times=info.get("times_of_anchor"),
+        samples=stats["rounds"],
+        tensors=info["tensors"],
+        coordinates=info["coordinates"],
+        dtype=info["dtype"],
+        tags=tuple(info["tags"]),
+    )
+
+
+def short_reason(reason: str) -> str:
+    """ "wrong", "fails" or "not installed": what a table's cell has room for."""
+    return reason.split(":")[0]

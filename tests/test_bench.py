@@ -1,0 +1,295 @@
+"""The pieces of bench/: that its numbers mean what they say. The benchmarks themselves are `make bench`."""
+
+import itertools
+import json
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("pytest_benchmark")
+
+from bench import compare, report, right
+from bench.arrays import HYPER, Step, arrays
+from bench.cases import CASES, RESNET50, TRANSFORMER, Case
+from bench.jobs import JOBS
+from bench.limits import LIMITS, compiler, limit_steps
+from bench.measure import LEAST, MOST, fault, interleave, measure, plan
+from bench.peers import PEERS, Peer, normkern_measured, normkern_step, torch_step
+from bench.results import load
+from bench.tape import Tape
+
+LITTLE = Case("little", ((8, 8), (3,)))
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def test_coordinates():
+    assert (len(RESNET50), sum(map(math.prod, RESNET50))) == (161, 25_557_032)
+    assert (len(TRANSFORMER), sum(map(math.prod, TRANSFORMER))) == (148, 124_439_808)
+    assert CASES["one of 64M, bfloat16"].array_bytes == 2 * 64 * 2**20
+
+
+def test_tables_fit_together():
+    assert all(case.key == key and set(case.jobs) <= set(JOBS) for key, case in CASES.items())
+    assert all(peer.job in JOBS for peer in PEERS)
+    assert len({peer.name for peer in PEERS} | set(LIMITS)) == len(PEERS) + len(LIMITS)
+    assert all(job.limit in LIMITS and job.anchor in {p.name for p in PEERS} for job in JOBS.values())
+
+
+def test_quick_run_has_the_case_that_shows_wrong_numbers():
+    quick = [case for case in CASES.values() if "quick" in case.tags]
+    assert torch.bfloat16 in {case.dtype for case in quick}
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+class FakeTime:
+    """A clock that only steps move, at a speed that drifts: each second of it is slower than the one before."""
+
+    def __init__(self, drift=0.0):
+        self.now, self.drift, self.ran = 0.0, drift, []
+
+    def __call__(self):
+        return self.now
+
+    def step(self, name, seconds):
+        def run():
+            self.now += seconds * (1 + self.drift * self.now)
+            self.ran.append(name)
+
+        return run
+
+
+def test_plan_spreads_turns_evenly_and_shuffles():
+    rounds = plan({"fast": 0.01, "other": 0.01, "slow": 0.1}, seconds=3.0)
+    turns = {name: [r for r, order in enumerate(rounds) if name in order] for name in ("fast", "other", "slow")}
+    assert len(turns["fast"]) == len(turns["other"]) == 100
+    gaps = [b - a for a, b in itertools.pairwise(turns["slow"])]
+    assert len(turns["slow"]) == 10
+    assert set(gaps) == {10}
+    assert {order[0] for order in rounds if len(order) == 2} == {"fast", "other"}
+
+
+def test_slow_peer_has_its_five_turns_and_starves_nobody():
+    rounds = plan({"fast": 0.01, "slow": 50.0}, seconds=1.0)
+    turns = [sum(name in order for order in rounds) for name in ("fast", "slow")]
+    assert turns == [50, LEAST]
+    assert len(plan({"instant": 1e-6}, seconds=60.0)) == MOST
+
+
+def test_drift_of_the_machine_leaves_the_ratio_alone():
+    clock = FakeTime(drift=0.5)  # within this run the machine gets several times slower
+    times, _ = interleave({"one": clock.step("one", 0.01), "two": clock.step("two", 0.02)}, 4.0, clock)
+    assert max(times["one"]) > 2 * min(times["one"])
+    ratio = statistics.median(times["two"]) / statistics.median(times["one"])
+    assert ratio == pytest.approx(2, rel=0.15)
+
+
+def test_turns_of_short_steps_are_longer_than_the_clock_is_coarse():
+    clock = FakeTime()
+    times, repeats = interleave({"short": clock.step("short", 1e-5)}, 0.1, clock)
+    assert repeats["short"] == 200
+    assert times["short"] == pytest.approx([1e-5] * len(times["short"]))
+
+
+def test_tape_replays_durations_exactly():
+    tape, durations = Tape(), [0.1, 1e-9, 3.3333333333333335]
+    tape.load(durations)
+    assert [-tape() + tape() for _ in durations] == durations
+
+
+# --- right and wrong --------------------------------------------------------------------------------------------------
+
+
+def forgetful(given, **choice):
+    """A step that never stores its last coordinate."""
+    step = torch_step(given)
+
+    def run():
+        last = [p.detach().view(-1)[-1:].clone() for p in given.params]
+        step.run()
+        for p, value in zip(given.params, last, strict=True):
+            p.detach().view(-1)[-1:] = value
+
+    return Step(run)
+
+
+def deluded(given):
+    """A right step with a wrong sum."""
+    step = normkern_measured(given, stats="tensor")
+    return Step(step.run, lambda: step.sums() * torch.tensor([1.0, 1.01, 1.0]))
+
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("maker", [normkern_step, torch_step])
+def test_right_steps_are_found_right(maker, dtype):
+    assert right.sgd_fault(maker, dtype) == ""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_sums_are_found_right(dtype):
+    for stats in ("tensor", "row"):
+        assert right.sgd_statistics_fault(lambda given, stats=stats: normkern_measured(given, stats), dtype) == ""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wrong_step_is_found_wrong(dtype):
+    assert right.sgd_fault(forgetful, dtype).startswith("wrong: ")
+
+
+def test_wrong_sum_is_found_wrong():
+    assert right.sgd_statistics_fault(deluded, torch.float32).startswith("wrong: its sums")
+    assert right.sgd_statistics_fault(normkern_step, torch.float32) == "wrong: it measures nothing"
+
+
+def test_peer_that_raises_or_is_missing_is_told_not_run():
+    raising = Peer("raising", "step", lambda given: 1 / 0)
+    assert fault(raising, torch.float32) == "fails: ZeroDivisionError: division by zero"
+    missing = Peer("missing", "step", torch_step, needs=(("no_such_module", "no-such-package"),))
+    assert fault(missing, torch.float32) == "not installed: no-such-package"
+
+
+def test_measure_times_the_right_and_leaves_out_the_wrong():
+    ours = Peer("normkern", "step", normkern_step)
+    result = measure(LITTLE, 0.05, [ours, Peer("default", "step", torch_step), Peer("bad", "step", forgetful)])
+    assert list(result.left_out) == ["bad"]
+    assert {"normkern", "default"} <= set(result.samples)
+    assert "bad" not in result.samples
+    assert all(len(samples) >= LEAST for samples in result.samples.values())
+    info = result.info("default")
+    seconds = {name: statistics.median(result.samples[name]) for name in ("default", "normkern")}
+    assert info["bytes_moved"] == 5 * 67 * 4
+    assert info["times_of_anchor"] == seconds["default"] / seconds["normkern"]
+    assert info["gigabytes_per_second"] == info["bytes_moved"] / seconds["default"] / 1e9
+
+
+@pytest.mark.skipif(compiler() is None, reason="limits need a C++ compiler")
+def test_limits_run_on_as_many_bytes_as_the_case_has():
+    steps = limit_steps(4 * 100_003)
+    assert list(steps) == list(LIMITS)
+    for step in steps.values():
+        step()
+
+
+def test_arrays_are_shared_and_the_steps_use_them():
+    given = arrays([(4, 5)], torch.float32)
+    normkern_step(given).run()
+    w, g = given.params[0].detach(), given.params[0].grad
+    assert torch.allclose(given.momentum_buffers[0], g + HYPER["weight_decay"] * w, atol=1e-5)
+
+
+# --- results ----------------------------------------------------------------------------------------------------------
+
+
+def results_file(path, seconds, left_out=(), cpu="some", commit="0123456789abcdef"):
+    """What a run would have written: {peer: median or (q1, median, q3)} on one case."""
+    entries = []
+    for peer, t in seconds.items():
+        low, median, high = t if isinstance(t, tuple) else (0.99 * t, t, 1.01 * t)
+        job = "limit" if peer in LIMITS else "step"
+        info = {"job": job, "peer": peer, "gigabytes_per_second": 1.0, "tensors": 1, "coordinates": 4}
+        info |= {"dtype": "float32", "tags": ["plot"]}
+        stats = {"median": median, "q1": low, "q3": high, "rounds": 9}
+        entries.append({"group": "a case, float32", "stats": stats, "extra_info": info})
+    told = {
+        "machine_info": {"cpu": cpu, "cores": 2, "threads": 2, "isa": "v4", "torch": "2.13.0"},
+        "commit_info": {"id": commit, "dirty": False},
+        "datetime": "2026-01-01T00:00:00+00:00",
+        "benchmarks": entries,
+        "normkern": {
+            "quick": False,
+            "left_out": [{"group": "a case, float32", "peer": p, "reason": r} for p, r in left_out],
+        },
+    }
+    path.write_text(json.dumps(told))
+    return path
+
+
+BEFORE = {"five-stream loop": 1.0, "normkern": 1.0, "normkern row": 1.0, "torch default": 3.0, "torch fused": 1.1}
+
+
+@pytest.mark.parametrize(
+    ("after", "code", "said"),
+    [
+        (BEFORE, 0, "0 of normkern's slower"),
+        ({name: 2 * t for name, t in BEFORE.items()}, 0, "0 of normkern's slower"),  # a slower machine
+        ({**BEFORE, "normkern": 1.05}, 0, "0 of normkern's slower"),  # below the threshold
+        ({**BEFORE, "normkern": 1.3}, 1, "1 of normkern's slower"),
+        ({name: (2.6 if name == "normkern" else 2 * t) for name, t in BEFORE.items()}, 1, "1 of normkern's slower"),
+        ({**BEFORE, "normkern": (0.9, 1.3, 1.9)}, 0, "noise"),  # its quartiles touch
+        ({**BEFORE, "normkern": 1.3, "torch default": 4.5, "torch fused": 1.2}, 0, "noise"),  # others changed as much
+        ({**BEFORE, "normkern": 0.7}, 0, "faster"),
+        ({**BEFORE, "torch default": 9.0}, 0, "slower"),  # told, not our fault
+    ],
+)
+def test_compare_takes_the_machine_out(tmp_path, capsys, after, code, said):
+    old, new = results_file(tmp_path / "old", BEFORE), results_file(tmp_path / "new", after)
+    assert compare.main([str(old), str(new)]) == code
+    assert said in capsys.readouterr().out
+
+
+def test_compare_refuses_other_machines(tmp_path, capsys):
+    old, new = results_file(tmp_path / "old", BEFORE), results_file(tmp_path / "new", BEFORE, cpu="another")
+    assert compare.main([str(old), str(new)]) == 2
+    assert "cpu: some -> another" in capsys.readouterr().out
+    assert compare.main([str(old), str(new), "--across-machines"]) == 0
+
+
+def test_compare_fails_when_ours_is_no_longer_right(tmp_path, capsys):
+    after = {name: t for name, t in BEFORE.items() if name != "normkern"}
+    old = results_file(tmp_path / "old", BEFORE)
+    new = results_file(tmp_path / "new", after, left_out=[("normkern", "wrong: 99 eps")])
+    assert compare.main([str(old), str(new)]) == 1
+    assert "was right and is not" in capsys.readouterr().out
+
+
+def test_readme_gets_the_table_between_its_marks(tmp_path):
+    seconds = {"five-stream loop": 0.01, "normkern": 0.01, "torch default": 0.025}
+    out = [("torch fused", "wrong: 137 eps"), ("optimi", "not installed: torch-optimi")]
+    table = report.readme_table(load(results_file(tmp_path / "json", seconds, out)))
+    lines = table.splitlines()
+    assert lines[2].startswith("| a case, float32 | 10.0 ms |")
+    cells = dict(zip(lines[0].split("|"), lines[2].split("|"), strict=True))
+    assert cells[" torch default "] == " 2.50 "
+    assert cells[" torch fused "] == " wrong "
+    assert cells[" torch compile "] == " - "
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    report.write_between_marks(readme, table)
+    assert readme.read_text() == f"before\n<!-- bench:begin -->\n{table}\n<!-- bench:end -->\nafter\n"
+    readme.write_text("no marks")
+    with pytest.raises(ValueError, match="expected one <!-- bench:begin -->"):
+        report.write_between_marks(readme, table)
+
+
+def test_report_shows_everybody_and_why_some_are_missing(tmp_path, capsys):
+    out = [("torch fused", "wrong: 137 eps of bfloat16 off")]
+    report.show(report.Console(width=120), load(results_file(tmp_path / "json", BEFORE, out)))
+    told = capsys.readouterr().out
+    assert all(peer in told for peer in BEFORE)
+    assert "torch fused, a case, float32: wrong: 137 eps of bfloat16 off" in told
+
+
+def test_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    from bench.plot import plot
+
+    results = load(results_file(tmp_path / "json", BEFORE, [("torch fused", "wrong: 137 eps")]))
+    plot(replace(results, quick=True), tmp_path / "docs" / "bench.png")
+    assert (tmp_path / "docs" / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("x", "text"), [(0.44, "0.440"), (7.8, "7.80"), (318.4, "318"), (999.7, "1000"), (1290, "1290")]
+)
+def test_digits(x, text):
+    assert report.digits(x) == text
