@@ -111,10 +111,12 @@ void run(const SgdCoefficients<Real<T>>& scalars, T* w, const T* g, T* v, int64_
 }
 
 template <class Rule, class T>
-void run_slots(const SgdCoefficients<Real<T>>& c, T* w, const T* g, T* v, int64_t n, bool measure, Slots& slots) {
-  Sums none;
-  if (!measure) return run<Rule, false>(c, w, g, v, n, none);
-  slots.each(n, [&](int64_t k, int64_t size, Sums& sums) { run<Rule, true>(c, w + k, g + k, v + k, size, sums); });
+void run_slots(const SgdCoefficients<Real<T>>& c, T* w, const T* g, T* v, int64_t n, Slots* slots) {
+  if (!slots) {
+    Sums none;
+    return run<Rule, false>(c, w, g, v, n, none);
+  }
+  slots->each(n, [&](int64_t k, int64_t size, Sums& sums) { run<Rule, true>(c, w + k, g + k, v + k, size, sums); });
 }
 
 // ---- Strided tensors, walked in row-major order of the shape -------------------------------------------------------
@@ -158,7 +160,7 @@ template <class R> SgdCoefficients<R> coefficients(const SgdHyper& h) {
 
 // Strided memory is gathered into a block that is dense and stays in L1, and scattered from it.
 template <class Rule, class T>
-void run_strided(const SgdCoefficients<Real<T>>& h, const Chunk& c, Slots& slots) {
+void run_strided(const SgdCoefficients<Real<T>>& h, const Chunk& c, Slots* slots) {
   constexpr int kBlock = 512;
   alignas(64) T w[kBlock], g[kBlock], v[kBlock];
   for (int64_t i = 0; i < c.size; i += kBlock) {
@@ -169,7 +171,7 @@ void run_strided(const SgdCoefficients<Real<T>>& h, const Chunk& c, Slots& slots
       g[k] = ((const T*)c.g)[from.g];
       if constexpr (Rule::reads_v) v[k] = ((const T*)c.v)[from.v];
     }
-    run_slots<Rule>(h, w, g, v, n, c.sums != nullptr, slots);
+    run_slots<Rule>(h, w, g, v, n, slots);
     for (int k = 0; k < n; k++, to.step()) {
       ((T*)c.w)[to.w] = w[k];
       if constexpr (Rule::writes_v) ((T*)c.v)[to.v] = v[k];
@@ -177,14 +179,19 @@ void run_strided(const SgdCoefficients<Real<T>>& h, const Chunk& c, Slots& slots
   }
 }
 
-template <class Rule, class T> void sgd(const Chunk& c) {
+template <class Rule, class T> void run_chunk(const Chunk& c, Slots* slots) {
   const auto h = coefficients<Real<T>>(*c.hyper);
-  Slots slots(c);
   if (c.strided)
     run_strided<Rule, T>(h, c, slots);
   else
-    run_slots<Rule>(h, (T*)c.w, (const T*)c.g, (T*)c.v, c.size, c.sums != nullptr, slots);
-  if (c.sums) slots.finish();
+    run_slots<Rule>(h, (T*)c.w, (const T*)c.g, (T*)c.v, c.size, slots);
+}
+
+template <class Rule, class T> void sgd(const Chunk& c) {
+  if (!c.sums) return run_chunk<Rule, T>(c, nullptr);
+  Slots slots(c);
+  run_chunk<Rule, T>(c, &slots);
+  slots.finish();
 }
 
 template <class Rule, class... Types> constexpr void fill_row(void (**row)(const Chunk&), List<Types...>) {
