@@ -49,7 +49,8 @@ const char* isa();                            // the level in use
 int supported(const char** names, int room);  // levels that this binary has and this machine can run, best first
 bool select_isa(const char* name);            // false: not one of them
 
-void sgd(const Chunk* chunks, int64_t count);  // any order, any thread; each chunk writes its own sums
+// Any order, any thread; each chunk writes its own sums. `coordinates`: of all chunks together.
+void sgd(const Chunk* chunks, int64_t count, int64_t coordinates);
 }  // namespace cpu
 
 }  // namespace nk

@@ -7,6 +7,8 @@
 
 #include <pybind11/stl.h>
 
+#include "gather.h"
+
 namespace nk {
 namespace {
 
@@ -30,6 +32,11 @@ bool rows_are_contiguous(const View& w) {
   return w.ndim < 2 || w.shape[0] == 1 || w.numel == 0 || w.strides[0] == w.numel / w.shape[0];
 }
 
+// What `slot_count` says, for a parameter whose view may be at hand.
+int64_t slots_of(PyObject* param, const std::optional<View>& w, Stats stats) {
+  return w && stats == Stats::row ? w->rows() : slot_count(param, stats);
+}
+
 int64_t pieces(int64_t coordinates) { return (coordinates + kChunk - 1) / kChunk; }
 
 }  // namespace
@@ -50,7 +57,7 @@ void SgdStep::begin() {
   jobs_.clear();
   hypers_.clear();
   owned_.clear();
-  written_ = py::list();
+  written_.clear();
   slot_offsets_.clear();
   slots_ = 0;
   reading_ = 0;
@@ -66,72 +73,96 @@ std::optional<View> SgdStep::read(PyObject* object) {
   return v;
 }
 
+bool SgdStep::take(const std::optional<View>& w, PyObject* param, PyObject* grad, PyObject* buffer, bool first,
+                   const Group& group, int i, int64_t slot, int64_t slot_count) {
+  if (!w) return false;
+  const auto g = read(grad);
+  if (!g || g->dtype != w->dtype) return false;
+  if (!same_shape(*g, *w)) refuse_shape(group.index, "grads", i, *g, *w);
+  check_no_self_overlap(*w, "params", i, group.index);
+
+  Job job{(int)hypers_.size() - 1, SgdRule::plain, slot, slot_count, group.stats == Stats::row};
+  Operands t{*w, *g, *w, group.hyper.momentum != 0, i, group.index, false};
+  if (t.has_v) {
+    const auto v = read(buffer);
+    if (!v || v->dtype != w->dtype) return false;
+    if (!same_shape(*v, *w)) refuse_shape(group.index, "momentum_buffers", i, *v, *w);
+    check_no_self_overlap(*v, "momentum_buffers", i, group.index);
+    t.v = *v;
+    job.rule = group.nesterov ? (first ? SgdRule::nesterov_first : SgdRule::nesterov)
+                              : (first ? SgdRule::momentum_first : SgdRule::momentum);
+    written_.push_back(buffer);
+  }
+  written_.push_back(param);
+  operands_.push_back(t);
+  jobs_.push_back(job);
+  return true;
+}
+
 std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
-                              const py::object& first, const SgdHyper& hyper, bool nesterov, Stats stats, int group,
-                              const py::object& slots) {
+                              const py::object& first, const Group& group, const py::object& slots) {
   const int n = (int)params.size();
-  const bool has_v = hyper.momentum != 0;
-  check_length(group, "grads", grads.size(), n);
+  const bool has_v = group.hyper.momentum != 0;
+  check_length(group.index, "grads", grads.size(), n);
   py::list buffers;
   if (has_v) {
     if (momentum_buffers.is_none())
-      throw py::value_error(where(group) + ": momentum is not 0, expected momentum_buffers, got None");
+      throw py::value_error(where(group.index) + ": momentum is not 0, expected momentum_buffers, got None");
     buffers = momentum_buffers.cast<py::list>();
-    check_length(group, "momentum_buffers", buffers.size(), n);
+    check_length(group.index, "momentum_buffers", buffers.size(), n);
   }
   std::vector<bool> is_first(n, false);
   if (!first.is_none())
     for (py::handle i : first) is_first.at(i.cast<int>()) = true;
 
-  hypers_.push_back(hyper);
-  owned_.push_back(grads);
+  hypers_.push_back(group.hyper);
+  for (const py::object& list : {py::object(params), py::object(grads), py::object(buffers)}) owned_.push_back(list);
   std::vector<int> refused;
   for (int i = 0; i < n; i++) {
-    Job job{(int)hypers_.size() - 1, SgdRule::plain, slots_, 0, stats == Stats::row};
-    const bool stepped = item(grads, i) != Py_None;
-    std::optional<View> w;
-    if (stepped) w = read(item(params, i));
-    if (stats != Stats::none) {
-      job.slot_count = w ? (stats == Stats::row ? w->rows() : 1) : slot_count(item(params, i), stats);
-      if (slots.is_none()) {
-        slot_offsets_.push_back(slots_);
-        slots_ += job.slot_count;
-      } else {
-        job.slot = py::list(slots)[i].cast<int64_t>();
-      }
-    }
-    if (!stepped) continue;
-    if (!w) {
-      refused.push_back(i);
-      continue;
-    }
-    const auto g = read(item(grads, i));
-    if (!g || g->dtype != w->dtype) {
-      refused.push_back(i);
-      continue;
-    }
-    if (!same_shape(*g, *w)) refuse_shape(group, "grads", i, *g, *w);
-    check_no_self_overlap(*w, "params", i, group);
-
-    Operands t{*w, *g, *w, has_v, i, group, false};
-    if (has_v) {
-      const auto v = read(item(buffers, i));
-      if (!v || v->dtype != w->dtype) {
-        refused.push_back(i);
-        continue;
-      }
-      if (!same_shape(*v, *w)) refuse_shape(group, "momentum_buffers", i, *v, *w);
-      check_no_self_overlap(*v, "momentum_buffers", i, group);
-      t.v = *v;
-      job.rule = nesterov ? (is_first[i] ? SgdRule::nesterov_first : SgdRule::nesterov)
-                          : (is_first[i] ? SgdRule::momentum_first : SgdRule::momentum);
-      PyList_Append(written_.ptr(), item(buffers, i));
-    }
-    PyList_Append(written_.ptr(), item(params, i));
-    operands_.push_back(t);
-    jobs_.push_back(job);
+    PyObject *p = item(params, i), *g = item(grads, i);
+    const auto w = g == Py_None ? std::nullopt : read(p);
+    const int64_t count = slots_of(p, w, group.stats);
+    const int64_t slot = slots.is_none() ? next_slots(count, group.stats) : py::list(slots)[i].cast<int64_t>();
+    if (g == Py_None) continue;
+    if (!take(w, p, g, has_v ? item(buffers, i) : nullptr, is_first[i], group, i, slot, count)) refused.push_back(i);
   }
   return refused;
+}
+
+bool SgdStep::add_whole(const py::list& params, const py::object& state, const py::str& key, const Group& group) {
+  const int n = (int)params.size();
+  const size_t operands = operands_.size(), owned = owned_.size(), written = written_.size(), reading = reading_;
+  const size_t offsets = slot_offsets_.size();
+  const int64_t slots = slots_;
+  Gather gather(params, state, key);
+  hypers_.push_back(group.hyper);
+  for (int i = 0; i < n; i++) {
+    Gather::Entry entry = gather.next();
+    PyObject* p = item(params, i);
+    const auto w = entry.grad.is_none() ? std::nullopt : read(p);
+    const int64_t count = slots_of(p, w, group.stats);
+    const int64_t slot = next_slots(count, group.stats);
+    if (entry.grad.is_none()) continue;
+    if (entry.missing || !take(w, p, entry.grad.ptr(), entry.value, false, group, i, slot, count)) {
+      operands_.resize(operands);
+      jobs_.resize(operands);
+      owned_.resize(owned);
+      written_.resize(written);
+      slot_offsets_.resize(offsets);
+      hypers_.pop_back();
+      slots_ = slots;
+      reading_ = reading;
+      return false;
+    }
+    owned_.push_back(std::move(entry.grad));
+  }
+  return true;
+}
+
+int64_t SgdStep::next_slots(int64_t count, Stats stats) {
+  if (stats == Stats::none) return 0;
+  slot_offsets_.push_back(slots_);
+  return std::exchange(slots_, slots_ + count);
 }
 
 py::tuple SgdStep::slot_offsets() {
@@ -142,7 +173,7 @@ py::tuple SgdStep::slot_offsets() {
   return offsets_;
 }
 
-void SgdStep::check() {
+py::tuple SgdStep::check(const py::object& last) {
   moved_ = moved_ || reading_ != places_.size();
   if (moved_) {
     places_.resize(reading_);
@@ -153,6 +184,17 @@ void SgdStep::check() {
     moved_ = false;
   }
   for (int i : copies_first_) operands_[i].copies_first = true;
+
+  const Py_ssize_t n = (Py_ssize_t)written_.size();
+  bool same = PyTuple_Check(last.ptr()) && PyTuple_GET_SIZE(last.ptr()) == n;
+  for (Py_ssize_t i = 0; same && i < n; i++) same = PyTuple_GET_ITEM(last.ptr(), i) == written_[i];
+  if (same) return last;
+  py::tuple written(n);
+  for (Py_ssize_t i = 0; i < n; i++) {
+    Py_INCREF(written_[i]);
+    PyTuple_SET_ITEM(written.ptr(), i, written_[i]);
+  }
+  return written;
 }
 
 // Cuts one parameter into chunks, each with the place where its sums go.
@@ -201,7 +243,7 @@ void SgdStep::cut(const Operands& t, const Job& job, double* table) {
   }
 }
 
-py::list SgdStep::run(const py::object& table) {
+void SgdStep::run(const py::object& table) {
   constexpr int kSums = StepSums::count;
   double* sums = nullptr;
   if (slots_ > 0 && !table.is_none()) {
@@ -231,7 +273,7 @@ py::list SgdStep::run(const py::object& table) {
       if (rounds_.empty() || rounds_[i] == round) cut(operands_[i], jobs_[i], sums);
     std::optional<py::gil_scoped_release> released;
     if (coordinates > kReleaseGil) released.emplace();
-    cpu::sgd(chunks_.data(), (int64_t)chunks_.size());
+    cpu::sgd(chunks_.data(), (int64_t)chunks_.size(), coordinates);
   }
   // In chunk order, whoever computed them: the sums do not depend on the number of threads.
   for (const Pending& p : pending_)
@@ -239,7 +281,6 @@ py::list SgdStep::run(const py::object& table) {
       for (int j = 0; j < kSums; j++) p.out[j] += partials_[p.first + part * kSums + j];
   owned_.clear();
   operands_.clear();
-  return std::exchange(written_, py::list());
 }
 
 }  // namespace nk

@@ -22,19 +22,29 @@ class SgdStep {
  public:
   void begin();
 
+  struct Group {  // of one optimizer, or a bare call of the op
+    SgdHyper hyper;
+    bool nesterov;
+    Stats stats;
+    int index;  // -1: a bare call
+  };
+
   // Reads one group. Entries of `grads` that are None are skipped. `first`: positions whose buffer holds no history
   // yet. Returns the positions that no kernel of ours can take, untouched: what becomes of them is the caller's
   // decision.
   std::vector<int> add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
-                       const py::object& first, const SgdHyper&, bool nesterov, Stats, int group,
-                       const py::object& slots);
+                       const py::object& first, const Group&, const py::object& slots);
 
-  // Throws if the tensors' memory overlaps in a way that has no meaning. After it, `run` cannot fail.
-  void check();
+  // The same, with the gradients and buffers that the parameters and the optimizer's state have: no list is made for
+  // Python. False, and nothing is added, if a buffer is missing or a tensor is one that no kernel of ours can take.
+  bool add_whole(const py::list& params, const py::object& state, const py::str& key, const Group&);
+
+  // Throws if the tensors' memory overlaps in a way that has no meaning. After it, `run` cannot fail. Returns the
+  // tensors that `run` writes: `last` itself if those are the same, so that most steps make no new tuple.
+  py::tuple check(const py::object& last);
 
   // Writes the parameters, the buffers and, if there are slots, the table of sums: (slots, StepSums::count) float64.
-  // Returns the tensors that were written.
-  py::list run(const py::object& table);
+  void run(const py::object& table);
 
   int64_t slots() const { return slots_; }
   // Where each parameter's slots begin, in the order of `add`: the same tuple as long as nothing changes.
@@ -51,13 +61,18 @@ class SgdStep {
     double* out;
     int64_t first, count;
   };
+  // One parameter of a group that has a gradient; false: no kernel of ours can take it, and nothing was added.
+  bool take(const std::optional<View>& w, PyObject* param, PyObject* grad, PyObject* buffer, bool first, const Group&,
+            int i, int64_t slot, int64_t slot_count);
+  // Where the slots of the next parameter begin, if they come one after another; the next ones begin behind them.
+  int64_t next_slots(int64_t count, Stats);
   void cut(const Operands&, const Job&, double* table);
 
   std::vector<Operands> operands_;
   std::vector<Job> jobs_;
   std::vector<SgdHyper> hypers_;
-  std::vector<py::object> owned_;  // the lists of gradients; written_ holds the rest
-  py::list written_;
+  std::vector<py::object> owned_;   // gradients, or lists of what came as lists
+  std::vector<PyObject*> written_;  // borrowed; the tuple that `check` returns owns them while `run` runs
   // What a tensor's place in memory was at the last step, in the order of reading. Between most steps nothing moves,
   // and the questions that only memory answers need not be asked again.
   struct Place {

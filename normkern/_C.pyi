@@ -35,8 +35,23 @@ class SgdStep:
         group: int,
         slots: list[int] | None,
     ) -> list[int]: ...
-    def check(self) -> None: ...
-    def run(self, table: Tensor | None) -> list[Tensor]: ...
+    def add_whole(
+        self,
+        params: list[Any],
+        state: Any,
+        key: str,
+        lr: float,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        maximize: bool,
+        inverse_scale: float,
+        stats: int,
+        group: int,
+    ) -> bool: ...
+    def check(self, last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]: ...
+    def run(self, table: Tensor | None) -> None: ...
     @property
     def slots(self) -> int: ...
     @property

@@ -48,15 +48,6 @@ class GroupStep:
         self.torch_sums: list[tuple[int, Tensor]] = []
         self.wrappers: list[Tensor] = []  # DTensors whose local part the kernel writes
 
-        all_to_torch = options["differentiable"] or somebody_watches()
-        grads, buffers, missing = ops.gather(params, state if momentum != 0 else None, BUFFER)
-        self.grads, self.buffers = grads, buffers
-        if all_to_torch:
-            grads = [None] * len(params)
-        for i in missing:
-            if ops.kernel_takes(params[i]) and ops.kernel_takes(grads[i]) and params[i].dtype == grads[i].dtype:
-                buffers[i] = torch.empty_like(params[i], requires_grad=False)
-                self.created.append((params[i], buffers[i]))
         arguments = (
             self.lr,
             momentum,
@@ -68,7 +59,17 @@ class GroupStep:
             self.code,
             index,
         )
-        refused = plan.add(params, grads, buffers, missing, *arguments, slots=None)
+        all_to_torch = options["differentiable"] or somebody_watches()
+        state = state if momentum != 0 else None
+        if not all_to_torch and plan.add_whole(params, state, BUFFER, *arguments):
+            return
+        self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
+        grads = [None] * len(params) if all_to_torch else self.grads
+        for i in missing:
+            if ops.kernel_takes(params[i]) and ops.kernel_takes(grads[i]) and params[i].dtype == grads[i].dtype:
+                self.buffers[i] = torch.empty_like(params[i], requires_grad=False)
+                self.created.append((params[i], self.buffers[i]))
+        refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None)
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
         elif refused:

@@ -151,9 +151,10 @@ def sgd_(
     )  # fmt: skip
     if refused:
         raise TypeError(_why_refused(refused[0], params, grads, buffers))
-    step.check()
+    written = step.check(None)
     table = new_table(step.slots) if stats else None
-    torch.autograd.graph.increment_version(step.run(table))
+    step.run(table)
+    torch.autograd.graph.increment_version(written)
     if momentum_buffers is not None and buffers is not None:
         for i in first:
             momentum_buffers[i] = buffers[i]

@@ -8,8 +8,10 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch._C import _to_dlpack as to_dlpack
 from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import ops
@@ -89,6 +91,8 @@ class SGD(torch.optim.SGD):
         )
         self._step_plan, self._lock = ops.SgdStep(), threading.Lock()
         self._measured: _Measured | None = None
+        self._written: tuple[Tensor, ...] | None = None
+        self._held: list[object] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; `stats` and `decay` may be keys of the group."""
@@ -155,18 +159,22 @@ class SGD(torch.optim.SGD):
         step = self._step_plan
         step.begin()
         groups = [GroupStep(step, self.state, i, group, inverse_scale) for i, group in enumerate(self.param_groups)]
-        step.check()
+        written = step.check(self._written)
         # Nothing has been written so far, and from here on only torch's own loop can fail: it goes first.
         for group in groups:
             if group.left_to_torch:
                 group.step_with_torch(grad_scale)
         table = ops.new_table(step.slots) if step.slots and not somebody_watches() else None
-        torch.autograd.graph.increment_version(step.run(table))
+        step.run(table)
+        increment_version(written)
+        if written is not self._written:
+            self._written = written
+            self._held = [to_dlpack(t) for t in written if not t.requires_grad]
         for group in groups:
             for p, buffer in group.created:
                 self.state[p][BUFFER] = buffer
             if group.wrappers:
-                torch.autograd.graph.increment_version(group.wrappers)
+                increment_version(group.wrappers)
         if table is not None:
             for group in groups:
                 for slot, sums in group.torch_sums:
@@ -206,6 +214,8 @@ class SGD(torch.optim.SGD):
         self.__dict__.setdefault("_step_plan", ops.SgdStep())
         self.__dict__.setdefault("_lock", threading.Lock())
         self.__dict__.setdefault("_measured", None)
+        self.__dict__.setdefault("_written", None)
+        self.__dict__.setdefault("_held", [])
         if self.defaults["fused"]:  # torch loses these on the way through pickle
             self._step_supports_amp_scaling = True
             self._need_device_dtype_check_for_fused = True

@@ -75,7 +75,7 @@ def test_sgd_against_reference(isa, rule, dtype, first):
                 options.get("dampening", 0.0), options.get("weight_decay", 0.0), options.get("nesterov", False),
                 options.get("maximize", False), 1 / options.get("grad_scale", 1.0), 1, -1, None,
             )  # fmt: skip
-            stats.check()
+            stats.check(None)
             table = ops.new_table(1)
             stats.run(table)
 
@@ -370,7 +370,7 @@ def test_refuses_a_table_of_the_wrong_size():
     step = ops.SgdStep()
     step.begin()
     step.add([torch.ones(2)], [torch.ones(2)], None, None, 0.1, 0.0, 0.0, 0.0, False, False, 1.0, 1, -1, None)
-    step.check()
+    step.check(None)
     with pytest.raises(ValueError, match=r"SgdStep.run: expected a dense float64 table of 1 x 5, got"):
         step.run(torch.empty(5))
 

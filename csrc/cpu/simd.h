@@ -1,9 +1,9 @@
-// simd.h - eight numbers side by side, however many registers that takes. Included by loops.cpp only, once per ISA
-// level.
+// simd.h - eight or sixteen numbers side by side, however many registers that takes. Included by loops.cpp only, once
+// per ISA level.
 //
-// Eight on every level, so that all add in the same order; five sums of eight doubles are what AVX2's sixteen registers
-// can hold. GCC's and Clang's vector types do the plain arithmetic; intrinsics do what those cannot say: fused
-// multiply-adds without contraction, and conversions.
+// Sums are eight doubles wide on every level, so that all add in the same order; five of those are what AVX2's sixteen
+// registers can hold. Everything before the sums is as wide as a register of floats is. GCC's and Clang's vector types do
+// the plain arithmetic; intrinsics do what those cannot say: fused multiply-adds without contraction, and conversions.
 #pragma once
 #include "../formulas.h"
 
@@ -25,54 +25,59 @@ constexpr int kRegister = 32;
 constexpr int kRegister = 16;
 #endif
 
-template <class R> struct Eight {
-  static constexpr int kWidth = kRegister / (int)sizeof(R) < kLanes ? kRegister / (int)sizeof(R) : kLanes;
-  static constexpr int kParts = kLanes / kWidth;
+template <class R, int N> struct Side {  // N numbers side by side
+  static constexpr int kWidth = kRegister / (int)sizeof(R) < N ? kRegister / (int)sizeof(R) : N;
+  static constexpr int kParts = N / kWidth;
   typedef R Part __attribute__((vector_size(kWidth * sizeof(R))));
   Part part[kParts];
 
-  Eight() = default;
-  explicit NK_HD Eight(R x) {
-    for (int i = 0; i < kParts; i++) part[i] = x - Part{};
+  static NK_HD Side all(R x) {
+    Side y;
+    for (int i = 0; i < kParts; i++) y.part[i] = x - Part{};
+    return y;
   }
   NK_HD R operator[](int lane) const { return part[lane / kWidth][lane % kWidth]; }
 };
+template <class R> using Eight = Side<R, kLanes>;
 
-template <class R> NK_HD Eight<R> operator-(Eight<R> a) {
-  for (int i = 0; i < Eight<R>::kParts; i++) a.part[i] = -a.part[i];
+// How many coordinates of a real type the loops take at a time.
+template <class R> constexpr int kAtATime = kRegister / (int)sizeof(R) > kLanes ? kRegister / (int)sizeof(R) : kLanes;
+
+template <class R, int N> NK_HD Side<R, N> operator-(Side<R, N> a) {
+  for (int i = 0; i < a.kParts; i++) a.part[i] = -a.part[i];
   return a;
 }
-template <class R> NK_HD Eight<R> operator-(Eight<R> a, const Eight<R>& b) {
-  for (int i = 0; i < Eight<R>::kParts; i++) a.part[i] -= b.part[i];
+template <class R, int N> NK_HD Side<R, N> operator-(Side<R, N> a, const Side<R, N>& b) {
+  for (int i = 0; i < a.kParts; i++) a.part[i] -= b.part[i];
   return a;
 }
-template <class R> NK_HD Eight<R> operator*(Eight<R> a, const Eight<R>& b) {
-  for (int i = 0; i < Eight<R>::kParts; i++) a.part[i] *= b.part[i];
+template <class R, int N> NK_HD Side<R, N> operator*(Side<R, N> a, const Side<R, N>& b) {
+  for (int i = 0; i < a.kParts; i++) a.part[i] *= b.part[i];
   return a;
 }
 
-using FloatPart = Eight<float>::Part;
-using DoublePart = Eight<double>::Part;
 #if defined(__AVX2__)
-NK_HD FloatPart fma_part(FloatPart a, FloatPart b, FloatPart c) { return _mm256_fmadd_ps(a, b, c); }
+NK_HD __m256 fma_part(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 #if defined(__AVX512F__)
-NK_HD DoublePart fma_part(DoublePart a, DoublePart b, DoublePart c) { return _mm512_fmadd_pd(a, b, c); }
+NK_HD __m512 fma_part(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
+NK_HD __m512d fma_part(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 #else
-NK_HD DoublePart fma_part(DoublePart a, DoublePart b, DoublePart c) { return _mm256_fmadd_pd(a, b, c); }
+NK_HD __m256d fma_part(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 #endif
 #elif defined(__aarch64__)
-NK_HD FloatPart fma_part(FloatPart a, FloatPart b, FloatPart c) { return vfmaq_f32(c, a, b); }
-NK_HD DoublePart fma_part(DoublePart a, DoublePart b, DoublePart c) { return vfmaq_f64(c, a, b); }
+NK_HD float32x4_t fma_part(float32x4_t a, float32x4_t b, float32x4_t c) { return vfmaq_f32(c, a, b); }
+NK_HD float64x2_t fma_part(float64x2_t a, float64x2_t b, float64x2_t c) { return vfmaq_f64(c, a, b); }
 #else
 template <class Part> NK_HD Part fma_part(Part a, Part b, Part c) { return a * b + c; }
 #endif
-template <class R> NK_HD Eight<R> fma(const Eight<R>& a, const Eight<R>& b, Eight<R> c) {
-  for (int i = 0; i < Eight<R>::kParts; i++) c.part[i] = fma_part(a.part[i], b.part[i], c.part[i]);
+template <class R, int N> NK_HD Side<R, N> fma(const Side<R, N>& a, const Side<R, N>& b, Side<R, N> c) {
+  for (int i = 0; i < c.kParts; i++) c.part[i] = fma_part(a.part[i], b.part[i], c.part[i]);
   return c;
 }
 
-NK_HD Eight<double> to_double(const Eight<double>& x) { return x; }
-NK_HD Eight<double> to_double(const Eight<float>& x) {
+// The k-th eight of a row of numbers, as doubles.
+NK_HD Eight<double> eight_doubles(const Eight<double>& x, int) { return x; }
+NK_HD Eight<double> eight_doubles(const Eight<float>& x, int) {
   Eight<double> y;
 #if defined(__AVX512F__)
   y.part[0] = _mm512_cvtps_pd(x.part[0]);
@@ -81,88 +86,99 @@ NK_HD Eight<double> to_double(const Eight<float>& x) {
   y.part[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(x.part[0], 1));
 #else
   for (int i = 0; i < 4; i++)
-    y.part[i] = DoublePart{(double)x.part[i / 2][i % 2 * 2], (double)x.part[i / 2][i % 2 * 2 + 1]};
+    y.part[i] = Eight<double>::Part{(double)x.part[i / 2][i % 2 * 2], (double)x.part[i / 2][i % 2 * 2 + 1]};
 #endif
   return y;
 }
+#if defined(__AVX512F__)
+NK_HD Eight<double> eight_doubles(const Side<float, 16>& x, int k) {
+  Eight<double> y;
+  y.part[0] = _mm512_cvtps_pd(k ? _mm512_extractf32x8_ps(x.part[0], 1) : _mm512_castps512_ps256(x.part[0]));
+  return y;
+}
+#endif
 
-// ---- Memory: eight values of a storage type, widened on the way in, rounded once on the way out
-// -------------------------
+// ---- Memory: values of a storage type, widened on the way in, rounded once on the way out ---------------------------
 
-template <class R> NK_HD Eight<R> load(const R* p) {
-  Eight<R> x;
+template <int N> struct Width {};  // how many to load
+
+template <class R, int N> NK_HD Side<R, N> load(const R* p, Width<N>) {
+  Side<R, N> x;
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }
-template <class R> NK_HD Eight<R> store(R* p, const Eight<R>& x) {
+template <class R, int N> NK_HD Side<R, N> store(R* p, const Side<R, N>& x) {
   __builtin_memcpy(p, &x, sizeof x);
   return x;
 }
 
-#if defined(__AVX2__)
-NK_HD Eight<float> load(const bf16* p) {
-  Eight<float> x;
-  const __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-  x.part[0] = _mm256_castsi256_ps(_mm256_slli_epi32(u, 16));
-  return x;
+#if defined(__AVX512F__)
+NK_HD Side<float, 16> load(const bf16* p, Width<16>) {
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16))}};
 }
-NK_HD Eight<float> store(bf16* p, Eight<float> x) {
+NK_HD Side<float, 16> store(bf16* p, const Side<float, 16>& x) {
+  typedef uint32_t Words __attribute__((vector_size(64)));
+  const __m512i u = (__m512i)round_to_bf16((Words)x.part[0], x.part[0] != x.part[0]);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(u, 16)));
+  return {{_mm512_castsi512_ps(_mm512_and_si512(u, _mm512_set1_epi32((int)0xffff0000)))}};
+}
+NK_HD Side<float, 16> load(const f16* p, Width<16>) {
+  return {{_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}};
+}
+NK_HD Side<float, 16> store(f16* p, const Side<float, 16>& x) {
+  const __m256i half = _mm512_cvtps_ph(x.part[0], _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256((__m256i*)p, half);
+  return {{_mm512_cvtph_ps(half)}};
+}
+#endif
+
+#if defined(__AVX2__)
+NK_HD Eight<float> load(const bf16* p, Width<8>) {
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16))}};
+}
+NK_HD Eight<float> store(bf16* p, const Eight<float>& x) {
   typedef uint32_t Words __attribute__((vector_size(32)));
   const __m256i u = (__m256i)round_to_bf16((Words)x.part[0], x.part[0] != x.part[0]);
-#if defined(__AVX512BW__) && defined(__AVX512VL__)
-  const __m256i upper_halves = _mm256_setr_epi16(1, 3, 5, 7, 9, 11, 13, 15, 1, 3, 5, 7, 9, 11, 13, 15);
-  const __m256i packed = _mm256_permutexvar_epi16(upper_halves, u);
-#else
   const __m256i low = _mm256_srli_epi32(u, 16);
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(low, low), 0b1000);
-#endif
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
-  x.part[0] = _mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000)));
-  return x;
+  return {{_mm256_castsi256_ps(_mm256_and_si256(u, _mm256_set1_epi32((int)0xffff0000)))}};
 }
-NK_HD Eight<float> load(const f16* p) {
-  Eight<float> x;
-  x.part[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  return x;
-}
-NK_HD Eight<float> store(f16* p, Eight<float> x) {
+NK_HD Eight<float> load(const f16* p, Width<8>) { return {{_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p))}}; }
+NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
   const __m128i half = _mm256_cvtps_ph(x.part[0], _MM_FROUND_TO_NEAREST_INT);
   _mm_storeu_si128((__m128i*)p, half);
-  x.part[0] = _mm256_cvtph_ps(half);
-  return x;
+  return {{_mm256_cvtph_ps(half)}};
 }
 #else
-NK_HD Eight<float> load(const bf16* p) {
+NK_HD Eight<float> load(const bf16* p, Width<8> eight) {
   float x[kLanes];
   for (int k = 0; k < kLanes; k++) x[k] = widen(p[k]);
-  return load(x);
+  return load(x, eight);
 }
 NK_HD Eight<float> store(bf16* p, const Eight<float>& x) {
   for (int k = 0; k < kLanes; k++) p[k] = narrow_bf16(x[k]);
-  return load(p);
+  return load(p, Width<8>{});
 }
 #if defined(__aarch64__)
-NK_HD Eight<float> load(const f16* p) {
+NK_HD Eight<float> load(const f16* p, Width<8>) {
   const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16((const uint16_t*)p));
-  Eight<float> x;
-  x.part[0] = vcvt_f32_f16(vget_low_f16(half));
-  x.part[1] = vcvt_f32_f16(vget_high_f16(half));
-  return x;
+  return {{vcvt_f32_f16(vget_low_f16(half)), vcvt_f32_f16(vget_high_f16(half))}};
 }
 NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
   const float16x8_t half = vcombine_f16(vcvt_f16_f32(x.part[0]), vcvt_f16_f32(x.part[1]));
   vst1q_u16((uint16_t*)p, vreinterpretq_u16_f16(half));
-  return load(p);
+  return load(p, Width<8>{});
 }
 #else
-NK_HD Eight<float> load(const f16* p) {
+NK_HD Eight<float> load(const f16* p, Width<8> eight) {
   float x[kLanes];
   for (int k = 0; k < kLanes; k++) x[k] = widen(p[k]);
-  return load(x);
+  return load(x, eight);
 }
 NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
   for (int k = 0; k < kLanes; k++) p[k] = narrow_f16(x[k]);
-  return load(p);
+  return load(p, Width<8>{});
 }
 #endif
 #endif
