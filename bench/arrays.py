@@ -16,11 +16,16 @@ HYPER = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 5e-4}
 
 @dataclass(frozen=True)
 class Arrays:
-    """Weights with their gradients, and momentum buffers: the same memory for every peer, so none has luck with it."""
+    """Weights with their gradients, and momentum buffers: the same memory for every peer, so none has luck with it.
+
+    graph: what a loss refers to that is still alive at the step, as it is in a training loop. A tensor to which only
+    Python refers costs torch two trips through the GIL machinery at every look, normkern's and everybody's.
+    """
 
     params: list[nn.Parameter]
     momentum_buffers: list[Tensor]
     hyper: dict[str, float]
+    graph: list[Tensor]
 
     @property
     def grads(self) -> list[Tensor | None]:
@@ -32,7 +37,8 @@ def arrays(shapes: Sequence[Shape], dtype: torch.dtype) -> Arrays:
     params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
     for p in params:
         p.grad = torch.randn(p.shape, dtype=dtype)
-    return Arrays(params, [torch.zeros_like(p, requires_grad=False) for p in params], HYPER)
+    buffers = [torch.zeros_like(p, requires_grad=False) for p in params]
+    return Arrays(params, buffers, HYPER, [p.view_as(p) for p in params])
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ def awkward(dtype: torch.dtype) -> Arrays:
     params = [nn.Parameter(w) for w in weights]
     for p in params:
         p.grad = torch.linspace(1, -2, p.numel()).to(dtype).view(p.shape)
-    return Arrays(params, [torch.zeros_like(p, requires_grad=False) for p in params], HYPER)
+    return Arrays(params, [torch.zeros_like(p, requires_grad=False) for p in params], HYPER, graph=[])
 
 
 def run(maker: Maker, dtype: torch.dtype) -> tuple[Step, Arrays, list[Tensor], list[Tensor]]:

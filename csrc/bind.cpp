@@ -55,21 +55,21 @@ PYBIND11_MODULE(_C, m) {
           [](SgdStep& self, const py::list& params, const py::list& grads, const py::object& momentum_buffers,
              const py::object& first, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
              bool maximize, double inverse_scale, int stats, int group, const py::object& slots) {
-            return self.add(params, grads, momentum_buffers, first,
-                            {{lr, momentum, dampening, weight_decay, inverse_scale, maximize},
-                             nesterov, Stats(stats), group},
-                            slots);
+            return self.add(
+                params, grads, momentum_buffers, first,
+                {{lr, momentum, dampening, weight_decay, inverse_scale, maximize}, nesterov, Stats(stats), group},
+                slots);
           },
           "params"_a, "grads"_a, "momentum_buffers"_a, "first"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a,
           "nesterov"_a, "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "slots"_a)
       .def(
           "add_whole",
           [](SgdStep& self, const py::list& params, const py::object& state, const py::str& key, double lr,
-             double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
-             double inverse_scale, int stats, int group) {
-            return self.add_whole(params, state, key,
-                                  {{lr, momentum, dampening, weight_decay, inverse_scale, maximize},
-                                   nesterov, Stats(stats), group});
+             double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, double inverse_scale,
+             int stats, int group) {
+            return self.add_whole(
+                params, state, key,
+                {{lr, momentum, dampening, weight_decay, inverse_scale, maximize}, nesterov, Stats(stats), group});
           },
           "params"_a, "state"_a, "key"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,
           "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a)

@@ -4,17 +4,17 @@
 
 namespace nk {
 
-// One param group, read in order: p.grad and state.get(p, {}).get(key) at the speed of C. A state whose keys come in the
-// order of the parameters, as it does after the first step, is read without hashing a tensor.
+// One param group, read in order: p.grad and state.get(p, {}).get(key) at the speed of C. A state whose keys come in
+// the order of the parameters, as it does after the first step, is read without hashing a tensor.
 class Gather {
  public:
   // `state`: the optimizer's, or None if nothing is wanted of it.
   Gather(const py::list& params, const py::object& state, const py::str& key);
 
   struct Entry {
-    py::object grad;         // None: none
-    PyObject* value;         // borrowed; None: none
-    bool missing;            // there is a gradient, state is wanted, and there is none
+    py::object grad;  // None: none
+    PyObject* value;  // borrowed; None: none
+    bool missing;     // there is a gradient, state is wanted, and there is none
   };
   Entry next();  // as often as there are parameters
 

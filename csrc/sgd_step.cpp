@@ -53,6 +53,8 @@ int64_t slot_count(PyObject* param, Stats stats) {
 }
 
 void SgdStep::begin() {
+  if (!complete_) places_.clear();  // nobody was told what to keep
+  complete_ = false;
   operands_.clear();
   jobs_.clear();
   hypers_.clear();
@@ -63,20 +65,15 @@ void SgdStep::begin() {
   reading_ = 0;
 }
 
-std::optional<View> SgdStep::read(PyObject* object) {
-  if (reading_ == places_.size()) places_.push_back({nullptr, nullptr, 0});
-  Place& place = places_[reading_++];
-  const auto v = view(object, place.object == object ? place.data : nullptr);
-  const Place now = v ? Place{object, v->data, v->dense ? v->numel : -1} : Place{nullptr, nullptr, 0};
-  moved_ = moved_ || place.object != object || place.data != now.data || place.extent != now.extent || now.extent < 0;
-  place = now;
-  return v;
+std::optional<View> SgdStep::read(PyObject* object, bool is_kept) {
+  if (reading_ == places_.size()) places_.emplace_back();
+  return places_[reading_++].look(object, is_kept, moved_);
 }
 
 bool SgdStep::take(const std::optional<View>& w, PyObject* param, PyObject* grad, PyObject* buffer, bool first,
                    const Group& group, int i, int64_t slot, int64_t slot_count) {
   if (!w) return false;
-  const auto g = read(grad);
+  const auto g = read(grad, false);
   if (!g || g->dtype != w->dtype) return false;
   if (!same_shape(*g, *w)) refuse_shape(group.index, "grads", i, *g, *w);
   check_no_self_overlap(*w, "params", i, group.index);
@@ -84,7 +81,7 @@ bool SgdStep::take(const std::optional<View>& w, PyObject* param, PyObject* grad
   Job job{(int)hypers_.size() - 1, SgdRule::plain, slot, slot_count, group.stats == Stats::row};
   Operands t{*w, *g, *w, group.hyper.momentum != 0, i, group.index, false};
   if (t.has_v) {
-    const auto v = read(buffer);
+    const auto v = read(buffer, true);
     if (!v || v->dtype != w->dtype) return false;
     if (!same_shape(*v, *w)) refuse_shape(group.index, "momentum_buffers", i, *v, *w);
     check_no_self_overlap(*v, "momentum_buffers", i, group.index);
@@ -120,7 +117,7 @@ std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, con
   std::vector<int> refused;
   for (int i = 0; i < n; i++) {
     PyObject *p = item(params, i), *g = item(grads, i);
-    const auto w = g == Py_None ? std::nullopt : read(p);
+    const auto w = g == Py_None ? std::nullopt : read(p, true);
     const int64_t count = slots_of(p, w, group.stats);
     const int64_t slot = slots.is_none() ? next_slots(count, group.stats) : py::list(slots)[i].cast<int64_t>();
     if (g == Py_None) continue;
@@ -139,7 +136,7 @@ bool SgdStep::add_whole(const py::list& params, const py::object& state, const p
   for (int i = 0; i < n; i++) {
     Gather::Entry entry = gather.next();
     PyObject* p = item(params, i);
-    const auto w = entry.grad.is_none() ? std::nullopt : read(p);
+    const auto w = entry.grad.is_none() ? std::nullopt : read(p, true);
     const int64_t count = slots_of(p, w, group.stats);
     const int64_t slot = next_slots(count, group.stats);
     if (entry.grad.is_none()) continue;
@@ -281,6 +278,7 @@ void SgdStep::run(const py::object& table) {
       for (int j = 0; j < kSums; j++) p.out[j] += partials_[p.first + part * kSums + j];
   owned_.clear();
   operands_.clear();
+  complete_ = true;
 }
 
 }  // namespace nk

@@ -9,6 +9,7 @@
 #include "aliasing.h"
 #include "backend.h"
 #include "formulas.h"
+#include "place.h"
 #include "tensors.h"
 
 namespace nk {
@@ -20,6 +21,7 @@ int64_t slot_count(PyObject* param, Stats);
 
 class SgdStep {
  public:
+  // Also lets go of what a step that failed had read.
   void begin();
 
   struct Group {  // of one optimizer, or a bare call of the op
@@ -40,7 +42,8 @@ class SgdStep {
   bool add_whole(const py::list& params, const py::object& state, const py::str& key, const Group&);
 
   // Throws if the tensors' memory overlaps in a way that has no meaning. After it, `run` cannot fail. Returns the
-  // tensors that `run` writes: `last` itself if those are the same, so that most steps make no new tuple.
+  // tensors that `run` writes: `last` itself if those are the same, so that most steps make no new tuple. The caller
+  // holds it until the next step's.
   py::tuple check(const py::object& last);
 
   // Writes the parameters, the buffers and, if there are slots, the table of sums: (slots, StepSums::count) float64.
@@ -75,15 +78,10 @@ class SgdStep {
   std::vector<PyObject*> written_;  // borrowed; the tuple that `check` returns owns them while `run` runs
   // What a tensor's place in memory was at the last step, in the order of reading. Between most steps nothing moves,
   // and the questions that only memory answers need not be asked again.
-  struct Place {
-    PyObject* object;
-    const void* data;
-    int64_t extent;
-  };
-  std::optional<View> read(PyObject* object);
+  std::optional<View> read(PyObject* object, bool is_kept);
   std::vector<Place> places_;
   size_t reading_ = 0;
-  bool moved_ = true;
+  bool moved_ = true, complete_ = false;
 
   int64_t slots_ = 0;
   std::vector<int64_t> slot_offsets_, told_offsets_;

@@ -66,9 +66,10 @@ class GroupStep:
         self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
         grads = [None] * len(params) if all_to_torch else self.grads
         for i in missing:
-            if ops.kernel_takes(params[i]) and ops.kernel_takes(grads[i]) and params[i].dtype == grads[i].dtype:
-                self.buffers[i] = torch.empty_like(params[i], requires_grad=False)
-                self.created.append((params[i], self.buffers[i]))
+            p, g = params[i], grads[i]
+            if g is not None and ops.kernel_takes(p) and ops.kernel_takes(g) and p.dtype == g.dtype:
+                self.buffers[i] = torch.empty_like(p, requires_grad=False)
+                self.created.append((p, self.buffers[i]))
         refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None)
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]

@@ -1,6 +1,8 @@
 """normkern.SGD steps as torch.optim.SGD's for-loop does: the numbers, for every option, layout and order of events."""
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -219,3 +221,46 @@ def test_two_parameters_in_the_same_memory_step_one_after_the_other():
         a.step()
         b.step()
         assert_follow(ours, theirs, steps=t + 1)
+
+
+def test_buffers_die_with_the_optimizer_and_with_the_state():
+    """What the optimizer holds besides its state never outlives it, nor a buffer that has been replaced."""
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for p in params:
+        p.grad = torch.ones(3)
+    opt = normkern.SGD(params, lr=0.1, momentum=0.9)
+    opt.step()
+    refs = [weakref.ref(opt.state[p]["momentum_buffer"]) for p in params]
+    opt.state[params[0]]["momentum_buffer"] = torch.zeros(3)
+    opt.step()
+    assert refs[0]() is None
+    assert refs[1]() is not None
+    del opt
+    assert refs[1]() is None
+
+
+def test_a_cycle_through_a_hook_is_collected():
+    """A hook on a parameter that steps the optimizer ties both into a cycle; Python's collector can undo it."""
+
+    def tied():
+        p = nn.Parameter(torch.ones(3))
+        p.grad = torch.ones(3)
+        opt = normkern.SGD([p], lr=0.1, momentum=0.9)
+        p.register_post_accumulate_grad_hook(lambda _: opt.step())
+        opt.step()
+        return weakref.ref(p), weakref.ref(opt)
+
+    refs = tied()
+    gc.collect()
+    assert [r() for r in refs] == [None, None]
+
+
+def test_step_without_slots_has_stats():
+    """A parameter without rows leaves nothing to measure, which is not an error."""
+    p = nn.Parameter(torch.zeros(0, 3))
+    p.grad = torch.zeros(0, 3)
+    opt = normkern.SGD([p], lr=0.1, stats="row")
+    opt.step()
+    stats = opt.stats()
+    assert stats.slots == {"0.0": slice(0, 0)}
+    assert len(stats.weight_norm) == 0

@@ -252,7 +252,6 @@ def test_gradients_are_let_go_after_a_step(fails):
     assert all(s() is None for s in seen)
 
 
-@pytest.mark.xfail(strict=True, reason="a refused step keeps the gradients it has read until the next step begins")
 def test_gradients_are_let_go_after_a_refused_step():
     """So it should be after a step that was refused in C++."""
     memory = torch.ones(10)

@@ -8,8 +8,8 @@
 namespace nk::cpu {
 namespace {
 
-// Below this many coordinates one thread is faster: waking the pool costs 1 to 5 us (measured, hot caches, 2 threads: ties at
-// 25k to 40k coordinates, in 8 tensors or in 160).
+// Below this many coordinates one thread is faster: waking the pool costs 1 to 5 us (measured, hot caches, 2 threads:
+// ties at 25k to 40k coordinates, in 8 tensors or in 160).
 constexpr int64_t kSerial = 32768;
 
 struct Level {

@@ -2,8 +2,9 @@
 // per ISA level.
 //
 // Sums are eight doubles wide on every level, so that all add in the same order; five of those are what AVX2's sixteen
-// registers can hold. Everything before the sums is as wide as a register of floats is. GCC's and Clang's vector types do
-// the plain arithmetic; intrinsics do what those cannot say: fused multiply-adds without contraction, and conversions.
+// registers can hold. Everything before the sums is as wide as a register of floats is. GCC's and Clang's vector types
+// do the plain arithmetic; intrinsics do what those cannot say: fused multiply-adds without contraction, and
+// conversions.
 #pragma once
 #include "../formulas.h"
 
