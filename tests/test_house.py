@@ -13,7 +13,7 @@ from normkern import ops
 
 ROOT = Path(__file__).parent.parent
 CSRC = ROOT / "csrc"
-LOADS = [ROOT / "normkern" / n for n in os.listdir(ROOT / "normkern") if n.endswith(".py")]
+LOADS = sorted((ROOT / "normkern").rglob("*.py"))
 
 
 def includes(path):
