@@ -177,8 +177,8 @@ class SGD(torch.optim.SGD):
         increment_version(written)
         if written is not self._written:
             # A tensor that only Python refers to makes torch take the GIL whenever C++ so much as looks at it: a second
-            # reference to each buffer is worth 25 ns per look. (Not to parameters: hooks may tie those into cycles that
-            # only Python's collector can undo, and `torch.utils.swap_tensors` wants them unshared.)
+            # reference to each buffer is worth 25 ns per look. (Not to parameters: they may be part of cycles that only
+            # Python's collector can undo, and `torch.utils.swap_tensors` wants them unshared.)
             self._written = written
             self._held = [to_dlpack(t) for t in written if not t.requires_grad]
         for group in groups:

