@@ -2,6 +2,7 @@
 #include "aliasing.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 namespace nk {
 namespace {
@@ -9,13 +10,17 @@ namespace {
 struct Extent {
   uintptr_t begin, end;  // bytes
   int tensor;
-  char operand;  // 'w', 'g' or 'v'
+  char operand;  // 'w', 'g', 'v' or 'h'
 };
 
-const View& operand(const Operands& t, char which) { return which == 'w' ? t.w : which == 'g' ? t.g : t.v; }
+const View& operand(const Operands& t, char which) {
+  return which == 'w' ? t.w : which == 'g' ? t.g : which == 'v' ? t.v : t.h;
+}
+bool is_read_only(char which) { return which == 'g' || which == 'h'; }
 
 std::string name(const Operands& t, char which) {
-  const char* list = which == 'w' ? "params" : which == 'g' ? "grads" : "momentum_buffers";
+  const Names& n = names(t.group);
+  const char* list = which == 'w' ? n.w : which == 'g' ? n.g : which == 'v' ? n.v : n.h;
   return std::string(list) + "[" + std::to_string(t.index) + "]" +
          (t.group < 0 ? "" : " of param_groups[" + std::to_string(t.group) + "]");
 }
@@ -65,9 +70,26 @@ bool same_memory(const View& a, const View& b) {
                         "; expected separate memory" + (same ? "" : ", or exactly the same"));
 }
 
+// The second gradient has been written over the first.
+[[noreturn]] void refuse_pair(const Operands& t) {
+  throw std::runtime_error(where(t.group) + ": the held gradient of " + name(t, 'w') +
+                           " and its new one share memory, so the new one was written over it (as DDP's "
+                           "gradient_as_bucket_view=True does); expected separate memory: hold(copy=True)");
+}
+
 }  // namespace
 
-std::string where(int group) { return group < 0 ? "sgd_" : "SGD.step: param_groups[" + std::to_string(group) + "]"; }
+const Names& names(int group) {
+  static const Names all[] = {{"sgd_", "params", "grads", "momentum_buffers", "held"},
+                              {"svag_combine_", "grads_a", "grads_b", "", ""},
+                              {"pair_sums", "grads_a", "grads_b", "", ""},
+                              {"welford_", "means", "samples", "squares", ""}};
+  return all[group < 0 ? -1 - group : 0];
+}
+
+std::string where(int group) {
+  return group < 0 ? names(group).op : "SGD.step: param_groups[" + std::to_string(group) + "]";
+}
 
 void check_no_self_overlap(const View& v, const char* list, int index, int group) {
   if (v.dense) return;
@@ -102,6 +124,7 @@ std::vector<int> rounds(std::vector<Operands>& tensors) {
     extents.push_back({begin_of(t.w), end_of(t.w), (int)i, 'w'});
     extents.push_back({begin_of(t.g), end_of(t.g), (int)i, 'g'});
     if (t.has_v) extents.push_back({begin_of(t.v), end_of(t.v), (int)i, 'v'});
+    if (t.has_h) extents.push_back({begin_of(t.h), end_of(t.h), (int)i, 'h'});
   }
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
 
@@ -111,11 +134,13 @@ std::vector<int> rounds(std::vector<Operands>& tensors) {
     reach[k + 1] = std::max(reach[k], extents[k].end);
     for (size_t j = k; j > 0 && reach[j] > extents[k].begin; j--) {
       const Extent &x = extents[j - 1], &y = extents[k];
-      if (x.end <= y.begin || (x.operand == 'g' && y.operand == 'g')) continue;
+      const bool both_read = is_read_only(x.operand) && is_read_only(y.operand);
+      if (x.end <= y.begin || (both_read && x.tensor != y.tensor)) continue;
       const Extent &a = x.tensor <= y.tensor ? x : y, &b = x.tensor <= y.tensor ? y : x;
       const View &of_a = operand(tensors[a.tensor], a.operand), &of_b = operand(tensors[b.tensor], b.operand);
       if (!share_coordinates(of_a, of_b)) continue;
       const bool same = same_memory(of_a, of_b);
+      if (both_read) refuse_pair(tensors[a.tensor]);
       if (a.tensor == b.tensor) {
         // The gradient may be the very tensor that is stepped; anything else within one parameter has no meaning.
         if (!same || a.operand == 'v' || b.operand == 'v')
@@ -123,7 +148,7 @@ std::vector<int> rounds(std::vector<Operands>& tensors) {
         tensors[a.tensor].copies_first = true;
         continue;
       }
-      const bool both_written = a.operand != 'g' && b.operand != 'g';
+      const bool both_written = !is_read_only(a.operand) && !is_read_only(b.operand);
       if (both_written && (!same || a.operand != b.operand))
         refuse(tensors[a.tensor], a.operand, tensors[b.tensor], b.operand);
       order.emplace_back(a.tensor, b.tensor);

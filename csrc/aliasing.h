@@ -14,13 +14,18 @@ namespace nk {
 
 // One parameter of a step and what it runs with.
 struct Operands {
-  View w, g, v;
-  bool has_v;
+  View w, g, v, h;
+  bool has_v, has_h;
   int index;          // position in its lists
-  int group;          // of the optimizer; -1: a bare call of the op
+  int group;          // of the optimizer; negative: a bare call of an op
   bool copies_first;  // set by `rounds`: the gradient lies in the very memory that is written
 };
 
+// What the caller calls the op and its lists, for error sentences.
+struct Names {
+  const char *op, *w, *g, *v, *h;
+};
+const Names& names(int group);
 std::string where(int group);  // how an error sentence begins
 
 // Throws py::value_error if some of a tensor's own coordinates share memory.

@@ -10,19 +10,31 @@ constexpr int64_t kChunk = 32768;
 
 // Positions in formulas.h's lists.
 enum class DType : uint8_t { f64, f32, bf16, f16 };
-enum class SgdRule : uint8_t { plain, momentum, momentum_first, nesterov, nesterov_first };
+enum class Rule : uint8_t {
+  plain,
+  momentum,
+  momentum_first,
+  nesterov,
+  nesterov_first,
+  svag_combine,
+  difference,
+  welford
+};
 
-// Hyperparameters of one param group, as the user gave them.
-struct SgdHyper {
+// The numbers of one param group, or of one call of an op.
+struct Hyper {
   double lr, momentum, dampening, weight_decay;
-  double inverse_scale;  // 1/scale of the GradScaler, else 1
+  double inverse_scale;  // 1/scale of the GradScaler, else 1; of a pair, that of the first gradient
   bool maximize;
+  double second_inverse_scale;  // of a pair
+  double l;                     // of SVAG
+  double share;                 // 1/n, of Welford's update
 };
 
 // Shape and strides, in elements, of tensors that do not share one dense layout.
 struct Strided {
   int ndim;
-  const int64_t *shape, *w, *g, *v;
+  const int64_t *shape, *w, *g, *v, *h;
 };
 
 // A run of coordinates of one tensor. Dense: the pointers are those of its first coordinate. Strided: they are the
@@ -31,12 +43,14 @@ struct Chunk {
   void* w;
   const void* g;
   void* v;                 // null where the rule keeps no buffer
+  const void* h;           // the first gradient of a pair, of which g is the second; else null
   const Strided* strided;  // null: dense
   int64_t begin, size;
   int64_t slot_size;  // coordinates per slot of the statistics; the chunk starts at a slot's start or inside one slot
-  double* sums;       // null: no statistics; else one row of StepSums::count for each slot the chunk touches
-  const SgdHyper* hyper;
-  SgdRule rule;
+  double* sums;  // null: no statistics; else a row for each slot the chunk touches: StepSums, of a pair PairSums too
+  int columns;   // from one row to the next
+  const Hyper* hyper;
+  Rule rule;
   DType dtype;
 };
 
@@ -50,7 +64,7 @@ int supported(const char** names, int room);  // levels that this binary has and
 bool select_isa(const char* name);            // false: not one of them
 
 // Any order, any thread; each chunk writes its own sums. `coordinates`: of all chunks together.
-void sgd(const Chunk* chunks, int64_t count, int64_t coordinates);
+void run(const Chunk* chunks, int64_t count, int64_t coordinates);
 }  // namespace cpu
 
 }  // namespace nk

@@ -1,6 +1,6 @@
 // formulas.h - what happens to one coordinate, and what is summed. Every update rule of the project stands here once.
 //
-// Scalar code for host and device; includes nothing but <stdint.h>. Back ends are loops over `SgdRules`.
+// Scalar code for host and device; includes nothing but <stdint.h>. Back ends are loops over `Rules`.
 // NK_HD functions are always inlined: each ISA level compiles this header with its own flags, and an out-of-line copy
 // made for AVX-512 must never be the one that the linker keeps for an older machine.
 #pragma once
@@ -85,47 +85,51 @@ NK_HD f16 narrow_f16(float x) {
 //     v' = mu v + (1-tau) d                (the first gradient of a parameter: v' = d, whatever tau is)
 //     u  = v'                              (nesterov: u = d + mu v')
 //     w' = w - eta u
-// A rule reads and writes v only if it says so: on the first gradient v is memory that nobody has written yet.
+// A rule reads and writes only what it says: on the first gradient v is memory that nobody has written yet.
 // R is float, double, or several of them side by side.
 
-template <class R> struct SgdCoefficients {
+template <class R> struct Coefficients {
   R lr, momentum, one_minus_dampening, weight_decay;
-  R grad_factor;  // +-1/scale
-  bool decays;    // weight_decay != 0
+  R grad_factor;                // +-1/scale; of a pair +-1, for each of the two has a scale of its own:
+  R first_scale, second_scale;  // 1/scale
+  R half, spread;               // 1/2, sqrt(2l-1)/2
+  R share;                      // 1/n
+  bool decays;                  // weight_decay != 0
+  bool first_only;              // l = 1
 };
 
 // d. Without weight decay the weight is not touched: 0 * inf would turn an infinite weight into NaN, which torch keeps.
-template <class R> NK_HD R decayed_grad(const SgdCoefficients<R>& c, R w, R g) {
+template <class R> NK_HD R decayed_grad(const Coefficients<R>& c, R w, R g) {
   const R signed_grad = c.grad_factor * g;
   return c.decays ? fma(c.weight_decay, w, signed_grad) : signed_grad;
 }
 
 struct Sgd {
-  static constexpr bool reads_v = false, writes_v = false;
-  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R&) {
+  static constexpr bool writes_w = true, reads_v = false, writes_v = false;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R&) {
     w = fma(-c.lr, decayed_grad(c, w, g), w);
   }
 };
 
 struct SgdMomentum {
-  static constexpr bool reads_v = true, writes_v = true;
-  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R& v) {
+  static constexpr bool writes_w = true, reads_v = true, writes_v = true;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     v = fma(c.momentum, v, c.one_minus_dampening * decayed_grad(c, w, g));
     w = fma(-c.lr, v, w);
   }
 };
 
 struct SgdMomentumFirst {
-  static constexpr bool reads_v = false, writes_v = true;
-  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R& v) {
+  static constexpr bool writes_w = true, reads_v = false, writes_v = true;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     v = decayed_grad(c, w, g);
     w = fma(-c.lr, v, w);
   }
 };
 
 struct SgdNesterov {
-  static constexpr bool reads_v = true, writes_v = true;
-  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R& v) {
+  static constexpr bool writes_w = true, reads_v = true, writes_v = true;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     const R d = decayed_grad(c, w, g);
     v = fma(c.momentum, v, c.one_minus_dampening * d);
     w = fma(-c.lr, fma(c.momentum, v, d), w);
@@ -133,11 +137,45 @@ struct SgdNesterov {
 };
 
 struct SgdNesterovFirst {
-  static constexpr bool reads_v = false, writes_v = true;
-  template <class R> static NK_HD void apply(const SgdCoefficients<R>& c, R& w, R g, R& v) {
+  static constexpr bool writes_w = true, reads_v = false, writes_v = true;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     const R d = decayed_grad(c, w, g);
     v = d;
     w = fma(-c.lr, fma(c.momentum, v, d), w);
+  }
+};
+
+// ---- Two gradients ------------------------------------------------------------------------------------------------
+//
+// SVAG (Li, Malladi, Arora 2021, arXiv 2102.12470, section 4): of the gradients g1, g2 of two independent batches
+//     u = (1+sqrt(2l-1))/2 g1 + (1-sqrt(2l-1))/2 g2
+// has the mean of either and l times its covariance. As mean and difference, so that a large l does not cancel.
+// l = 1 is g1, to the bit.
+template <class R> NK_HD R svag_combination(const Coefficients<R>& c, R g1, R g2) {
+  const R mixed = fma(c.spread, g1 - g2, c.half * (g1 + g2));
+  return c.first_only ? g1 : mixed;
+}
+
+// In place: w = g1, g = g2.
+struct SvagCombine {
+  static constexpr bool writes_w = true, reads_v = false, writes_v = false;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R&) { w = svag_combination(c, w, g); }
+};
+
+// Nothing is written. The "update" that is summed is g - w: |w|^2, |g|^2, <w,g>, |g-w|^2.
+struct Difference {
+  static constexpr bool writes_w = false, reads_v = false, writes_v = false;
+  template <class R> static NK_HD void apply(const Coefficients<R>&, R& w, R g, R&) { w = g; }
+};
+
+// Welford's update of a running mean w and of the sum v of squared deviations by the n-th sample g, share = 1/n:
+//     w' = w + (g - w)/n,  v' = v + (g - w)(g - w')
+struct Welford {
+  static constexpr bool writes_w = true, reads_v = true, writes_v = true;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
+    const R deviation = g - w;
+    w = fma(c.share, deviation, w);
+    v = fma(deviation, g - w, v);
   }
 };
 
@@ -149,7 +187,7 @@ struct SgdNesterovFirst {
 // bfloat16 and float16 come out the same with or without FMA hardware, and no float's square leaves the range.
 struct StepSums {
   static constexpr int count = 5;
-  template <class D> static NK_HD void add(D (&s)[count], D w, D g, D w_new) {
+  template <class D> static NK_HD void add(D* s, D w, D g, D w_new) {
     const D u = w_new - w;
     s[0] = fma(w, w, s[0]);
     s[1] = fma(g, g, s[1]);
@@ -158,9 +196,23 @@ struct StepSums {
     s[4] = fma(w, u, s[4]);
   }
   // The loops sum the gradient as it lies in memory; the sums speak of g/scale.
-  static NK_HD void unscale(double (&s)[count], double inverse_scale) {
+  static NK_HD void unscale(double* s, double inverse_scale) {
     s[1] *= inverse_scale * inverse_scale;
     s[2] *= inverse_scale;
+  }
+};
+
+// What a pair of gradients sums besides, each after its unscaling:
+//     <g1,g2>, |g1-g2|^2, |g1|^2, |g2|^2
+// <g1,g2> estimates |grad L|^2 and |g1-g2|^2/2 the trace of a batch gradient's covariance, both without bias.
+struct PairSums {
+  static constexpr int count = 4;
+  template <class D> static NK_HD void add(D* s, D g1, D g2) {
+    const D d = g1 - g2;
+    s[0] = fma(g1, g2, s[0]);
+    s[1] = fma(d, d, s[1]);
+    s[2] = fma(g1, g1, s[2]);
+    s[3] = fma(g2, g2, s[3]);
   }
 };
 
@@ -169,7 +221,9 @@ struct StepSums {
 template <class... Members> struct List {
   static constexpr int size = sizeof...(Members);
 };
-using SgdRules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst>;
+// Those that take one gradient or two, and those that are not steps.
+using StepRules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst>;
+using Rules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst, SvagCombine, Difference, Welford>;
 using StorageTypes = List<double, float, bf16, f16>;
 
 }  // namespace nk

@@ -31,8 +31,10 @@ try:
         )
 
     from . import ops, reference
+    from .noise import Noise, noise_from_pair
     from .optim import SGD
     from .stats import StepStats
+    from .svag import SVAG, svag_combine_
 except Exception as _error:
     # `python -m normkern` imports the package before its command line can speak: there a sentence says more than a
     # traceback. While Python looks for the module, sys.argv[0] is "-m" and the rest is what follows the module's name.
@@ -41,4 +43,15 @@ except Exception as _error:
     _cure = "" if type(_error) is ImportError else ". Install it anew: pip install --force-reinstall normkern"
     _sys.exit(f"python -m normkern: {_error}{_cure}")
 
-__all__ = ["SGD", "TORCH_FLOOR", "StepStats", "__version__", "ops", "reference"]
+__all__ = [
+    "SGD",
+    "SVAG",
+    "TORCH_FLOOR",
+    "Noise",
+    "StepStats",
+    "__version__",
+    "noise_from_pair",
+    "ops",
+    "reference",
+    "svag_combine_",
+]

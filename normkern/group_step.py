@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ from .options import BUFFER, check_decay, number, place
 
 _log = logging.getLogger("normkern")
 
+
+class Pair(NamedTuple):
+    """The gradients of one group where a step is made of two: SVAG's."""
+
+    held: list[Any]  # the first ones; None: no pair, `grads` has the only one
+    grads: list[Any]
+    l: float
+    first_inverse_scale: float
+    second_inverse_scale: float
+
+
 # lr, momentum, dampening, weight_decay, nesterov, maximize, inverse_scale, stats, group
 _Arguments: TypeAlias = tuple[float, float, float, float, bool, bool, float, int, int]
 
@@ -26,15 +37,35 @@ class GroupStep:
     """One param group during one step: what runs on our kernel, what on torch's loop, which buffers are new."""
 
     __slots__ = (
-        "buffers", "code", "created", "grads", "index", "left_to_torch", "lr", "options", "params", "plan", "slot",
-        "state", "stats", "torch_sums", "wrappers",
+        "buffers",
+        "code",
+        "created",
+        "grads",
+        "index",
+        "left_to_torch",
+        "lr",
+        "options",
+        "pair",
+        "params",
+        "plan",
+        "slot",
+        "state",
+        "stats",
+        "torch_sums",
+        "wrappers",
     )  # fmt: skip
 
     def __init__(
-        self, plan: ops.SgdStep, state: Any, index: int, options: dict[str, Any], inverse_scale: float
+        self,
+        plan: ops.Pass,
+        state: Any,
+        index: int,
+        options: dict[str, Any],
+        inverse_scale: float,
+        pair: Pair | None = None,
     ) -> None:
         """Reads and checks the group; writes nothing."""
-        self.plan, self.state, self.index, self.options = plan, state, index, options
+        self.plan, self.state, self.index, self.options, self.pair = plan, state, index, options, pair
         params = options["params"]
         self.params = params = params if type(params) is list else list(params)
         self.lr, self.stats = number(options["lr"], "lr", index), options["stats"]
@@ -55,26 +86,36 @@ class GroupStep:
             number(options["weight_decay"], "weight_decay", index),
             bool(options["nesterov"]),
             bool(options["maximize"]),
-            inverse_scale,
+            inverse_scale if pair is None else pair.first_inverse_scale,
             self.code,
             index,
         )
         all_to_torch = options["differentiable"] or somebody_watches()
         state = state if momentum != 0 else None
-        if not all_to_torch and plan.add_whole(params, state, BUFFER, *arguments):
+        if pair is None and not all_to_torch and plan.add_whole(params, state, BUFFER, *arguments):
             return
         self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
+        if pair is not None:
+            self.grads = pair.grads
+            pairs = enumerate(zip(pair.grads, self.buffers, strict=True))
+            missing = [i for i, (g, b) in pairs if g is not None and b is None] if momentum != 0 else []
         grads = [None] * len(params) if all_to_torch else self.grads
         for i in missing:
             p, g = params[i], grads[i]
             if g is not None and ops.kernel_takes(p) and ops.kernel_takes(g) and p.dtype == g.dtype:
                 self.buffers[i] = torch.empty_like(p, requires_grad=False)
                 self.created.append((p, self.buffers[i]))
-        refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None)
+        refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None, **self._pair_arguments())
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
         elif refused:
             self._find_another_way(refused, set(missing), arguments)
+
+    def _pair_arguments(self, held: list[Any] | None = None) -> dict[str, Any]:
+        if self.pair is None:
+            return {}
+        held = self.pair.held if held is None else held
+        return {"held": held, "second_inverse_scale": self.pair.second_inverse_scale, "l": self.pair.l}
 
     def _find_another_way(self, refused: list[int], missing: set[int], arguments: _Arguments) -> None:
         """A DTensor runs through its local shard; what the kernel cannot take is left to torch's loop."""
@@ -96,13 +137,11 @@ class GroupStep:
         p, buffer = self.params[i], self.buffers[i]
         if first:
             buffer = torch.zeros_like(p, requires_grad=False)
-        whole = [p, self.grads[i]] + ([] if buffer is None else [buffer])
+        held = None if self.pair is None else self.pair.held[i]
         with torch.no_grad():
-            local = [[_shard(x, like=p)] for x in whole]
-        if buffer is None:
-            local.append([])
-        slots = [self._first_slot(i)]
-        if self.plan.add(local[0], local[1], local[2] or None, [0] if first else None, *arguments, slots=slots):
+            w, g, v, h = ([None if x is None else _shard(x, like=p)] for x in (p, self.grads[i], buffer, held))
+        slots, more = [self._first_slot(i)], self._pair_arguments(h)
+        if self.plan.add(w, g, None if buffer is None else v, [0] if first else None, *arguments, slots=slots, **more):
             return False
         if first:
             self.created.append((p, buffer))
@@ -126,7 +165,7 @@ class GroupStep:
         """torch's for-loop, on those parameters that the kernel cannot take."""
         options = self.options
         params = [self.params[i] for i in self.left_to_torch]
-        grads = [self.grads[i] if grad_scale is None else self.grads[i] / grad_scale for i in self.left_to_torch]
+        grads = [self._whole_gradient(i, grad_scale) for i in self.left_to_torch]
         buffers = [self.buffers[i] for i in self.left_to_torch]
         sparse = any(g.layout != torch.strided for g in grads)
         before = [p.detach().clone() for p in params] if self.stats else []
@@ -149,7 +188,7 @@ class GroupStep:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p][BUFFER] = buffer
         if self.stats:
-            from .reference import step_sums
+            from .reference import gradient_sums, step_sums
 
             for i, w, g, p in zip(self.left_to_torch, before, grads, params, strict=True):
                 if (
@@ -157,7 +196,37 @@ class GroupStep:
                     and not somebody_watches()
                     and not _is_a(p, "torch._subclasses.fake_tensor", "FakeTensor")
                 ):
-                    self.torch_sums.append((self._first_slot(i), step_sums(w, g, p, self.stats)))
+                    sums = step_sums(w, g, p, self.stats)
+                    if self.pair is not None and self.pair.held[i] is not None:
+                        sums = torch.cat([sums, gradient_sums(*self._unscaled_pair(i), self.stats)], dim=1)
+                    self.torch_sums.append((self._first_slot(i), sums))
+
+    def _whole_gradient(self, i: int, grad_scale: Tensor | None) -> Tensor:
+        """The gradient that torch's loop takes for parameter i: unscaled, and one where there are two."""
+        g: Tensor = self.grads[i]
+        if self.pair is None:
+            return g if grad_scale is None else g / grad_scale
+        if self.pair.held[i] is None:
+            return g if self.pair.first_inverse_scale == 1 else g * self.pair.first_inverse_scale
+        from .reference import svag_combination
+
+        return svag_combination(*self._unscaled_pair(i), self.pair.l)
+
+    def _unscaled_pair(self, i: int) -> tuple[Tensor, Tensor]:
+        pair = self.pair
+        assert pair is not None
+        return pair.held[i] * pair.first_inverse_scale, pair.grads[i] * pair.second_inverse_scale
+
+
+def with_torch_sums(table: Tensor, groups: list[GroupStep]) -> Tensor:
+    """The table with what was measured of the parameters that torch's loop stepped: wider if those alone are pairs."""
+    sums = [entry for group in groups for entry in group.torch_sums]
+    columns = max([table.shape[1], *(s.shape[1] for _, s in sums)])
+    if columns > table.shape[1]:
+        table = torch.cat([table, table.new_full((len(table), columns - table.shape[1]), torch.nan)], dim=1)
+    for slot, rows in sums:
+        table[slot : slot + len(rows), : rows.shape[1]] = rows
+    return table
 
 
 def somebody_watches() -> bool:

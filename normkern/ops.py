@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,13 +23,15 @@ Stats: TypeAlias = Literal["tensor", "row"] | None
 
 #: Columns of the table of sums, in order.
 SUMS = ("weight_sq", "grad_sq", "weight_grad_dot", "update_sq", "weight_update_dot")
+#: What a pair of gradients adds to them: <g1,g2>, |g1-g2|^2, |g1|^2, |g2|^2.
+PAIR_SUMS = ("pair_dot", "pair_difference_sq", "first_sq", "second_sq")
 #: Coordinates per chunk: the unit of work and of summation.
 CHUNK: int = _C.CHUNK
 #: The binary itself, for those who examine it.
 binary = _C
 _STATS_CODE = {None: 0, "tensor": 1, "row": 2}
 
-SgdStep = _C.SgdStep
+Pass = _C.Pass
 gather = _C.gather
 describe = _C.describe
 kernel_takes = _C.kernel_takes
@@ -81,9 +83,9 @@ def stats_code(stats: Stats, where: str) -> int:
         raise ValueError(f'{where}: stats expected None, "tensor" or "row", got {stats!r}') from None
 
 
-def new_table(slots: int) -> Tensor:
-    """An unwritten table of sums, (slots, 5) float64 on the CPU."""
-    return torch.empty((slots, len(SUMS)), dtype=torch.float64, device="cpu")
+def new_table(slots: int, columns: int = len(SUMS)) -> Tensor:
+    """An unwritten table of sums, (slots, columns) float64 on the CPU."""
+    return torch.empty((slots, columns), dtype=torch.float64, device="cpu")
 
 
 def sgd_(
@@ -99,14 +101,21 @@ def sgd_(
     maximize: bool = False,
     grad_scale: float = 1.0,
     stats: Stats = None,
+    held: Sequence[Tensor | None] | None = None,
+    l: float = 1.0,
+    held_scale: float = 1.0,
 ) -> Tensor | None:
-    r"""One step of SGD on a list of tensors, in one pass over memory.
+    r"""One step of SGD on a list of tensors, in one pass over memory; of SVAG, if there are pairs of gradients.
 
     .. math::
         d = \pm g/\mathrm{grad\_scale} + \lambda w, \quad v' = \mu v + (1-\tau) d, \quad w' = w - \eta v'
 
     with :math:`v' = d` where there is no buffer yet, and :math:`w' = w - \eta (d + \mu v')` for nesterov. Arithmetic in
-    float32 (float64 for float64 tensors), one rounding at the store.
+    float32 (float64 for float64 tensors), one rounding at the store. Of a pair, :math:`g_1` held and :math:`g_2` in
+    `grads`, each divided by its scale, the gradient is (l = 1: :math:`g_1`, to the bit)
+
+    .. math::
+        g = \tfrac12 (g_1 + g_2) + \tfrac12 \sqrt{2l-1}\,(g_1 - g_2)
 
     Args:
         params: CPU tensors of float64, float32, bfloat16 or float16, any shapes and strides; updated in place.
@@ -116,16 +125,20 @@ def sgd_(
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
         grad_scale: what the gradients were multiplied with.
         stats: "tensor" sums over each parameter, "row" over each index of its first dimension (ndim >= 2).
+        held: the first gradients of pairs; None entries are no pairs. Pairs are always measured: None is "tensor" then.
+        l: SVAG's, at least 1/2. The learning rate is taken as it is.
+        held_scale: what the held gradients were multiplied with.
 
     Returns:
         None, or with `stats` a float64 tensor (slots, 5) on the CPU: `SUMS` of every slot, parameter after parameter;
-        NaN for a skipped one. Nothing is synchronised.
+        NaN for a skipped one. With pairs (slots, 9): `PAIR_SUMS` too, after unscaling. Nothing is synchronised.
 
     Raises:
         TypeError: an entry is not a plain CPU tensor of these dtypes, or dtypes differ.
         ValueError: lengths or shapes differ, a tensor overlaps itself or part of another in memory. Nothing is written.
 
-    Reference: the update of `torch.optim.SGD`; sums as in Li and Arora, arXiv 1910.07454, section 2.
+    Reference: the update of `torch.optim.SGD`; sums as in Li and Arora, arXiv 1910.07454, section 2; pairs as in Li,
+    Malladi and Arora, arXiv 2102.12470, section 4.
 
     >>> w, g = torch.tensor([3.0, 4.0]), torch.tensor([1.0, 2.0])
     >>> sgd_([w], [g], lr=0.1, weight_decay=0.5, stats="tensor")
@@ -142,34 +155,171 @@ def sgd_(
             if v is None and g is not None and isinstance(p, Tensor):
                 buffers[i] = torch.empty_like(p, requires_grad=False)
                 first.append(i)
-    step = SgdStep()
+    firsts = None if held is None else list(held)
+    check_l(l, "sgd_")
+    if firsts is not None and stats is None:
+        stats = "tensor"
+    step = Pass()
     step.begin()
     code = stats_code(stats, "sgd_")
+    of_first, of_second = (1 / grad_scale, 1.0) if firsts is None else (1 / held_scale, 1 / grad_scale)
     refused = step.add(
-        params, grads, buffers, first, lr, momentum, dampening, weight_decay, nesterov, maximize, 1 / grad_scale, code,
-        -1, None,
+        params, grads, buffers, first, lr, momentum, dampening, weight_decay, nesterov, maximize, of_first, code, -1,
+        None, firsts, of_second, l,
     )  # fmt: skip
     if refused:
-        raise TypeError(_why_refused(refused[0], params, grads, buffers))
-    written = step.check(None)
-    table = new_table(step.slots) if stats else None
-    step.run(table)
-    torch.autograd.graph.increment_version(written)
+        lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}
+        raise TypeError(_why_refused("sgd_", refused[0], lists))
+    table = _run(step, measured=stats is not None)
     if momentum_buffers is not None and buffers is not None:
         for i in first:
             momentum_buffers[i] = buffers[i]
     return table
 
 
-def _why_refused(i: int, params: list[Tensor], grads: list[Tensor | None], buffers: list[Tensor | None] | None) -> str:
-    named = {"params": params[i], "grads": grads[i]}
-    if buffers is not None:
-        named["momentum_buffers"] = buffers[i]
+def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], l: float) -> None:
+    r"""SVAG's combination of two gradients, in one pass: :math:`a' = \tfrac12 (a+b) + \tfrac12 \sqrt{2l-1}\,(a-b)`.
+
+    Args:
+        grads_a: CPU tensors of float64, float32, bfloat16 or float16, any shapes and strides; updated in place.
+        grads_b: same shapes and dtypes; read only. An entry may be None if its partner is.
+        l: at least 1/2; 1 leaves `grads_a` as they are, to the bit.
+
+    Raises:
+        TypeError: an entry is not a plain CPU tensor of these dtypes, or dtypes differ, or only one of two is None.
+        ValueError: lengths or shapes differ, l < 1/2, memory overlaps. Nothing is written.
+
+    Reference: Li, Malladi and Arora, arXiv 2102.12470, section 4. Nothing is synchronised.
+
+    >>> a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
+    >>> svag_combine_([a], [b], l=5)
+    >>> a
+    tensor([-1.,  2.])
+    """
+    check_l(l, "svag_combine_")
+    a, b = _both("svag_combine_", grads_a, grads_b)
+    step = Pass()
+    step.begin()
+    refused = step.add_svag_combine(a, b, l)
+    if refused:
+        raise TypeError(_why_refused("svag_combine_", refused[0], {"grads_a": a, "grads_b": b}))
+    _run(step, measured=False)
+
+
+def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], stats: Stats = "tensor") -> Tensor:
+    r"""What two gradients have in common, in one pass: `PAIR_SUMS` of every slot.
+
+    Args:
+        grads_a, grads_b: CPU tensors of float64, float32, bfloat16 or float16, pairs of equal shape and dtype. An entry
+            may be None if its partner is: NaN.
+        stats: "tensor" or "row".
+
+    Returns:
+        (slots, 4) float64 on the CPU: :math:`\langle a,b\rangle, |a-b|^2, |a|^2, |b|^2`. Nothing is synchronised.
+
+    Raises:
+        TypeError, ValueError: as `svag_combine_`.
+
+    >>> pair_sums([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])])
+    tensor([[ 7.,  4.,  5., 13.]], dtype=torch.float64)
+    """
+    a, b = _both("pair_sums", grads_a, grads_b)
+    step = Pass()
+    step.begin()
+    refused = step.add_difference(a, b, stats_code(stats, "pair_sums"))
+    if refused:
+        raise TypeError(_why_refused("pair_sums", refused[0], {"grads_a": a, "grads_b": b}))
+    table = _run(step, measured=True)
+    assert table is not None
+    return table[:, [2, 3, 0, 1]]
+
+
+def welford_(
+    means: Sequence[Tensor], samples: Sequence[Tensor | None], squares: Sequence[Tensor], *, n: int, stats: Stats = None
+) -> Tensor | None:
+    r"""Welford's update of running means and sums of squared deviations by the n-th sample, in one pass.
+
+    .. math::
+        m' = m + (x - m)/n, \quad s' = s + (x - m)(x - m')
+
+    Args:
+        means, squares: CPU tensors of float64, float32, bfloat16 or float16; updated in place. Zeros before n = 1.
+        samples: same shapes and dtypes; read only; None skips the entry.
+        n: of this sample, from 1.
+        stats: None, "tensor" or "row".
+
+    Returns:
+        None, or with `stats` float64 (slots, 5) on the CPU: `SUMS` with m for the weights and x for the gradient.
+
+    Raises:
+        TypeError, ValueError: as `sgd_`.
+
+    Reference: Welford 1962, Technometrics 4(3).
+
+    >>> m, s = torch.zeros(2), torch.zeros(2)
+    >>> for n, x in enumerate([[1.0, 5.0], [3.0, 5.0]], start=1):
+    ...     welford_([m], [torch.tensor(x)], [s], n=n)
+    >>> m, s
+    (tensor([2., 5.]), tensor([2., 0.]))
+    """
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"welford_: n expected a whole number from 1, got {n!r}")
+    m, x, s = list(means), list(samples), list(squares)
+    step = Pass()
+    step.begin()
+    refused = step.add_welford(m, x, s, 1 / n, stats_code(stats, "welford_"))
+    if refused:
+        raise TypeError(_why_refused("welford_", refused[0], {"means": m, "samples": x, "squares": s}))
+    return _run(step, measured=stats is not None)
+
+
+def check_l(l: object, where: str) -> float:
+    """SVAG's l, a number of at least 1/2."""
+    if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l < float("inf"):
+        raise ValueError(f"{where}: l expected a number of at least 1/2, got {l!r}")
+    return float(l)
+
+
+def _run(step: Pass, measured: bool) -> Tensor | None:
+    written = step.check(None)
+    table = new_table(step.slots, step.columns) if measured else None
+    step.run(table)
+    torch.autograd.graph.increment_version(written)
+    return table
+
+
+def check_pairs(op: str, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
+    """Every entry has a partner of its shape and dtype."""
+    if len(a) != len(b):
+        raise ValueError(f"{op}: grads_b has {len(b)} entries but grads_a has {len(a)}")
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        if (x is None) != (y is None):
+            name = "grads_a" if x is None else "grads_b"
+            raise TypeError(f"{op}: {name}[{i}] is None but its partner is not; expected both or neither")
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            if x.shape != y.shape:
+                raise ValueError(f"{op}: grads_b[{i}] has shape {tuple(y.shape)} but grads_a[{i}] has {tuple(x.shape)}")
+            if x.dtype != y.dtype:
+                raise TypeError(
+                    f"{op}: grads_b[{i}] is {describe(y)} but grads_a[{i}] is {describe(x)}; expected one dtype"
+                )
+
+
+def _both(op: str, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
+    a, b = list(a), list(b)
+    check_pairs(op, a, b)
+    return a, b
+
+
+def _why_refused(op: str, i: int, lists: dict[str, Any]) -> str:
+    """The sentence for position `i`, which no kernel takes. The first list is the one that the others must match."""
+    named = {name: x[i] for name, x in lists.items() if x is not None and x[i] is not None}
     for name, tensor in named.items():
         if not kernel_takes(tensor):
             return (
-                f"sgd_: {name}[{i}] is {describe(tensor)}; "
+                f"{op}: {name}[{i}] is {describe(tensor)}; "
                 "expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu"
             )
-    name, tensor = next((n, t) for n, t in named.items() if t is not None and t.dtype != params[i].dtype)
-    return f"sgd_: {name}[{i}] is {describe(tensor)} but params[{i}] is {describe(params[i])}; expected one dtype"
+    (first, model), *others = named.items()
+    name, tensor = next((n, t) for n, t in others if t.dtype != model.dtype)
+    return f"{op}: {name}[{i}] is {describe(tensor)} but {first}[{i}] is {describe(model)}; expected one dtype"

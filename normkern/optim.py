@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import ops
-from .group_step import GroupStep, somebody_watches
+from .group_step import GroupStep, somebody_watches, with_torch_sums
 from .options import BUFFER, check_decay, check_options, check_state
 from .stats import StepStats
 
@@ -60,6 +60,9 @@ class SGD(torch.optim.SGD):
     tensor([0.8990, 1.8980])
     """
 
+    #: Options that torch's SGD does not have.
+    _own_options: tuple[str, ...] = ("stats", "decay")
+
     def __init__(
         self,
         params: ParamsT,
@@ -78,7 +81,7 @@ class SGD(torch.optim.SGD):
     ) -> None:
         ops.stats_code(stats, "SGD")
         check_decay(decay, "SGD")
-        self._own_defaults = {"stats": stats, "decay": decay}
+        self._own_defaults: dict[str, Any] = {"stats": stats, "decay": decay}
         super().__init__(
             params,
             lr,
@@ -91,11 +94,11 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._step_plan, self._lock = ops.SgdStep(), threading.Lock()
+        self._step_plan, self._lock = ops.Pass(), threading.Lock()
         _alive.add(self)
         self._measured: _Measured | None = None
         self._written: tuple[Tensor, ...] | None = None
-        self._held: list[object] = []
+        self._kept: list[object] = []
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in `torch.optim.Optimizer`; `stats` and `decay` may be keys of the group."""
@@ -155,14 +158,14 @@ class SGD(torch.optim.SGD):
     def _step_now(self) -> None:
         # GradScaler leaves these on an optimizer with fused=True for the duration of the call.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and float(found_inf) != 0:
+        if self._skips(found_inf, grad_scale):
             return
         inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
         step = self._step_plan
         step.begin()
         try:
-            groups = [GroupStep(step, self.state, i, group, inverse_scale) for i, group in enumerate(self.param_groups)]
+            groups = self._groups(inverse_scale)
             written = step.check(self._written)
         except BaseException:
             step.begin()  # lets go of the gradients
@@ -172,7 +175,7 @@ class SGD(torch.optim.SGD):
             if group.left_to_torch:
                 group.step_with_torch(grad_scale)
         measures = any(group.stats for group in groups) and not somebody_watches()
-        table = ops.new_table(step.slots) if measures else None
+        table = ops.new_table(step.slots, step.columns) if measures else None
         step.run(table)
         increment_version(written)
         if written is not self._written:
@@ -180,18 +183,32 @@ class SGD(torch.optim.SGD):
             # reference to each buffer is worth 25 ns per look. (Not to parameters: they may be part of cycles that only
             # Python's collector can undo, and `torch.utils.swap_tensors` wants them unshared.)
             self._written = written
-            self._held = [to_dlpack(t) for t in written if not t.requires_grad]
+            self._kept = [to_dlpack(t) for t in written if not t.requires_grad]
         for group in groups:
             for p, buffer in group.created:
                 self.state[p][BUFFER] = buffer
             if group.wrappers:
                 increment_version(group.wrappers)
         if table is not None:
-            for group in groups:
-                for slot, sums in group.torch_sums:
-                    table[slot : slot + len(sums)] = sums
+            table = with_torch_sums(table, groups)
             measured = [(group.index, group.lr, len(group.params)) for group in groups if group.stats]
             self._measured = _Measured(table, step.slot_offsets, measured)
+        self._stepped(table)
+
+    def _check_group(self, group: dict[str, Any], where: str) -> None:
+        check_options(group, where)
+
+    def _skips(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> bool:
+        """Whether a GradScaler has found a gradient that is no number."""
+        return found_inf is not None and float(found_inf) != 0
+
+    def _groups(self, inverse_scale: float) -> list[GroupStep]:
+        """Every param group, read and checked; nothing is written."""
+        plan, state = self._step_plan, self.state
+        return [GroupStep(plan, state, i, group, inverse_scale) for i, group in enumerate(self.param_groups)]
+
+    def _stepped(self, table: Tensor | None) -> None:
+        """What a kind of SGD does after a step, with the table of what it measured."""
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in `torch.optim.SGD`, whose checkpoints of any age are welcome. Options they lack keep their values.
@@ -218,16 +235,16 @@ class SGD(torch.optim.SGD):
             old = self.param_groups[i] if "param_groups" in self.__dict__ else defaults
             for key in defaults:
                 group.setdefault(key, old[key])
-            check_options(group, f"SGD.load_state_dict: param_groups[{i}]")
+            self._check_group(group, f"SGD.load_state_dict: param_groups[{i}]")
         check_state(state["state"], groups)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._own_defaults = {key: self.defaults[key] for key in ("stats", "decay")}
-        self.__dict__.setdefault("_step_plan", ops.SgdStep())
+        self._own_defaults = {key: self.defaults[key] for key in self._own_options}
+        self.__dict__.setdefault("_step_plan", ops.Pass())
         self.__dict__.setdefault("_lock", threading.Lock())
         _alive.add(self)
         self.__dict__.setdefault("_measured", None)
         self.__dict__.setdefault("_written", None)
-        self.__dict__.setdefault("_held", [])
+        self.__dict__.setdefault("_kept", [])
         if self.defaults["fused"]:  # torch loses these on the way through pickle
             self._step_supports_amp_scaling = True
             self._need_device_dtype_check_for_fused = True

@@ -185,12 +185,12 @@ def test_python_floor_is_the_packages():
 
 def test_binary_that_is_older_than_its_sources(monkeypatch):
     assert environment.binary().verdict == "ok"
-    old = SimpleNamespace(**{k: v for k, v in vars(ops.binary).items() if k not in ("gather", "SgdStep")})
-    old.SgdStep = SimpleNamespace(begin=None)
+    old = SimpleNamespace(**{k: v for k, v in vars(ops.binary).items() if k not in ("gather", "Pass")})
+    old.Pass = SimpleNamespace(begin=None)
     monkeypatch.setattr(ops, "binary", old)
     finding = environment.binary()
-    assert_failed(finding, "the binary lacks gather, SgdStep.add, ", "pip install --force-reinstall --no-deps normkern")
-    assert "SgdStep.begin" not in finding.measured
+    assert_failed(finding, "the binary lacks gather, Pass.add, ", "pip install --force-reinstall --no-deps normkern")
+    assert "Pass.begin" not in finding.measured
 
 
 def test_binary_of_another_version(monkeypatch):

@@ -68,7 +68,7 @@ def test_sgd_against_reference(isa, rule, dtype, first):
             w, g, v = random_case(size, dtype, seed=size)
             fenced = [Fenced(x, offset) for x in (w, g, torch.full_like(v, torch.nan) if first else v)]
             fw, fg, fv = (f.tensor for f in fenced)
-            stats = ops.SgdStep()
+            stats = ops.Pass()
             stats.begin()
             assert not stats.add(
                 [fw], [fg], [fv], [0] if first else [], options["lr"], options.get("momentum", 0.0),
@@ -367,11 +367,11 @@ def test_refuses_unknown_isa():
 
 
 def test_refuses_a_table_of_the_wrong_size():
-    step = ops.SgdStep()
+    step = ops.Pass()
     step.begin()
     step.add([torch.ones(2)], [torch.ones(2)], None, None, 0.1, 0.0, 0.0, 0.0, False, False, 1.0, 1, -1, None)
     step.check(None)
-    with pytest.raises(ValueError, match=r"SgdStep.run: expected a dense float64 table of 1 x 5, got"):
+    with pytest.raises(ValueError, match=r"Pass.run: expected a dense float64 table of 1 x 5, got"):
         step.run(torch.empty(5))
 
 

@@ -65,14 +65,17 @@ bool select_isa(const char* name) {
   return false;
 }
 
-void sgd(const Chunk* chunks, int64_t count, int64_t coordinates) {
+void run(const Chunk* chunks, int64_t count, int64_t coordinates) {
   struct Work {
     const Chunk* chunks;
     int64_t count;
     const Isa* isa;
     std::unique_ptr<std::atomic<bool>[]> taken;
 
-    void one(int64_t i) const { isa->sgd[(int)chunks[i].rule][(int)chunks[i].dtype](chunks[i]); }
+    void one(int64_t i) const {
+      const Chunk& c = chunks[i];
+      (c.h ? isa->run_pair : isa->run)[(int)c.rule][(int)c.dtype](c);
+    }
 
     // Every thread begins with the range that the pool gives it, the same at every step, so that what fits into its
     // cache is found there again; then it helps the others, for chunks differ in length (ranges alone lose up to a

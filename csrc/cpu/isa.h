@@ -6,7 +6,8 @@
 namespace nk::cpu {
 
 struct Isa {
-  void (*sgd[SgdRules::size][StorageTypes::size])(const Chunk&);
+  void (*run[Rules::size][StorageTypes::size])(const Chunk&);
+  void (*run_pair[StepRules::size][StorageTypes::size])(const Chunk&);
 };
 
 #if defined(__x86_64__)

@@ -11,30 +11,34 @@ using Lanes = Eight<double>;
 
 // ---- Statistics ------------------------------------------------------------------------------------------
 
-struct Sums {
-  Lanes s[StepSums::count];
+template <int N> struct Sums {
+  Lanes s[N];
 
   Sums() {
     for (Lanes& x : s) x = Lanes::all(0.0);
   }
 
   void flush(double* out, double inverse_scale) {
-    double total[StepSums::count];
-    for (int j = 0; j < StepSums::count; j++) {
+    double total[N];
+    for (int j = 0; j < N; j++) {
       const Lanes& x = s[j];
       total[j] = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
       s[j] = Lanes::all(0.0);
     }
     StepSums::unscale(total, inverse_scale);
-    for (int j = 0; j < StepSums::count; j++) out[j] = total[j];
+    for (int j = 0; j < N; j++) out[j] = total[j];
   }
 };
 
 // Cuts a chunk's coordinates, which come in one or more portions, into runs that belong to one slot each.
-class Slots {
+template <int N> class Slots {
  public:
   explicit Slots(const Chunk& c)
-      : out_(c.sums), slot_size_(c.slot_size), left_(c.slot_size), inverse_scale_(c.hyper->inverse_scale) {}
+      : out_(c.sums),
+        columns_(c.columns),
+        slot_size_(c.slot_size),
+        left_(c.slot_size),
+        inverse_scale_(c.h ? 1.0 : c.hyper->inverse_scale) {}
 
   template <class Run> void each(int64_t n, Run run) {  // run(begin, size, sums)
     for (int64_t k = 0; k < n;) {
@@ -51,40 +55,73 @@ class Slots {
  private:
   void next() {
     sums_.flush(out_, inverse_scale_);
-    out_ += StepSums::count;
+    out_ += columns_;
     left_ = slot_size_;
   }
-  Sums sums_;
+  Sums<N> sums_;
   double* out_;
+  int columns_;
   int64_t slot_size_, left_;
-  double inverse_scale_;
+  double inverse_scale_;  // the loops sum a single gradient as it lies in memory, a pair after its unscaling
 };
 
 // ---- The update ------------------------------------------------------------------------------------------
 
+enum class Measure { nothing, step, pair };  // a pair is always measured
+template <Measure kMeasure>
+constexpr int kSums = kMeasure == Measure::pair ? StepSums::count + PairSums::count : StepSums::count;
+
+// Where the coordinates of a run begin: weights, gradient, buffer, first gradient of a pair.
+template <class T> struct Streams {
+  T* w;
+  const T* g;
+  T* v;
+  const T* h;
+  NK_HD Streams at(int64_t i) const { return {w + i, g + i, v + i, h + i}; }
+};
+
 // N coordinates, both halves of a measured step in one go: the arithmetic of the sums hides behind the loads of the
 // next coordinates. As two loops over an L1-sized block the same sums cost 15 to 20 % of the step; so, 0 to 5 %.
-template <class Rule, bool kMeasure, int N, class R, class T>
-NK_HD void step(const SgdCoefficients<Side<R, N>>& c, T* w, const T* g, T* v, Lanes (&s)[StepSums::count]) {
-  const Side<R, N> w_old = load(w, Width<N>{}), grad = load(g, Width<N>{});
+template <class Rule, Measure kMeasure, int N, class R, class T>
+NK_HD void step(const Coefficients<Side<R, N>>& c, const Streams<T>& t, Lanes* s) {
+  const Side<R, N> w_old = load(t.w, Width<N>{});
+  Side<R, N> grad = load(t.g, Width<N>{}), first, second;
+  if constexpr (kMeasure == Measure::pair) {
+    first = c.first_scale * load(t.h, Width<N>{});
+    second = c.second_scale * grad;
+    grad = svag_combination(c, first, second);
+  }
   Side<R, N> w_new = w_old, buffer;
-  if constexpr (Rule::reads_v) buffer = load(v, Width<N>{});
+  if constexpr (Rule::reads_v) buffer = load(t.v, Width<N>{});
   Rule::apply(c, w_new, grad, buffer);
-  w_new = store(w, w_new);
-  if constexpr (Rule::writes_v) store(v, buffer);
-  if constexpr (kMeasure)
-    for (int k = 0; k < N / kLanes; k++)
+  if constexpr (Rule::writes_w) w_new = store(t.w, w_new);
+  if constexpr (Rule::writes_v) store(t.v, buffer);
+  for (int k = 0; k < N / kLanes; k++) {
+    if constexpr (kMeasure != Measure::nothing)
       StepSums::add(s, eight_doubles(w_old, k), eight_doubles(grad, k), eight_doubles(w_new, k));
+    if constexpr (kMeasure == Measure::pair)
+      PairSums::add(s + StepSums::count, eight_doubles(first, k), eight_doubles(second, k));
+  }
 }
 
-template <int N, class R> NK_HD SgdCoefficients<Side<R, N>> side_by_side(const SgdCoefficients<R>& c) {
+template <int N, class R> NK_HD Coefficients<Side<R, N>> side_by_side(const Coefficients<R>& c) {
   using S = Side<R, N>;
-  return {S::all(c.lr),           S::all(c.momentum),    S::all(c.one_minus_dampening),
-          S::all(c.weight_decay), S::all(c.grad_factor), c.decays};
+  return {S::all(c.lr),
+          S::all(c.momentum),
+          S::all(c.one_minus_dampening),
+          S::all(c.weight_decay),
+          S::all(c.grad_factor),
+          S::all(c.first_scale),
+          S::all(c.second_scale),
+          S::all(c.half),
+          S::all(c.spread),
+          S::all(c.share),
+          c.decays,
+          c.first_only};
 }
 
-template <class Rule, bool kMeasure, class T>
-void run(const SgdCoefficients<Real<T>>& scalars, T* w, const T* g, T* v, int64_t n, Sums& sums) {
+template <class Rule, Measure kMeasure, class T>
+void run(const Coefficients<Real<T>>& scalars, const Streams<T>& t, int64_t n, Sums<kSums<kMeasure>>& sums) {
   using R = Real<T>;
   constexpr int kLine = 64 / sizeof(T);  // coordinates in a cache line
   // Of 1 to 8 KB ahead, 2 KB measured best, by a few per cent over what the hardware fetches by itself.
@@ -92,39 +129,42 @@ void run(const SgdCoefficients<Real<T>>& scalars, T* w, const T* g, T* v, int64_
   constexpr int kWide = kAtATime<R> < kLine ? kAtATime<R> : kLine;
   const auto wide = side_by_side<kWide>(scalars);
   const auto eight = side_by_side<kLanes>(scalars);
-  Lanes s[StepSums::count];
-  for (int j = 0; j < StepSums::count; j++) s[j] = sums.s[j];
+  Lanes s[kSums<kMeasure>];
+  for (int j = 0; j < kSums<kMeasure>; j++) s[j] = sums.s[j];
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
-    __builtin_prefetch(w + i + kAhead, 1);
-    __builtin_prefetch(g + i + kAhead, 0);
-    if constexpr (Rule::writes_v) __builtin_prefetch(v + i + kAhead, 1);
-    for (int k = 0; k < kLine; k += kWide) step<Rule, kMeasure>(wide, w + i + k, g + i + k, v + i + k, s);
+    __builtin_prefetch(t.w + i + kAhead, Rule::writes_w);
+    __builtin_prefetch(t.g + i + kAhead, 0);
+    if constexpr (Rule::writes_v) __builtin_prefetch(t.v + i + kAhead, 1);
+    if constexpr (kMeasure == Measure::pair) __builtin_prefetch(t.h + i + kAhead, 0);
+    for (int k = 0; k < kLine; k += kWide) step<Rule, kMeasure>(wide, t.at(i + k), s);
   }
-  for (; i + kLanes <= n; i += kLanes) step<Rule, kMeasure>(eight, w + i, g + i, v + i, s);
+  for (; i + kLanes <= n; i += kLanes) step<Rule, kMeasure>(eight, t.at(i), s);
   if (i < n) {  // the same step on a copy, padded with zeros, which add nothing to the sums
     const int rest = (int)(n - i);
-    T w_rest[kLanes] = {}, g_rest[kLanes] = {}, v_rest[kLanes] = {};
+    T w[kLanes] = {}, g[kLanes] = {}, v[kLanes] = {}, h[kLanes] = {};
     for (int k = 0; k < rest; k++) {
-      w_rest[k] = w[i + k], g_rest[k] = g[i + k];
-      if constexpr (Rule::reads_v) v_rest[k] = v[i + k];
+      w[k] = t.w[i + k], g[k] = t.g[i + k];
+      if constexpr (Rule::reads_v) v[k] = t.v[i + k];
+      if constexpr (kMeasure == Measure::pair) h[k] = t.h[i + k];
     }
-    step<Rule, kMeasure>(eight, w_rest, g_rest, v_rest, s);
+    step<Rule, kMeasure>(eight, Streams<T>{w, g, v, h}, s);
     for (int k = 0; k < rest; k++) {
-      w[i + k] = w_rest[k];
-      if constexpr (Rule::writes_v) v[i + k] = v_rest[k];
+      if constexpr (Rule::writes_w) t.w[i + k] = w[k];
+      if constexpr (Rule::writes_v) t.v[i + k] = v[k];
     }
   }
-  for (int j = 0; j < StepSums::count; j++) sums.s[j] = s[j];
+  for (int j = 0; j < kSums<kMeasure>; j++) sums.s[j] = s[j];
 }
 
-template <class Rule, class T>
-void run_slots(const SgdCoefficients<Real<T>>& c, T* w, const T* g, T* v, int64_t n, Slots* slots) {
-  if (!slots) {
-    Sums none;
-    return run<Rule, false>(c, w, g, v, n, none);
+template <class Rule, Measure kMeasure, class T>
+void run_slots(const Coefficients<Real<T>>& c, const Streams<T>& t, int64_t n, Slots<kSums<kMeasure>>* slots) {
+  if constexpr (kMeasure == Measure::nothing) {
+    Sums<kSums<kMeasure>> none;
+    run<Rule, kMeasure>(c, t, n, none);
+  } else {
+    slots->each(n, [&](int64_t k, int64_t size, auto& sums) { run<Rule, kMeasure>(c, t.at(k), size, sums); });
   }
-  slots->each(n, [&](int64_t k, int64_t size, Sums& sums) { run<Rule, true>(c, w + k, g + k, v + k, size, sums); });
 }
 
 // ---- Strided tensors, walked in row-major order of the shape -------------------------------------------------------
@@ -132,7 +172,7 @@ void run_slots(const SgdCoefficients<Real<T>>& c, T* w, const T* g, T* v, int64_
 struct Walk {
   const Strided& t;
   int64_t index[64] = {};  // torch's own limit on dimensions
-  int64_t w = 0, g = 0, v = 0;
+  int64_t w = 0, g = 0, v = 0, h = 0;
 
   Walk(const Strided& strided, int64_t begin) : t(strided) {
     for (int d = t.ndim - 1; d >= 0; d--) {
@@ -145,6 +185,7 @@ struct Walk {
     w += by * t.w[d];
     g += by * t.g[d];
     if (t.v) v += by * t.v[d];
+    if (t.h) h += by * t.h[d];
   }
   void step() {
     for (int d = t.ndim - 1; d >= 0; d--) {
@@ -157,64 +198,83 @@ struct Walk {
 
 // ---- One chunk -------------------------------------------------------------------------------------------
 
-template <class R> SgdCoefficients<R> coefficients(const SgdHyper& h) {
+template <class R> Coefficients<R> coefficients(const Hyper& h, bool is_pair) {
+  const double scale = is_pair ? 1.0 : h.inverse_scale;
   return {(R)h.lr,
           (R)h.momentum,
           (R)(1 - h.dampening),
           (R)h.weight_decay,
-          (R)(h.maximize ? -h.inverse_scale : h.inverse_scale),
-          h.weight_decay != 0};
+          (R)(h.maximize ? -scale : scale),
+          (R)h.inverse_scale,
+          (R)h.second_inverse_scale,
+          (R)0.5,
+          (R)(__builtin_sqrt(2 * h.l - 1) / 2),
+          (R)h.share,
+          h.weight_decay != 0,
+          h.l == 1};
 }
 
 // Strided memory is gathered into a block that is dense and stays in L1, and scattered from it.
-template <class Rule, class T>
-void run_strided(const SgdCoefficients<Real<T>>& h, const Chunk& c, Slots* slots) {
+template <class Rule, Measure kMeasure, class T>
+void run_strided(const Coefficients<Real<T>>& c, const Chunk& chunk, Slots<kSums<kMeasure>>* slots) {
   constexpr int kBlock = 512;
-  alignas(64) T w[kBlock], g[kBlock], v[kBlock];
-  for (int64_t i = 0; i < c.size; i += kBlock) {
-    const int n = c.size - i < kBlock ? (int)(c.size - i) : kBlock;
-    Walk from(*c.strided, c.begin + i), to = from;
+  alignas(64) T w[kBlock], g[kBlock], v[kBlock], h[kBlock];
+  for (int64_t i = 0; i < chunk.size; i += kBlock) {
+    const int n = chunk.size - i < kBlock ? (int)(chunk.size - i) : kBlock;
+    Walk from(*chunk.strided, chunk.begin + i), to = from;
     for (int k = 0; k < n; k++, from.step()) {
-      w[k] = ((const T*)c.w)[from.w];
-      g[k] = ((const T*)c.g)[from.g];
-      if constexpr (Rule::reads_v) v[k] = ((const T*)c.v)[from.v];
+      w[k] = ((const T*)chunk.w)[from.w];
+      g[k] = ((const T*)chunk.g)[from.g];
+      if constexpr (Rule::reads_v) v[k] = ((const T*)chunk.v)[from.v];
+      if constexpr (kMeasure == Measure::pair) h[k] = ((const T*)chunk.h)[from.h];
     }
-    run_slots<Rule>(h, w, g, v, n, slots);
+    run_slots<Rule, kMeasure>(c, Streams<T>{w, g, v, h}, n, slots);
     for (int k = 0; k < n; k++, to.step()) {
-      ((T*)c.w)[to.w] = w[k];
-      if constexpr (Rule::writes_v) ((T*)c.v)[to.v] = v[k];
+      if constexpr (Rule::writes_w) ((T*)chunk.w)[to.w] = w[k];
+      if constexpr (Rule::writes_v) ((T*)chunk.v)[to.v] = v[k];
     }
   }
 }
 
-template <class Rule, class T> void run_chunk(const Chunk& c, Slots* slots) {
-  const auto h = coefficients<Real<T>>(*c.hyper);
+template <class Rule, Measure kMeasure, class T> void run_chunk(const Chunk& c, Slots<kSums<kMeasure>>* slots) {
+  const auto numbers = coefficients<Real<T>>(*c.hyper, kMeasure == Measure::pair);
   if (c.strided)
-    run_strided<Rule, T>(h, c, slots);
+    run_strided<Rule, kMeasure, T>(numbers, c, slots);
   else
-    run_slots<Rule>(h, (T*)c.w, (const T*)c.g, (T*)c.v, c.size, slots);
+    run_slots<Rule, kMeasure>(numbers, Streams<T>{(T*)c.w, (const T*)c.g, (T*)c.v, (const T*)c.h}, c.size, slots);
 }
 
-template <class Rule, class T> void sgd(const Chunk& c) {
-  if (!c.sums) return run_chunk<Rule, T>(c, nullptr);
-  Slots slots(c);
-  run_chunk<Rule, T>(c, &slots);
+template <class Rule, Measure kMeasure, class T> void measured(const Chunk& c) {
+  Slots<kSums<kMeasure>> slots(c);
+  run_chunk<Rule, kMeasure, T>(c, &slots);
   slots.finish();
 }
 
-template <class Rule, class... Types> constexpr void fill_row(void (**row)(const Chunk&), List<Types...>) {
-  ((*row++ = sgd<Rule, Types>), ...);
+template <class Rule, class T> void one(const Chunk& c) {
+  if (c.sums) return measured<Rule, Measure::step, T>(c);
+  run_chunk<Rule, Measure::nothing, T>(c, nullptr);
 }
-template <class... Rules, class... Types> constexpr Isa fill(List<Rules...>, List<Types...> types) {
+template <class Rule, class T> void pair(const Chunk& c) { measured<Rule, Measure::pair, T>(c); }
+
+using Loop = void (*)(const Chunk&);
+template <class Rule, class... Types> constexpr void fill_row(Loop* row, List<Types...>) {
+  ((*row++ = one<Rule, Types>), ...);
+}
+template <class Rule, class... Types> constexpr void fill_pair_row(Loop* row, List<Types...>) {
+  ((*row++ = pair<Rule, Types>), ...);
+}
+template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<Steps...>) {
   Isa isa{};
   int r = 0;
-  (fill_row<Rules>(isa.sgd[r++], types), ...);
+  (fill_row<All>(isa.run[r++], StorageTypes{}), ...);
+  r = 0;
+  (fill_pair_row<Steps>(isa.run_pair[r++], StorageTypes{}), ...);
   return isa;
 }
 
 }  // namespace
 
 extern const Isa table;
-const Isa table = fill(SgdRules{}, StorageTypes{});
+const Isa table = fill(Rules{}, StepRules{});
 
 }  // namespace nk::cpu::NK_ISA

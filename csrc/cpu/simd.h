@@ -52,6 +52,10 @@ template <class R, int N> NK_HD Side<R, N> operator-(Side<R, N> a, const Side<R,
   for (int i = 0; i < a.kParts; i++) a.part[i] -= b.part[i];
   return a;
 }
+template <class R, int N> NK_HD Side<R, N> operator+(Side<R, N> a, const Side<R, N>& b) {
+  for (int i = 0; i < a.kParts; i++) a.part[i] += b.part[i];
+  return a;
+}
 template <class R, int N> NK_HD Side<R, N> operator*(Side<R, N> a, const Side<R, N>& b) {
   for (int i = 0; i < a.kParts; i++) a.part[i] *= b.part[i];
   return a;

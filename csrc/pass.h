@@ -1,4 +1,5 @@
-// sgd_step.h - one optimizer step over any number of param groups: read and check everything, then run it all.
+// pass.h - one pass over lists of tensors, an optimizer step over any number of param groups for one: read and check
+// everything, then run it all.
 //
 // Two phases, so that an error in the last group leaves the first one unwritten. The object belongs to Python; between
 // steps it keeps nothing but its allocations and what it found out about the tensors' memory.
@@ -19,23 +20,23 @@ enum class Stats : int { none, tensor, row };
 // How many slots a parameter has: the one place that knows.
 int64_t slot_count(PyObject* param, Stats);
 
-class SgdStep {
+class Pass {
  public:
   // Also lets go of what a step that failed had read.
   void begin();
 
-  struct Group {  // of one optimizer, or a bare call of the op
-    SgdHyper hyper;
-    bool nesterov;
+  struct Group {  // of one optimizer, or a bare call of an op
+    Hyper hyper;
+    Rule rule;  // of a parameter whose buffer has a history
     Stats stats;
-    int index;  // -1: a bare call
+    int index;  // see `names`
   };
 
   // Reads one group. Entries of `grads` that are None are skipped. `first`: positions whose buffer holds no history
-  // yet. Returns the positions that no kernel of ours can take, untouched: what becomes of them is the caller's
-  // decision.
+  // yet. `held`: None, or the first gradients of pairs, each None where there is no pair. Returns the positions that no
+  // kernel of ours can take, untouched: what becomes of them is the caller's decision.
   std::vector<int> add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
-                       const py::object& first, const Group&, const py::object& slots);
+                       const py::object& first, const Group&, const py::object& slots, const py::object& held);
 
   // The same, with the gradients and buffers that the parameters and the optimizer's state have: no list is made for
   // Python. False, and nothing is added, if a buffer is missing or a tensor is one that no kernel of ours can take.
@@ -46,34 +47,36 @@ class SgdStep {
   // holds it until the next step's.
   py::tuple check(const py::object& last);
 
-  // Writes the parameters, the buffers and, if there are slots, the table of sums: (slots, StepSums::count) float64.
+  // Writes the parameters, the buffers and, if there are slots, the table of sums: (slots, columns()) float64.
   void run(const py::object& table);
 
   int64_t slots() const { return slots_; }
+  int columns() const { return StepSums::count + (has_pairs_ ? PairSums::count : 0); }
   // Where each parameter's slots begin, in the order of `add`: the same tuple as long as nothing changes.
   py::tuple slot_offsets();
 
  private:
   struct Job {  // what Operands does not know
     int hyper;
-    SgdRule rule;
+    Rule rule;
     int64_t slot, slot_count;  // slot_count 0: no statistics
     bool by_row;
   };
   struct Pending {  // a slot whose sums come in several parts
     double* out;
     int64_t first, count;
+    int columns;  // that are summed
   };
   // One parameter of a group that has a gradient; false: no kernel of ours can take it, and nothing was added.
-  bool take(const std::optional<View>& w, PyObject* param, PyObject* grad, PyObject* buffer, bool first, const Group&,
-            int i, int64_t slot, int64_t slot_count);
+  bool take(const std::optional<View>& w, PyObject* param, PyObject* grad, PyObject* buffer, PyObject* held, bool first,
+            const Group&, int i, int64_t slot, int64_t slot_count);
   // Where the slots of the next parameter begin, if they come one after another; the next ones begin behind them.
   int64_t next_slots(int64_t count, Stats);
   void cut(const Operands&, const Job&, double* table);
 
   std::vector<Operands> operands_;
   std::vector<Job> jobs_;
-  std::vector<SgdHyper> hypers_;
+  std::vector<Hyper> hypers_;
   std::vector<py::object> owned_;   // gradients, or lists of what came as lists
   std::vector<PyObject*> written_;  // borrowed; the tuple that `check` returns owns them while `run` runs
   // What a tensor's place in memory was at the last step, in the order of reading. Between most steps nothing moves,
@@ -81,7 +84,7 @@ class SgdStep {
   std::optional<View> read(PyObject* object, bool is_kept);
   std::vector<Place> places_;
   size_t reading_ = 0;
-  bool moved_ = true, complete_ = false;
+  bool moved_ = true, complete_ = false, has_pairs_ = false;
 
   int64_t slots_ = 0;
   std::vector<int64_t> slot_offsets_, told_offsets_;

@@ -1,5 +1,5 @@
-// sgd_step.cpp - see sgd_step.h.
-#include "sgd_step.h"
+// pass.cpp - see pass.h.
+#include "pass.h"
 
 #include <algorithm>
 #include <limits>
@@ -19,13 +19,16 @@ PyObject* item(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list
 
 [[noreturn]] void refuse_shape(int group, const char* list, int i, const View& got, const View& expected) {
   throw py::value_error(where(group) + ": " + list + "[" + std::to_string(i) + "] has shape " + shape_text(got) +
-                        " but params[" + std::to_string(i) + "] has shape " + shape_text(expected));
+                        " but " + names(group).w + "[" + std::to_string(i) + "] has shape " + shape_text(expected));
 }
+
+bool has_buffer(Rule rule) { return rule == Rule::momentum || rule == Rule::nesterov || rule == Rule::welford; }
+bool writes_w(Rule rule) { return rule != Rule::difference; }
 
 void check_length(int group, const char* list, size_t got, size_t expected) {
   if (got != expected)
-    throw py::value_error(where(group) + ": " + list + " has " + std::to_string(got) + " entries but params has " +
-                          std::to_string(expected));
+    throw py::value_error(where(group) + ": " + list + " has " + std::to_string(got) + " entries but " +
+                          names(group).w + " has " + std::to_string(expected));
 }
 
 bool rows_are_contiguous(const View& w) {
@@ -52,7 +55,7 @@ int64_t slot_count(PyObject* param, Stats stats) {
   }
 }
 
-void SgdStep::begin() {
+void Pass::begin() {
   if (!complete_) places_.clear();  // nobody was told what to keep
   complete_ = false;
   operands_.clear();
@@ -63,57 +66,71 @@ void SgdStep::begin() {
   slot_offsets_.clear();
   slots_ = 0;
   reading_ = 0;
+  has_pairs_ = false;
 }
 
-std::optional<View> SgdStep::read(PyObject* object, bool is_kept) {
+std::optional<View> Pass::read(PyObject* object, bool is_kept) {
   if (reading_ == places_.size()) places_.emplace_back();
   return places_[reading_++].look(object, is_kept, moved_);
 }
 
-bool SgdStep::take(const std::optional<View>& w, PyObject* param, PyObject* grad, PyObject* buffer, bool first,
-                   const Group& group, int i, int64_t slot, int64_t slot_count) {
+bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, PyObject* buffer, PyObject* held,
+                bool first, const Group& group, int i, int64_t slot, int64_t slot_count) {
   if (!w) return false;
+  const Names& n = names(group.index);
   const auto g = read(grad, false);
   if (!g || g->dtype != w->dtype) return false;
-  if (!same_shape(*g, *w)) refuse_shape(group.index, "grads", i, *g, *w);
-  check_no_self_overlap(*w, "params", i, group.index);
+  if (!same_shape(*g, *w)) refuse_shape(group.index, n.g, i, *g, *w);
+  if (writes_w(group.rule)) check_no_self_overlap(*w, n.w, i, group.index);
 
-  Job job{(int)hypers_.size() - 1, SgdRule::plain, slot, slot_count, group.stats == Stats::row};
-  Operands t{*w, *g, *w, group.hyper.momentum != 0, i, group.index, false};
+  Job job{(int)hypers_.size() - 1, group.rule, slot, slot_count, group.stats == Stats::row};
+  Operands t{*w, *g, *w, *g, has_buffer(group.rule), held && held != Py_None, i, group.index, false};
   if (t.has_v) {
     const auto v = read(buffer, true);
     if (!v || v->dtype != w->dtype) return false;
-    if (!same_shape(*v, *w)) refuse_shape(group.index, "momentum_buffers", i, *v, *w);
-    check_no_self_overlap(*v, "momentum_buffers", i, group.index);
+    if (!same_shape(*v, *w)) refuse_shape(group.index, n.v, i, *v, *w);
+    check_no_self_overlap(*v, n.v, i, group.index);
     t.v = *v;
-    job.rule = group.nesterov ? (first ? SgdRule::nesterov_first : SgdRule::nesterov)
-                              : (first ? SgdRule::momentum_first : SgdRule::momentum);
-    written_.push_back(buffer);
+    if (first) job.rule = group.rule == Rule::nesterov ? Rule::nesterov_first : Rule::momentum_first;
   }
-  written_.push_back(param);
+  if (t.has_h) {
+    const auto h = read(held, false);
+    if (!h || h->dtype != w->dtype) return false;
+    if (!same_shape(*h, *w)) refuse_shape(group.index, n.h, i, *h, *w);
+    t.h = *h;
+    has_pairs_ = true;
+  }
+  if (t.has_v) written_.push_back(buffer);
+  if (writes_w(group.rule)) written_.push_back(param);
   operands_.push_back(t);
   jobs_.push_back(job);
   return true;
 }
 
-std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
-                              const py::object& first, const Group& group, const py::object& slots) {
+std::vector<int> Pass::add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
+                           const py::object& first, const Group& group, const py::object& slots,
+                           const py::object& held) {
   const int n = (int)params.size();
-  const bool has_v = group.hyper.momentum != 0;
-  check_length(group.index, "grads", grads.size(), n);
-  py::list buffers;
+  const bool has_v = has_buffer(group.rule);
+  check_length(group.index, names(group.index).g, grads.size(), n);
+  py::list buffers, firsts;
   if (has_v) {
     if (momentum_buffers.is_none())
       throw py::value_error(where(group.index) + ": momentum is not 0, expected momentum_buffers, got None");
     buffers = momentum_buffers.cast<py::list>();
-    check_length(group.index, "momentum_buffers", buffers.size(), n);
+    check_length(group.index, names(group.index).v, buffers.size(), n);
+  }
+  if (!held.is_none()) {
+    firsts = held.cast<py::list>();
+    check_length(group.index, names(group.index).h, firsts.size(), n);
   }
   std::vector<bool> is_first(n, false);
   if (!first.is_none())
     for (py::handle i : first) is_first.at(i.cast<int>()) = true;
 
   hypers_.push_back(group.hyper);
-  for (const py::object& list : {py::object(params), py::object(grads), py::object(buffers)}) owned_.push_back(list);
+  for (const py::object& list : {py::object(params), py::object(grads), py::object(buffers), py::object(firsts)})
+    owned_.push_back(list);
   std::vector<int> refused;
   for (int i = 0; i < n; i++) {
     PyObject *p = item(params, i), *g = item(grads, i);
@@ -121,12 +138,13 @@ std::vector<int> SgdStep::add(const py::list& params, const py::list& grads, con
     const int64_t count = slots_of(p, w, group.stats);
     const int64_t slot = slots.is_none() ? next_slots(count, group.stats) : py::list(slots)[i].cast<int64_t>();
     if (g == Py_None) continue;
-    if (!take(w, p, g, has_v ? item(buffers, i) : nullptr, is_first[i], group, i, slot, count)) refused.push_back(i);
+    PyObject *buffer = has_v ? item(buffers, i) : nullptr, *h = firsts.empty() ? nullptr : item(firsts, i);
+    if (!take(w, p, g, buffer, h, is_first[i], group, i, slot, count)) refused.push_back(i);
   }
   return refused;
 }
 
-bool SgdStep::add_whole(const py::list& params, const py::object& state, const py::str& key, const Group& group) {
+bool Pass::add_whole(const py::list& params, const py::object& state, const py::str& key, const Group& group) {
   const int n = (int)params.size();
   const size_t operands = operands_.size(), owned = owned_.size(), written = written_.size(), reading = reading_;
   const size_t offsets = slot_offsets_.size();
@@ -140,7 +158,7 @@ bool SgdStep::add_whole(const py::list& params, const py::object& state, const p
     const int64_t count = slots_of(p, w, group.stats);
     const int64_t slot = next_slots(count, group.stats);
     if (entry.grad.is_none()) continue;
-    if (entry.missing || !take(w, p, entry.grad.ptr(), entry.value, false, group, i, slot, count)) {
+    if (entry.missing || !take(w, p, entry.grad.ptr(), entry.value, nullptr, false, group, i, slot, count)) {
       operands_.resize(operands);
       jobs_.resize(operands);
       owned_.resize(owned);
@@ -156,13 +174,13 @@ bool SgdStep::add_whole(const py::list& params, const py::object& state, const p
   return true;
 }
 
-int64_t SgdStep::next_slots(int64_t count, Stats stats) {
+int64_t Pass::next_slots(int64_t count, Stats stats) {
   if (stats == Stats::none) return 0;
   slot_offsets_.push_back(slots_);
   return std::exchange(slots_, slots_ + count);
 }
 
-py::tuple SgdStep::slot_offsets() {
+py::tuple Pass::slot_offsets() {
   if (slot_offsets_ != told_offsets_) {
     told_offsets_ = slot_offsets_;
     offsets_ = py::tuple(py::cast(slot_offsets_));
@@ -170,7 +188,7 @@ py::tuple SgdStep::slot_offsets() {
   return offsets_;
 }
 
-py::tuple SgdStep::check(const py::object& last) {
+py::tuple Pass::check(const py::object& last) {
   moved_ = moved_ || reading_ != places_.size();
   if (moved_) {
     places_.resize(reading_);
@@ -195,61 +213,66 @@ py::tuple SgdStep::check(const py::object& last) {
 }
 
 // Cuts one parameter into chunks, each with the place where its sums go.
-void SgdStep::cut(const Operands& t, const Job& job, double* table) {
-  constexpr int kSums = StepSums::count;
+void Pass::cut(const Operands& t, const Job& job, double* table) {
+  const int columns = this->columns(), own = StepSums::count + (t.has_h ? PairSums::count : 0);
   const View& w = t.w;
   const bool by_row = table && job.slot_count > 0 && job.by_row;
-  const bool dense = w.dense && t.g.dense && same_strides(w, t.g) &&
-                     (!t.has_v || (t.v.dense && same_strides(w, t.v))) && (!by_row || rows_are_contiguous(w)) &&
-                     !t.copies_first;
+  const bool dense =
+      w.dense && t.g.dense && same_strides(w, t.g) && (!t.has_v || (t.v.dense && same_strides(w, t.v))) &&
+      (!t.has_h || (t.h.dense && same_strides(w, t.h))) && (!by_row || rows_are_contiguous(w)) && !t.copies_first;
   const Strided* strided = nullptr;
   if (!dense) {
-    strided_.push_back({w.ndim, w.shape, w.strides, t.g.strides, t.has_v ? t.v.strides : nullptr});
+    strided_.push_back(
+        {w.ndim, w.shape, w.strides, t.g.strides, t.has_v ? t.v.strides : nullptr, t.has_h ? t.h.strides : nullptr});
     strided = &strided_.back();
   }
   const auto chunk = [&](int64_t begin, int64_t size, int64_t slot_size, double* sums) {
     const int64_t offset = dense ? begin * w.item() : 0;
     chunks_.push_back({static_cast<char*>(w.data) + offset, static_cast<const char*>(t.g.data) + offset,
-                       t.has_v ? static_cast<char*>(t.v.data) + offset : nullptr, strided, begin, size, slot_size, sums,
-                       &hypers_[job.hyper], job.rule, w.dtype});
+                       t.has_v ? static_cast<char*>(t.v.data) + offset : nullptr,
+                       t.has_h ? static_cast<const char*>(t.h.data) + offset : nullptr, strided, begin, size, slot_size,
+                       sums, columns, &hypers_[job.hyper], job.rule, w.dtype});
   };
   const auto cut_slot = [&](int64_t begin, int64_t size, double* out) {
     const int64_t parts = pieces(size);
     double* sums = out;
     if (out && parts > 1) {
-      pending_.push_back({out, (int64_t)partials_.size(), parts});
-      partials_.resize(partials_.size() + parts * kSums);
+      pending_.push_back({out, (int64_t)partials_.size(), parts, own});
+      partials_.resize(partials_.size() + parts * columns);
       sums = partials_.data() + pending_.back().first;
     }
     for (int64_t p = 0; p < parts; p++) {
       const int64_t at = p * kChunk, run = std::min(kChunk, size - at);
-      chunk(begin + at, run, run, sums ? sums + p * kSums : nullptr);
+      chunk(begin + at, run, run, sums ? sums + p * columns : nullptr);
     }
   };
 
-  double* out = table && job.slot_count ? table + job.slot * kSums : nullptr;
-  if (out) std::fill(out, out + job.slot_count * kSums, 0.0);  // what an empty tensor sums to
+  double* out = table && job.slot_count ? table + job.slot * columns : nullptr;
+  for (int64_t r = 0; out && r < job.slot_count; r++)
+    std::fill(out + r * columns, out + r * columns + own, 0.0);  // what an empty tensor sums to
   if (w.numel == 0) return;
   const int64_t row = by_row ? w.numel / job.slot_count : w.numel;
   if (row >= kChunk || !by_row) {
-    for (int64_t r = 0; r * row < w.numel; r++) cut_slot(r * row, row, out ? out + r * kSums : nullptr);
+    for (int64_t r = 0; r * row < w.numel; r++) cut_slot(r * row, row, out ? out + r * columns : nullptr);
   } else {
     const int64_t rows = kChunk / row;
     for (int64_t r = 0; r < job.slot_count; r += rows)
-      chunk(r * row, std::min(rows, job.slot_count - r) * row, row, out + r * kSums);
+      chunk(r * row, std::min(rows, job.slot_count - r) * row, row, out + r * columns);
   }
 }
 
-void SgdStep::run(const py::object& table) {
-  constexpr int kSums = StepSums::count;
+void Pass::run(const py::object& table) {
+  const int columns = this->columns();
   double* sums = nullptr;
+  if (has_pairs_ && (table.is_none() || slots_ == 0))
+    throw py::value_error("Pass.run: pairs of gradients are always measured, expected slots and a table, got none");
   if (slots_ > 0 && !table.is_none()) {
     const auto t = view(table.ptr());
-    if (!t || t->dtype != DType::f64 || t->numel != slots_ * kSums || !t->dense)
-      throw py::value_error("SgdStep.run: expected a dense float64 table of " + std::to_string(slots_) + " x " +
-                            std::to_string(kSums) + ", got " + (t ? shape_text(*t) : describe(table.ptr())));
+    if (!t || t->dtype != DType::f64 || t->numel != slots_ * columns || !t->dense)
+      throw py::value_error("Pass.run: expected a dense float64 table of " + std::to_string(slots_) + " x " +
+                            std::to_string(columns) + ", got " + (t ? shape_text(*t) : describe(table.ptr())));
     sums = static_cast<double*>(t->data);
-    std::fill(sums, sums + slots_ * kSums, std::numeric_limits<double>::quiet_NaN());
+    std::fill(sums, sums + slots_ * columns, std::numeric_limits<double>::quiet_NaN());
   }
 
   int64_t coordinates = 0, parts = 0;
@@ -262,7 +285,7 @@ void SgdStep::run(const py::object& table) {
   strided_.clear();
   strided_.reserve(operands_.size());
   partials_.clear();
-  partials_.reserve(parts * kSums);  // chunks point into it
+  partials_.reserve(parts * columns);  // chunks point into it
   pending_.clear();
   for (int round = 0; round < rounds; round++) {
     chunks_.clear();
@@ -270,12 +293,12 @@ void SgdStep::run(const py::object& table) {
       if (rounds_.empty() || rounds_[i] == round) cut(operands_[i], jobs_[i], sums);
     std::optional<py::gil_scoped_release> released;
     if (coordinates > kReleaseGil) released.emplace();
-    cpu::sgd(chunks_.data(), (int64_t)chunks_.size(), coordinates);
+    cpu::run(chunks_.data(), (int64_t)chunks_.size(), coordinates);
   }
   // In chunk order, whoever computed them: the sums do not depend on the number of threads.
   for (const Pending& p : pending_)
     for (int64_t part = 0; part < p.count; part++)
-      for (int j = 0; j < kSums; j++) p.out[j] += partials_[p.first + part * kSums + j];
+      for (int j = 0; j < p.columns; j++) p.out[j] += partials_[p.first + part * columns + j];
   owned_.clear();
   operands_.clear();
   complete_ = true;
