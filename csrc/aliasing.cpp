@@ -71,11 +71,7 @@ bool same_memory(const View& a, const View& b) {
 }
 
 // The second gradient has been written over the first.
-[[noreturn]] void refuse_pair(const Operands& t) {
-  throw std::runtime_error(where(t.group) + ": the held gradient of " + name(t, 'w') +
-                           " and its new one share memory, so the new one was written over it (as DDP's "
-                           "gradient_as_bucket_view=True does); expected separate memory: hold(copy=True)");
-}
+[[noreturn]] void refuse_pair(const Operands& t) { throw std::runtime_error(shared_pair(t.group, t.index)); }
 
 }  // namespace
 
@@ -89,6 +85,12 @@ const Names& names(int group) {
 
 std::string where(int group) {
   return group < 0 ? names(group).op : "SGD.step: param_groups[" + std::to_string(group) + "]";
+}
+
+std::string shared_pair(int group, int index) {
+  return where(group) + ": the held gradient of " + names(group).w + "[" + std::to_string(index) +
+         "] and its new one share memory, so the new one was written over it (as DDP's gradient_as_bucket_view=True "
+         "does); expected separate memory: hold(copy=True)";
 }
 
 void check_no_self_overlap(const View& v, const char* list, int index, int group) {

@@ -26,7 +26,8 @@ struct Names {
   const char *op, *w, *g, *v, *h;
 };
 const Names& names(int group);
-std::string where(int group);  // how an error sentence begins
+std::string where(int group);                   // how an error sentence begins
+std::string shared_pair(int group, int index);  // the sentence for a pair whose second gradient lies on the first
 
 // Throws py::value_error if some of a tensor's own coordinates share memory.
 void check_no_self_overlap(const View&, const char* list, int index, int group);

@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("supported_isas", supported_isas);
   m.def("select_isa", [](const std::string& name) { return cpu::select_isa(name.c_str()); }, "name"_a);
   m.def("describe", [](const py::object& o) { return describe(o.ptr()); }, "tensor"_a);
+  m.def("shared_pair", shared_pair, "group"_a, "index"_a);
   m.def("kernel_takes", [](const py::object& o) { return view(o.ptr()).has_value(); }, "tensor"_a);
   m.def(
       "slot_count", [](const py::object& o, int stats) { return slot_count(o.ptr(), Stats(stats)); }, "param"_a,

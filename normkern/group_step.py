@@ -110,6 +110,10 @@ class GroupStep:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
         elif refused:
             self._find_another_way(refused, set(missing), arguments)
+        if pair is not None:
+            for i in self.left_to_torch:
+                if pair.held[i] is not None and _share_memory(pair.held[i], pair.grads[i]):
+                    raise RuntimeError(ops.shared_pair(index, i))
 
     def _pair_arguments(self, held: list[Any] | None = None) -> dict[str, Any]:
         if self.pair is None:
@@ -238,6 +242,18 @@ def _is_a(x: Any, module: str, name: str) -> bool:
     """isinstance, without an import: where nobody imported the module there are no such objects."""
     loaded = sys.modules.get(module)
     return loaded is not None and isinstance(x, getattr(loaded, name))
+
+
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    if a is b:
+        return True
+    if a.layout != torch.strided or b.layout != torch.strided or a.is_meta or type(a) is not Tensor:
+        return False  # torch makes new values for every such gradient
+    ends = [
+        x.data_ptr() + x.element_size() * (1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)))
+        for x in (a, b)
+    ]
+    return a.numel() > 0 and b.numel() > 0 and a.data_ptr() < ends[1] and b.data_ptr() < ends[0]
 
 
 def _is_dtensor(x: Any) -> bool:

@@ -34,6 +34,7 @@ _STATS_CODE = {None: 0, "tensor": 1, "row": 2}
 Pass = _C.Pass
 gather = _C.gather
 describe = _C.describe
+shared_pair = _C.shared_pair
 kernel_takes = _C.kernel_takes
 slot_count = _C.slot_count
 isa = _C.isa

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,8 +18,6 @@ from .optim import SGD
 from .options import number, place
 
 _SCALINGS = ("fixed", "continuous")
-#: What torch's GradScaler multiplies its scale with after an overflow, unless it is told otherwise.
-_BACKOFF = 0.5
 
 
 class SVAG(SGD):
@@ -47,9 +46,8 @@ class SVAG(SGD):
 
     Weight decay is not scaled: a step decays by lr/l times it. `stats()` is of the combined gradient and of lr as the
     kernel has it. With l = 1 one backward is enough, held or not, and the step is SGD's to the bit; of two gradients
-    the first is used. Under a GradScaler both sets are unscaled and checked. If only the held set overflowed, which the
-    scaler has no way to be told, the step is skipped and the scale halved here. After ``scaler.unscale_(opt)``, which
-    does not know the held set either, the step needs ``hold(scale=scaler.get_scale())``.
+    the first is used. Under a GradScaler both sets are unscaled and checked; after ``scaler.unscale_(opt)``, which knows
+    ``.grad`` alone, the step needs ``hold(scale=scaler.get_scale())``.
 
     Raises, at a step, before anything is written:
         RuntimeError: l is not 1 and nothing is held; `hold` was called twice; a parameter has only one of its two
@@ -246,13 +244,34 @@ class SVAG(SGD):
                 "expected hold(scale=scaler.get_scale())"
             )
         skips = super()._skips(found_inf, grad_scale)
-        if not skips and not bool(torch.isfinite(get_total_norm(held.grads.values(), float("inf")))):
-            skips = True
-            if grad_scale is not None:
-                grad_scale.mul_(_BACKOFF)
         if skips:
             self._held = None
         return skips
+
+    @property
+    def found_inf(self) -> Tensor:
+        """What a GradScaler has found in ``.grad``, and we in what is held; there only during its step."""
+        try:
+            found: Tensor = self.__dict__["_found_inf"]
+        except KeyError:
+            raise AttributeError("found_inf") from None
+        return found
+
+    @found_inf.setter
+    def found_inf(self, found: Tensor) -> None:
+        # The scaler looks at `.grad` alone, has no way to be told of more, and hands us copies of what it found. Its
+        # own findings, from which it will choose the next scale, lie in the frame that sets this attribute.
+        held = self._held
+        if held is not None and not bool(torch.isfinite(get_total_norm(held.grads.values(), float("inf")))):
+            findings = sys._getframe(1).f_locals.get("optimizer_state", {}).get("found_inf_per_device", {})
+            for device_found in findings.values():
+                device_found.fill_(1.0)
+            found = torch.ones_like(found)
+        self.__dict__["_found_inf"] = found
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        self.__dict__.pop("_found_inf", None)
 
     def _groups(self, inverse_scale: float) -> list[GroupStep]:
         groups = []
