@@ -1,0 +1,97 @@
+"""SVAG under DDP and on DTensors, in gloo processes: the steps of one process, and a sentence where DDP reuses memory."""
+
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import normkern
+
+
+def leave():
+    # Without torch's teardown, in which a gloo process aborts now and then, in a program without normkern too.
+    dist.barrier()
+    time.sleep(0.5)
+    os._exit(0)
+
+
+def start(rank, world, rendezvous):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+
+
+def ddp(rank, world, rendezvous, bucket_view, copy):
+    start(rank, world, rendezvous)
+    torch.manual_seed(0)
+    model, twin = nn.Linear(5, 3), nn.Linear(5, 3)
+    twin.load_state_dict(model.state_dict())
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=bucket_view)
+    ours = normkern.SVAG(model.parameters(), lr=0.1, l=4, momentum=0.9)
+    theirs = normkern.SVAG(twin.parameters(), lr=0.1, l=4, momentum=0.9)
+    refused = False
+    for t in range(4):
+        x = torch.sin(torch.arange(2 * world * 4 * 5.0) + t).view(2, world * 4, 5)
+        for half in range(2):
+            wrapped(x[half, 4 * rank : 4 * rank + 4]).square().mean().backward()
+            twin(x[half]).square().mean().backward()
+            if half == 0:
+                ours.hold(copy=copy)
+                theirs.hold()
+        before = [p.detach().clone() for p in model.parameters()]
+        refusal = ""
+        try:
+            ours.step()
+        except RuntimeError as error:
+            refusal = str(error)
+        if refusal:
+            assert "gradient_as_bucket_view=True" in refusal, refusal
+            assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+            refused = True
+            break
+        theirs.step()
+        ours.zero_grad()
+        theirs.zero_grad()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q)
+    assert refused == (bucket_view and not copy)
+    leave()
+
+
+def shards(rank, world, rendezvous):
+    start(rank, world, rendezvous)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (world,))
+    whole = torch.linspace(-1, 1, 35).view(7, 5)
+    ours, theirs = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])), nn.Parameter(whole.clone())
+    a, b = (normkern.SVAG([p], lr=0.1, l=4, momentum=0.9, weight_decay=0.1) for p in (ours, theirs))
+    for t in range(3):
+        for half in range(2):
+            g = torch.sin(theirs.detach() + t + 10 * half)
+            theirs.grad, ours.grad = g, distribute_tensor(g, mesh, [Shard(0)])
+            if half == 0:
+                a.hold()
+                b.hold()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours.full_tensor(), theirs.detach())
+    trace = a.noise().trace_sigma  # of the shard: over all ranks they make the whole
+    dist.all_reduce(trace)
+    torch.testing.assert_close(trace, b.noise().trace_sigma)
+    leave()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(("bucket_view", "copy"), [(False, False), (True, True), (True, False)])
+def test_ddp(bucket_view, copy, tmp_path):
+    mp.spawn(ddp, (2, str(tmp_path / "rendezvous"), bucket_view, copy), nprocs=2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_shards(tmp_path):
+    mp.spawn(shards, (2, str(tmp_path / "rendezvous")), nprocs=2)
