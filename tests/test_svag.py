@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import logging
 import math
 import pickle
 
@@ -296,6 +297,31 @@ def test_what_no_kernel_takes_is_combined_by_torch(kind):
     noise = opt.noise()
     assert noise.slot_trace_sigma.tolist() == pytest.approx([2.0, 2.0])
     assert noise.slot_grad_sq_norm_unbiased.tolist() == pytest.approx([7.0, 7.0])
+
+
+def test_pairs_stay_on_the_kernel(caplog):
+    """No parameter is left to torch's loop: not at the first step, not when its first pair comes late."""
+    params = two()
+    opt = normkern.SVAG(params, lr=0.1, l=2, momentum=0.9)
+    with caplog.at_level(logging.DEBUG, logger="normkern"):
+        paired_step(opt, params, [torch.ones(2), None], [torch.ones(2), None])
+        for _ in range(2):
+            paired_step(opt, params, [torch.ones(2), torch.ones(3)], [torch.ones(2), torch.ones(3)])
+    assert not caplog.records
+
+
+def test_scaled_pairs_that_torch_combines():
+    """Sparse gradients are unscaled too, each by its own scale."""
+    w = nn.Parameter(torch.zeros(3))
+    opt = normkern.SVAG([w], lr=1.0, l=5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    w.grad = torch.full((3,), 8.0).to_sparse()
+    opt.hold(scale=8.0)
+    w.grad = torch.full((3,), 12.0).to_sparse()
+    scaler.step(opt)
+    torch.testing.assert_close(w.detach(), torch.full((3,), 0.2))
+    assert opt.noise().trace_sigma.item() == pytest.approx(6.0)
 
 
 def test_checkpoints_and_copies():
