@@ -262,7 +262,7 @@ class SVAG(SGD):
         # The scaler looks at `.grad` alone, has no way to be told of more, and hands us copies of what it found. Its
         # own findings, from which it will choose the next scale, lie in the frame that sets this attribute.
         held = self._held
-        if held is not None and not bool(torch.isfinite(get_total_norm(held.grads.values(), float("inf")))):
+        if held is not None and not held.is_finite():
             findings = sys._getframe(1).f_locals.get("optimizer_state", {}).get("found_inf_per_device", {})
             for device_found in findings.values():
                 device_found.fill_(1.0)
@@ -348,6 +348,11 @@ class _Held:
         # By id: hashing a tensor is a call of Python. The list keeps the ids from being used again.
         self.params, self.grads = params, {id(p): g for p, g in zip(params, grads, strict=True)}
         self.scale, self.twice = scale, False
+
+    def is_finite(self) -> bool:
+        """Whether every coordinate is a number."""
+        values = [g if g.layout == torch.strided else g.to_dense() for g in self.grads.values()]
+        return bool(torch.isfinite(get_total_norm(values, float("inf"))))
 
 
 def _check_own(group: dict[str, Any], where: str) -> None:
