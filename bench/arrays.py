@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,8 @@ from .cases import Shape
 
 #: A learning rate so small that a minute of steps leaves the weights where they are.
 HYPER = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 5e-4}
+#: Of the steps from two gradients; the learning rate of such a step is `lr` divided by it.
+SVAG_L = 4.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Arrays:
     def grads(self) -> list[Tensor | None]:
         return [p.grad for p in self.params]
 
+    @functools.cached_property
+    def held(self) -> list[Tensor]:
+        """The gradients of another batch, the first of each pair; made when somebody first asks, always the same."""
+        make = torch.Generator().manual_seed(0)
+        return [torch.randn(p.shape, generator=make, dtype=p.dtype) for p in self.params]
+
 
 def arrays(shapes: Sequence[Shape], dtype: torch.dtype) -> Arrays:
     """Random weights and gradients, momentum buffers of zeros."""
@@ -46,7 +55,8 @@ class Step:
     """One step of one peer.
 
     run: the step, which is what gets timed.
-    sums: |w|^2, |g|^2, <w,g> of the last run, (tensors, 3) float64; None where nothing is measured.
+    sums: |w|^2, |g|^2, <w,g> of the last run, (tensors, 3) float64, and of pairs <g1,g2>, |g1-g2|^2 too; None where
+        nothing is measured.
     write_back: copies the weights into the params, for a peer that has arrays of its own.
     """
 

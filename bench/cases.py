@@ -9,6 +9,10 @@ import torch
 
 Shape = tuple[int, ...]
 
+#: Jobs: of one gradient; and of pairs besides.
+SGD = ("step", "step + statistics")
+SVAG = (*SGD, "SVAG step")
+
 
 @dataclass(frozen=True)
 class Case:
@@ -21,7 +25,7 @@ class Case:
     shapes: tuple[Shape, ...]
     dtype: torch.dtype = torch.float32
     tags: frozenset[str] = frozenset()
-    jobs: tuple[str, ...] = ("step", "step + statistics")
+    jobs: tuple[str, ...] = SGD
 
     @property
     def key(self) -> str:
@@ -83,16 +87,16 @@ QUICK, PLOT = frozenset({"quick"}), frozenset({"plot"})
 CASES: dict[str, Case] = {
     case.key: case
     for case in (
-        Case("ResNet-50", RESNET50, F32, QUICK | PLOT),
+        Case("ResNet-50", RESNET50, F32, QUICK | PLOT, SVAG),
         Case("ResNet-50", RESNET50, BF16),
         Case("ResNet-50", RESNET50, F16),
         Case("ResNet-50", RESNET50, F64),
         Case("transformer", TRANSFORMER, F32, PLOT),
         Case("transformer", TRANSFORMER, BF16),
-        Case("one of 64M", ONE, F32, QUICK | PLOT),
-        Case("one of 64M", ONE, BF16, QUICK | PLOT),
+        Case("one of 64M", ONE, F32, QUICK | PLOT, SVAG),
+        Case("one of 64M", ONE, BF16, QUICK | PLOT, SVAG),
         Case("one of 64M", ONE, F16),
-        Case("161 of 8x8", ((8, 8),) * 161, F32, QUICK | PLOT),
+        Case("161 of 8x8", ((8, 8),) * 161, F32, QUICK | PLOT, SVAG),
         Case("161 of 32x32", ((32, 32),) * 161, F32),
         Case("20 of 8x8", ((8, 8),) * 20, F32, QUICK | PLOT),
     )

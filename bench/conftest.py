@@ -9,7 +9,9 @@ import pytest
 
 from .arrays import HYPER
 from .machine import build_numbers, machine_info
+from .peers import PEERS
 
+JOB_OF = {peer.name: peer.job for peer in PEERS}
 LEFT_OUT = pytest.StashKey[dict[str, dict[str, str]]]()
 
 
@@ -40,7 +42,7 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
         "quick": quick,
         "hyperparameters": HYPER,
         "left_out": [
-            {"group": group, "peer": peer, "reason": reason}
+            {"group": group, "peer": peer, "job": JOB_OF[peer], "reason": reason}
             for group, peers in config.stash[LEFT_OUT].items()
             for peer, reason in peers.items()
         ],

@@ -14,7 +14,7 @@ import torch
 
 from .arrays import arrays
 from .cases import Shape
-from .right import sgd_fault, sgd_statistics_fault
+from .right import sgd_fault, sgd_statistics_fault, svag_fault
 
 
 @dataclass(frozen=True)
@@ -42,5 +42,6 @@ JOBS: dict[str, Job] = {
         Job("step", arrays, 5, "five-stream loop", "normkern", sgd_fault),
         # The sums come from numbers that the step has in its hands: no further stream.
         Job("step + statistics", arrays, 5, "five-stream loop", "normkern", sgd_statistics_fault),
+        Job("SVAG step", arrays, 6, "six-stream loop", "normkern SVAG", svag_fault),
     )
 }

@@ -9,6 +9,7 @@ struct Arrays {
   float* w;
   const float* g;
   float* v;
+  const float* h;
 };
 
 // One piece per thread, and none so short that a second thread costs more than it brings.
@@ -20,8 +21,9 @@ void run(ParallelFor parallel_for, Arrays arrays, int64_t n, int64_t threads, vo
 
 // The least that a momentum step can do: read w, g and v, write w and v. As a compiler sees it, without prefetching: a
 // step that prefetches may pass it by some per cent.
-extern "C" void five_streams(ParallelFor parallel_for, float* w, const float* g, float* v, int64_t n, int64_t threads) {
-  run(parallel_for, {w, g, v}, n, threads, [](int64_t begin, int64_t end, void* context) {
+extern "C" void five_streams(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
+                             int64_t threads) {
+  run(parallel_for, {w, g, v, nullptr}, n, threads, [](int64_t begin, int64_t end, void* context) {
     const Arrays& arrays = *static_cast<Arrays*>(context);
     float* __restrict w = arrays.w;
     float* __restrict v = arrays.v;
@@ -33,9 +35,27 @@ extern "C" void five_streams(ParallelFor parallel_for, float* w, const float* g,
   });
 }
 
-// Read g once. The bits are folded with xor, which compilers may reorder; v takes one word, or the loop would be dropped.
-extern "C" void read(ParallelFor parallel_for, float* w, const float* g, float* v, int64_t n, int64_t threads) {
-  run(parallel_for, {w, g, v}, n, threads, [](int64_t begin, int64_t end, void* context) {
+// The least that a momentum step from two gradients can do: read w, g, h and v, write w and v.
+extern "C" void six_streams(ParallelFor parallel_for, float* w, const float* g, float* v, const float* h, int64_t n,
+                            int64_t threads) {
+  run(parallel_for, {w, g, v, h}, n, threads, [](int64_t begin, int64_t end, void* context) {
+    const Arrays& arrays = *static_cast<Arrays*>(context);
+    float* __restrict w = arrays.w;
+    float* __restrict v = arrays.v;
+    const float* __restrict g = arrays.g;
+    const float* __restrict h = arrays.h;
+    for (int64_t i = begin; i < end; i++) {
+      v[i] = 0.9f * v[i] + (0.5f * (h[i] + g[i]) + 1.3f * (h[i] - g[i]) + 5e-4f * w[i]);
+      w[i] = w[i] - 1e-6f * v[i];
+    }
+  });
+}
+
+// Read g once. The bits are folded with xor, which compilers may reorder; v takes one word, or the loop would be
+// dropped.
+extern "C" void read(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
+                     int64_t threads) {
+  run(parallel_for, {w, g, v, nullptr}, n, threads, [](int64_t begin, int64_t end, void* context) {
     const Arrays& arrays = *static_cast<Arrays*>(context);
     const uint32_t* bits = reinterpret_cast<const uint32_t*>(arrays.g);
     uint32_t folded = 0;
@@ -45,8 +65,9 @@ extern "C" void read(ParallelFor parallel_for, float* w, const float* g, float* 
 }
 
 // Read g, write w.
-extern "C" void copy(ParallelFor parallel_for, float* w, const float* g, float* v, int64_t n, int64_t threads) {
-  run(parallel_for, {w, g, v}, n, threads, [](int64_t begin, int64_t end, void* context) {
+extern "C" void copy(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
+                     int64_t threads) {
+  run(parallel_for, {w, g, v, nullptr}, n, threads, [](int64_t begin, int64_t end, void* context) {
     const Arrays& arrays = *static_cast<Arrays*>(context);
     float* __restrict w = arrays.w;
     const float* __restrict g = arrays.g;

@@ -21,6 +21,7 @@ from normkern import ops
 #: Name -> (function of limits.cpp, how many arrays it reads or writes).
 LIMITS: dict[str, tuple[str, int]] = {
     "five-stream loop": ("five_streams", 5),
+    "six-stream loop": ("six_streams", 6),
     "read": ("read", 1),
     "copy": ("copy", 2),
 }
@@ -57,7 +58,7 @@ def limit_steps(array_bytes: int) -> dict[str, Callable[[], None]]:
     if compiler() is None:
         return {}
     n = limit_bytes(array_bytes) // 4
-    arrays = [torch.randn(n) for _ in range(3)]
+    arrays = [torch.randn(n) for _ in range(4)]
     arguments = [ctypes.c_void_p(ops.torch_symbol("torch_parallel_for"))]
     arguments += [ctypes.c_void_p(a.data_ptr()) for a in arrays]
     sizes = ctypes.c_int64(n), ctypes.c_int64(torch.get_num_threads())

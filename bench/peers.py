@@ -27,7 +27,7 @@ from torch import Tensor
 import normkern
 from normkern import reference
 
-from .arrays import Arrays, Maker, Step
+from .arrays import SVAG_L, Arrays, Maker, Step
 from .cases import Case
 from .limits import compiler
 
@@ -128,6 +128,107 @@ def torch_measured(arrays: Arrays, compiled: bool = False, **choice: bool) -> St
         return torch.stack([w**2, g**2, dots], dim=1)
 
     return Step(measured, sums)
+
+
+# --- makers: SVAG step ------------------------------------------------------------------------------------------------
+#
+# Two backwards leave their gradients in `.grad`, one after the other, and that is how every peer gets them: Python
+# assigns them in C's place, in everybody's time. What a step does with them is its own affair.
+
+
+def arrive(arrays: Arrays, grads: list[Any]) -> None:
+    """A backward's last act."""
+    for p, g in zip(arrays.params, grads, strict=True):
+        p.grad = g
+
+
+def both(arrays: Arrays, second: list[Any]) -> list[Any]:
+    """Two backwards, between which the first gradients are put aside: those."""
+    arrive(arrays, arrays.held)
+    first = arrays.grads
+    arrive(arrays, second)
+    return first
+
+
+def normkern_pairs(arrays: Arrays) -> Step:
+    optimizer = shared(normkern.SVAG(arrays.params, l=SVAG_L, stats="tensor", **arrays.hyper), arrays)
+    first, second = arrays.held, arrays.grads
+
+    def step() -> None:
+        arrive(arrays, first)
+        optimizer.hold()
+        arrive(arrays, second)
+        optimizer.step()
+
+    def sums() -> Tensor:  # an average of the noise over equal steps is that of the last
+        told, noise = optimizer.stats(), optimizer.noise()
+        of_pairs = noise.slot_grad_sq_norm_unbiased, 2 * noise.slot_trace_sigma
+        return torch.stack([told.weight_sq, told.grad_sq, told.weight_grad_dot, *of_pairs], dim=1)
+
+    return Step(step, sums)
+
+
+def reference_pairs(arrays: Arrays) -> Step:
+    told: list[Any] = []
+    second = arrays.grads
+    hyper: dict[str, Any] = {**arrays.hyper, "lr": arrays.hyper["lr"] / SVAG_L}
+
+    def step() -> None:
+        first, buffers = both(arrays, second), list(arrays.momentum_buffers)
+        told[:] = [reference.sgd_(arrays.params, second, buffers, held=first, l=SVAG_L, stats="tensor", **hyper)]
+
+    return Step(step, lambda: told[0][:, [0, 1, 2, 5, 6]])
+
+
+def torch_pairs(arrays: Arrays, compiled: bool = False, in_place: bool = False, **choice: bool) -> Step:
+    """Combine, step, and the sums; not |u| and <w,u>, which would cost a copy.
+
+    in_place: into the second gradients, by the one operation of torch that does it all. Otherwise into memory that is
+    kept for it, by those that one thinks of first.
+    """
+    second, spread = arrays.grads, (2 * SVAG_L - 1) ** 0.5 / 2
+    told: list[Any] = []
+    # The same weights under another name, which has the combined gradients for good.
+    params: list[Any] = [torch.nn.Parameter(p.detach()) for p in arrays.params]
+    mixed: list[Any] = second if in_place else [torch.empty_like(p, requires_grad=False) for p in params]
+    for p, g in zip(params, mixed, strict=True):
+        p.grad = g
+    hyper = {**arrays.hyper, "lr": arrays.hyper["lr"] / SVAG_L}
+    graph = [p.view_as(p) for p in params]
+    step = torch_step(Arrays(params, arrays.momentum_buffers, hyper, graph), **choice).run
+
+    def combine(first: list[Any], second: list[Any]) -> None:
+        if in_place:
+            torch._foreach_lerp_(mixed, first, 0.5 + spread)
+        else:
+            torch._foreach_copy_(mixed, first)
+            torch._foreach_mul_(mixed, 0.5 + spread)
+            torch._foreach_add_(mixed, second, alpha=0.5 - spread)
+
+    def sums_and_step(first: list[Any], second: list[Any]) -> list[Any]:
+        with torch.no_grad():
+            norms = [torch._foreach_norm(x) for x in (params, first, second)]
+            pair_dots = dots(first, second)
+            combine(first, second)
+            more = [torch._foreach_norm(mixed), dots(params, mixed)]
+        step()
+        return [*norms, pair_dots, *more]
+
+    run = torch.compile(sums_and_step) if compiled else sums_and_step
+
+    def measured() -> None:
+        first = both(arrays, second)
+        told[:] = run(first, arrays.grads)
+
+    def sums(graph: list[Tensor] = graph) -> Tensor:  # keeps it alive
+        w, a, b, ab, g, wg = (torch.stack(list(x)).double() for x in told)
+        return torch.stack([w**2, g**2, wg, ab, a**2 + b**2 - 2 * ab], dim=1)
+
+    return Step(measured, sums)
+
+
+def dots(xs: list[Any], ys: list[Any]) -> list[Tensor]:
+    return [torch.dot(x.view(-1), y.view(-1)) for x, y in zip(xs, ys, strict=True)]
 
 
 # --- makers: JAX ------------------------------------------------------------------------------------------------------
@@ -244,5 +345,10 @@ PEERS: tuple[Peer, ...] = (
     Peer("torch foreach + norms", "step + statistics", part(torch_measured, foreach=True)),
     Peer("torch fused + norms", "step + statistics", part(torch_measured, fused=True)),
     Peer("torch compile + norms", "step + statistics", part(torch_measured, compiled=True), compiles_soon, CXX, few),
+    Peer("normkern SVAG", "SVAG step", normkern_pairs),
+    Peer("reference SVAG", "SVAG step", reference_pairs, up_to(32 * M), quick=up_to(M)),
+    Peer("combine + torch fused + sums", "SVAG step", part(torch_pairs, fused=True)),
+    Peer("lerp + torch fused + sums", "SVAG step", part(torch_pairs, in_place=True, fused=True)),
+    Peer("combine + torch compile + sums", "SVAG step", part(torch_pairs, compiled=True), compiles_soon, CXX, few),
     Peer("optax jit + norms", "step + statistics", part(optax_step, measured=True), on_the_index, JAX, up_to(32 * M)),
 )

@@ -1,4 +1,4 @@
-"""A results file as a table on the terminal, as the README's table, and as a plot.
+"""A results file as a table on the terminal, as the README's tables, and as a plot.
 
 python -m bench.report bench/results/bench.json --readme README.md --plot docs/bench.png
 """
@@ -6,6 +6,7 @@ python -m bench.report bench/results/bench.json --readme README.md --plot docs/b
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -14,6 +15,7 @@ from rich.table import Table
 from .results import Results, Row, load, short_reason
 
 MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
+SVAG_MARKS = "<!-- bench-svag:begin -->", "<!-- bench-svag:end -->"
 
 #: The README's columns after our own time: peer -> heading.
 COLUMNS = {
@@ -26,6 +28,13 @@ COLUMNS = {
     "torch fused + norms": "torch fused + norms",
     "torch compile + norms": "torch compile + norms",
     "five-stream loop": "five-stream loop",
+}
+#: The same of the second table, whose rows are the cases with steps from two gradients.
+SVAG_COLUMNS = {
+    "combine + torch fused + sums": "combine, torch fused, sums",
+    "lerp + torch fused + sums": "lerp, torch fused, sums",
+    "combine + torch compile + sums": "the first, compiled",
+    "six-stream loop": "six-stream loop",
 }
 
 
@@ -75,27 +84,52 @@ def cells(row: Row) -> list[str]:
 
 def readme_table(results: Results) -> str:
     """The cases as Markdown: our time and rate, and how many times longer the others take."""
-    lines = [
-        "| case | normkern | GB/s | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|" + "--:|" * (2 + len(COLUMNS)),
-    ]
+    lines = table_head("case", "normkern", "GB/s", *COLUMNS.values())
     for group, rows in results.groups.items():
-        ours = rows.get("normkern")
-        if ours is None:
-            continue
-        out = results.left_out.get(group, {})
-        others = [
-            digits(rows[peer].seconds / ours.seconds) if peer in rows else short_reason(out.get(peer, "")) or "-"
-            for peer in COLUMNS
-        ]
-        lines.append(f"| {group} | {scaled(ours.seconds)} | {digits(ours.rate)} | " + " | ".join(others) + " |")
+        if ours := rows.get("normkern"):
+            lines.append(table_row(group, scaled(ours.seconds), digits(ours.rate), *times(results, ours, COLUMNS)))
+    return "\n".join([*lines, "", f"After GB/s: times normkern's step. -: not measured. {where(results)}"])
+
+
+def svag_table(results: Results) -> str:
+    """The steps from two gradients as Markdown: our time, over that of a plain step, and how much longer others take.
+
+    Empty if there were none.
+    """
+    lines = table_head("case", "normkern SVAG", "x SGD step", *SVAG_COLUMNS.values())
+    without_rows = len(lines)
+    for group, rows in results.groups.items():
+        if ours := rows.get("normkern SVAG"):
+            plain = digits(ours.seconds / rows["normkern"].seconds) if "normkern" in rows else "-"
+            lines.append(table_row(group, scaled(ours.seconds), plain, *times(results, ours, SVAG_COLUMNS)))
+    told = f"x SGD step: times normkern's step from one gradient; after it: times normkern's SVAG. {where(results)}"
+    return "\n".join([*lines, "", told]) if len(lines) > without_rows else ""
+
+
+def table_head(*columns: str) -> list[str]:
+    return [table_row(*columns), "|---|" + "--:|" * (len(columns) - 1)]
+
+
+def table_row(*cells: str) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def times(results: Results, ours: Row, peers: Iterable[str]) -> list[str]:
+    """How many times longer than ours each of the others took on the same case, or why that is not known."""
+    rows, out = results.groups[ours.group], results.left_out.get(ours.group, {})
+    return [
+        digits(rows[peer].seconds / ours.seconds) if peer in rows else short_reason(out.get(peer, "")) or "-"
+        for peer in peers
+    ]
+
+
+def where(results: Results) -> str:
     m = results.machine
-    where = f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, commit {results.commit}."
-    return "\n".join([*lines, "", "After GB/s: times normkern's step. -: not measured. " + where])
+    return f"{m['cpu']}, {m['threads']} threads, {m['isa']}, torch {m['torch']}, commit {results.commit}."
 
 
-def write_between_marks(file: Path, text: str) -> None:
-    begin, end = MARKS
+def write_between_marks(file: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
+    begin, end = marks
     told = file.read_text()
     if told.count(begin) != 1 or told.count(end) != 1 or told.index(begin) > told.index(end):
         raise ValueError(f"{file}: expected one {begin} and after it one {end}")
@@ -106,7 +140,7 @@ def write_between_marks(file: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("results", type=Path, help="JSON of a run")
-    parser.add_argument("--readme", type=Path, help="write the short table into this file, between its marks")
+    parser.add_argument("--readme", type=Path, help="write the short tables into this file, between its marks")
     parser.add_argument("--plot", type=Path, help="write the plot there")
     arguments = parser.parse_args()
     results = load(arguments.results)
@@ -115,6 +149,9 @@ def main() -> None:
     show(console if console.is_terminal else Console(width=120), results)
     if arguments.readme:
         write_between_marks(arguments.readme, readme_table(results))
+        of_pairs = svag_table(results)
+        if of_pairs and any(mark in arguments.readme.read_text() for mark in SVAG_MARKS):
+            write_between_marks(arguments.readme, of_pairs, SVAG_MARKS)
     if arguments.plot:
         from .plot import plot
 

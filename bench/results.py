@@ -42,6 +42,7 @@ class Results:
     build: dict[str, Any]
     groups: dict[str, dict[str, Row]]
     left_out: dict[str, dict[str, str]]
+    jobs: dict[str, str]  # of everybody who was timed or left out; a file may not tell it of the latter
 
 
 def load(path: Path) -> Results:
@@ -53,10 +54,19 @@ def load(path: Path) -> Results:
         groups.setdefault(row.group, {})[row.peer] = row
     for entry in told["normkern"]["left_out"]:
         left_out.setdefault(entry["group"], {})[entry["peer"]] = entry["reason"]
+    jobs = {entry["peer"]: entry["job"] for entry in told["normkern"]["left_out"] if "job" in entry}
+    jobs |= {row.peer: row.job for rows in groups.values() for row in rows.values()}
     commit = told["commit_info"]["id"][:10] + (" + changes" if told["commit_info"]["dirty"] else "")
     more = told["normkern"]
     return Results(
-        told["machine_info"], commit, told["datetime"][:10], more["quick"], more.get("build", {}), groups, left_out
+        told["machine_info"],
+        commit,
+        told["datetime"][:10],
+        more["quick"],
+        more.get("build", {}),
+        groups,
+        left_out,
+        jobs,
     )
 
 

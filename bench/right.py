@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from normkern import reference
 
-from .arrays import Arrays, Maker, Step
+from .arrays import SVAG_L, Arrays, Maker, Step
 from .cases import dtype_name
 
 STEPS = 3
@@ -28,9 +30,12 @@ def awkward(dtype: torch.dtype) -> Arrays:
     return Arrays(params, [torch.zeros_like(p, requires_grad=False) for p in params], HYPER, graph=[])
 
 
-def run(maker: Maker, dtype: torch.dtype) -> tuple[Step, Arrays, list[Tensor], list[Tensor]]:
+def run(maker: Maker, dtype: torch.dtype, pairs: bool = False) -> tuple[Step, Arrays, list[Tensor], list[Tensor]]:
     """`STEPS` steps of a peer -> it, its arrays, and in float64 the weights after and before the last step."""
     given = awkward(dtype)
+    rule: dict[str, Any] = HYPER
+    if pairs:
+        rule = {**HYPER, "lr": HYPER["lr"] / SVAG_L, "l": SVAG_L, "held": [g.double() for g in given.held]}
     exact = [p.detach().double().clone() for p in given.params]  # float64's .double() is the tensor itself
     grads = [p.grad.double().clone() for p in given.params if p.grad is not None]
     buffers: list[Tensor | None] = [torch.zeros_like(w) for w in exact]
@@ -38,7 +43,7 @@ def run(maker: Maker, dtype: torch.dtype) -> tuple[Step, Arrays, list[Tensor], l
     before = exact
     for _ in range(STEPS):
         before = [w.clone() for w in exact]
-        reference.sgd_(exact, grads, buffers, **HYPER)
+        reference.sgd_(exact, grads, buffers, **rule)
         for p, g in zip(given.params, grads, strict=True):
             p.grad.copy_(g)  # type: ignore[union-attr]  # some peers add the decay to the user's gradients
         step.run()
@@ -60,13 +65,38 @@ def sgd_statistics_fault(maker: Maker, dtype: torch.dtype) -> str:
     if step.sums is None:
         return "wrong: it measures nothing"
     grads = [g.double() for g in awkward(dtype).grads if g is not None]
-    pairs = [((w, w), (g, g), (w, g)) for w, g in zip(before, grads, strict=True)]
-    wanted = torch.stack([torch.stack([(a * b).sum() for a, b in row]) for row in pairs])
+    wanted = _dots([((w, w), (g, g), (w, g)) for w, g in zip(before, grads, strict=True)])
     size = torch.stack([wanted[:, 0], wanted[:, 1], (wanted[:, 0] * wanted[:, 1]).sqrt()], dim=1)
+    return _sums_fault(step.sums(), wanted, size, dtype)
+
+
+def svag_fault(maker: Maker, dtype: torch.dtype) -> str:
+    """What is wrong with the weights of an SVAG step, or with its sums: of the combined gradient, and of the pair."""
+    step, given, exact, before = run(maker, dtype, pairs=True)
+    if fault := _weights_fault(given, exact, dtype):
+        return fault
+    if step.sums is None:
+        return "wrong: it measures nothing"
+    held, grads = ([g.double() for g in both if g is not None] for both in (given.held, awkward(dtype).grads))
+    mixed = [reference.svag_combination(a, b, SVAG_L) for a, b in zip(held, grads, strict=True)]
+    zipped = list(zip(before, mixed, held, grads, strict=True))
+    wanted = _dots([((w, w), (g, g), (w, g), (a, b), (a - b, a - b)) for w, g, a, b in zipped])
+    # The combination's two terms, and the three of |a-b|^2 = |a|^2 + |b|^2 - 2<a,b>, may be larger than the result.
+    w_sq, a_sq, b_sq = _dots([((w, w), (a, a), (b, b)) for w, _, a, b in zipped]).unbind(1)
+    g_sq, pair = 4 * (SVAG_L * a_sq + SVAG_L * b_sq), a_sq + b_sq
+    size = torch.stack([w_sq, g_sq, (w_sq * g_sq).sqrt(), pair, pair], dim=1)
+    return _sums_fault(step.sums(), wanted, size, dtype)
+
+
+def _dots(rows: list[tuple[tuple[Tensor, Tensor], ...]]) -> Tensor:
+    return torch.stack([torch.stack([(a * b).sum() for a, b in row]) for row in rows])
+
+
+def _sums_fault(got: Tensor, wanted: Tensor, size: Tensor, dtype: torch.dtype) -> str:
     # One rounding of the result to the dtype, and those of a plain sum in the dtype that the arithmetic is done in.
     arithmetic = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     allowed = TOLERANCE * torch.finfo(dtype).eps + max(LENGTHS) ** 0.5 * arithmetic
-    off = float(((step.sums() - wanted).abs() / size).max())
+    off = float(((got - wanted).abs() / size).max())
     if not off < allowed:
         return f"wrong: its sums are off by {off:.1e} of their size"
     return ""

@@ -30,9 +30,12 @@ try:
             f"found torch {_torch.__version__}. Upgrade it: pip install 'torch>={_floor}'"
         )
 
-    from . import ops, reference
+    from . import ops, reference, theory
+    from .halves import halves
+    from .moments import RunningMoments
     from .noise import Noise, noise_from_pair
     from .optim import SGD
+    from .schedules import SvagSchedule
     from .stats import StepStats
     from .svag import SVAG, svag_combine_
 except Exception as _error:
@@ -48,10 +51,14 @@ __all__ = [
     "SVAG",
     "TORCH_FLOOR",
     "Noise",
+    "RunningMoments",
     "StepStats",
+    "SvagSchedule",
     "__version__",
+    "halves",
     "noise_from_pair",
     "ops",
     "reference",
     "svag_combine_",
+    "theory",
 ]

@@ -95,8 +95,20 @@ def _add_train(commands: Commands) -> None:
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--optimizer", choices=tuple(train.OPTIMIZERS), default="normkern", help="who takes the steps")
-    parser.add_argument("--epochs", type=_whole_number(1, 100_000), default=train.EPOCHS, help="passes over the data")
+    choices = (*train.OPTIMIZERS, "svag")
+    parser.add_argument("--optimizer", choices=choices, default="normkern", help="who takes the steps")
+    parser.add_argument(
+        "--l",
+        type=_number_of_at_least_a_half,
+        default=argparse.SUPPRESS,
+        help=f"of --optimizer svag alone: l times as many steps of 1/l the size (default: {train.SVAG_L:g})",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=_whole_number(1, 100_000),
+        default=train.EPOCHS,
+        help="passes over the data; of svag 2 l as many",
+    )
     parser.add_argument("--seed", type=_whole_number(0, 2**63 - 1), default=0, help="of weights, order and shifts")
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="where the results go")
     parser.set_defaults(run=lambda arguments: _train(arguments, parser))
@@ -105,6 +117,8 @@ def _add_train(commands: Commands) -> None:
 def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from . import train
 
+    if "l" in arguments and arguments.optimizer != "svag":
+        parser.error(f"argument --l: expected only with --optimizer svag, got --optimizer {arguments.optimizer}")
     # Asked for before the work begins: a missing matplotlib must not cost a training run.
     if _lacks(train.PACKAGES, parser):
         return 1
@@ -112,7 +126,9 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: expected a folder that exists or can be made, got {arguments.out} ({error})")
-    train.run(arguments.optimizer, arguments.epochs, arguments.seed, arguments.out)
+    train.run(
+        arguments.optimizer, arguments.epochs, arguments.seed, arguments.out, getattr(arguments, "l", train.SVAG_L)
+    )
     return 0
 
 
@@ -150,6 +166,17 @@ def _whole_number(low: int, high: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def _number_of_at_least_a_half(text: str) -> float:
+    """What argparse calls to read SVAG's l."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0.5 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1/2, got {text!r}")
+    return number
 
 
 if __name__ == "__main__":

@@ -57,16 +57,16 @@ class NoiseAverage:
         self.count = 0
         self._all = _Average(decay)
 
-    def add(self, pair_sums: Tensor) -> None:
-        """One step's sums, (slots, 4) in the order of `ops.PAIR_SUMS`; NaN rows are slots without a pair."""
+    def add(self, pair_sums: Tensor, seen: Tensor | None = None) -> None:
+        """One step's sums, (slots, 4) in the order of `ops.PAIR_SUMS`; NaN rows, or those not `seen`, have no pair."""
         x = pair_sums[:, :2] * pair_sums.new_tensor([1.0, 0.5])
-        seen = ~pair_sums[:, 2:].isnan().all(1, keepdim=True)
+        seen = ~pair_sums[:, 2:].isnan().all(1, keepdim=True) if seen is None else seen.view(-1, 1)
         if self.count == 0:
             self._weight, self._mean = x.new_zeros(len(x), 1), x.new_zeros(x.shape)
         self.count += 1
         self._weight = torch.where(seen, self.decay * self._weight + 1, self._weight)
         self._mean = torch.where(seen, self._mean + (x - self._mean) / self._weight, self._mean)
-        signal, noise = x.nansum(0).tolist() if not bool(seen.all()) else x.sum(0).tolist()
+        signal, noise = torch.where(seen, x, 0.0).sum(0).tolist()  # a pair with NaN is seen, and shows
         self._all.add(signal, noise)
 
     @property
@@ -152,9 +152,10 @@ def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor |
     >>> noise.grad_sq_norm_unbiased.item(), noise.trace_sigma.item()
     (7.0, 2.0)
     """
-    sums = pair_sums_of(list(grads_a), list(grads_b))
+    a, b = list(grads_a), list(grads_b)
+    sums = pair_sums_of(a, b)
     average = NoiseAverage(0.0)
-    average.add(sums)
+    average.add(sums, torch.tensor([x is not None for x in a], dtype=torch.bool, device=sums.device))
     names = [str(i) for i in range(len(sums))]
     return average.result(names, {name: slice(i, i + 1) for i, name in enumerate(names)})
 

@@ -294,6 +294,9 @@ def check_pairs(op: str, a: Sequence[Tensor | None], b: Sequence[Tensor | None])
     if len(a) != len(b):
         raise ValueError(f"{op}: grads_b has {len(b)} entries but grads_a has {len(a)}")
     for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        for name, entry in (("grads_a", x), ("grads_b", y)):
+            if entry is not None and not isinstance(entry, Tensor):
+                raise TypeError(f"{op}: {name}[{i}] is {describe(entry)}; expected a torch.Tensor or None")
         if (x is None) != (y is None):
             name = "grads_a" if x is None else "grads_b"
             raise TypeError(f"{op}: {name}[{i}] is None but its partner is not; expected both or neither")

@@ -39,7 +39,7 @@ def sgd_(
     for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is None:
             if stats:
-                table.append(torch.full((_slots(p, stats), 9 if pairs else 5), torch.nan, dtype=torch.float64))
+                table.append(_no_sums(p, stats, 9 if pairs else 5))
             continue
         real = _real_dtype(p)
         w, g = p.to(real), grad.to(real) / (grad_scale if held is None else held_scale)
@@ -65,8 +65,7 @@ def sgd_(
         if stats:
             sums = [step_sums(w_before, g, p, stats)]
             if pairs:
-                nothing = torch.full((_slots(p, stats), 4), torch.nan, dtype=torch.float64)
-                sums.append(nothing if g1 is None else gradient_sums(g1, g2, stats))
+                sums.append(_no_sums(p, stats, 4) if g1 is None else gradient_sums(g1, g2, stats))
             table.append(torch.cat(sums, dim=1))
     return torch.cat(table) if stats else None
 
@@ -88,9 +87,10 @@ def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | N
 def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], stats: Stats = "tensor") -> Tensor:
     """`ops.pair_sums`."""
     table = []
+    device = next((a.device for a in grads_a if a is not None), None)
     for a, b in zip(grads_a, grads_b, strict=True):
         if a is None or b is None:
-            table.append(torch.full((1, 4), torch.nan, dtype=torch.float64))
+            table.append(torch.full((1, 4), torch.nan, dtype=torch.float64, device=device))
         else:
             table.append(gradient_sums(a, b, stats))
     return torch.cat(table) if table else torch.empty((0, 4), dtype=torch.float64)
@@ -105,7 +105,7 @@ def welford_(
     for m, x, s in zip(means, samples, squares, strict=True):
         if x is None:
             if stats:
-                table.append(torch.full((_slots(m, stats), 5), torch.nan, dtype=torch.float64))
+                table.append(_no_sums(m, stats, 5))
             continue
         real = _real_dtype(m)
         before, sample = m.to(real), x.to(real)
@@ -134,6 +134,11 @@ def step_sums(w: Tensor, g: Tensor, w_new: Tensor, stats: Stats) -> Tensor:
 
 def _real_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
+
+
+def _no_sums(p: Tensor, stats: Stats, columns: int) -> Tensor:
+    """The rows of an entry that was skipped."""
+    return torch.full((_slots(p, stats), columns), torch.nan, dtype=torch.float64, device=p.device)
 
 
 def _slots(p: Tensor, stats: Stats) -> int:

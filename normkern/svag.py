@@ -46,7 +46,7 @@ class SVAG(SGD):
 
     Weight decay is not scaled: a step decays by lr/l times it. `stats()` is of the combined gradient and of lr as the
     kernel has it. With l = 1 one backward is enough, held or not, and the step is SGD's to the bit; of two gradients
-    the first is used. Under a GradScaler both sets are unscaled and checked; after ``scaler.unscale_(opt)``, which knows
+    the first is used. Under a GradScaler both sets are unscaled and checked; after ``scaler.unscale_(opt)``, which sees
     ``.grad`` alone, the step needs ``hold(scale=scaler.get_scale())``.
 
     Raises, at a step, before anything is written:
@@ -325,7 +325,10 @@ class SVAG(SGD):
         if not self._noise.fits(len(table)):
             self._noise = NoiseAverage(self._noise_decay)
         self._noise_offsets = self._step_plan.slot_offsets
-        self._noise.add(table[:, len(ops.SUMS) :])
+        # NaN is no pair, or one that holds a NaN: then the step has one too, in a parameter that was a number before.
+        weight_sq, grad_sq, pair_dot = table[:, 0], table[:, 1], table[:, len(ops.SUMS)]
+        seen = ~pair_dot.isnan() | (grad_sq.isnan() & ~weight_sq.isnan())
+        self._noise.add(table[:, len(ops.SUMS) :], seen)
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         super()._check_group(group, where)

@@ -1,9 +1,12 @@
-"""The demo: a small batch-normalised ResNet on handwritten digits, and what `normkern.SGD` tells of its training.
+"""The demo: a small batch-normalised ResNet on handwritten digits, and what normkern's optimizers tell of its training.
 
 A convolution that is followed by BatchNorm computes the same function whatever the length of its weights, so only their
 direction learns. Weight decay sets how far that direction turns in a step: the length settles where decay and updates
 balance, and the angle between w and the next w becomes a number that the learning rate, the decay and the momentum
 decide alone. The demo prints and draws that angle beside its prediction.
+
+`normkern.SVAG` takes l times as many steps of 1/l the size, from two batches each, and an epoch of its run is as much
+time as one of the others': l times their steps, 2l times their passes over the data. It tells of the gradient noise.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,8 +26,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normkern
+from normkern.halves import halves
+from normkern.schedules import SvagSchedule
+from normkern.theory import svag_steps
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from rich.console import Console
 
 BATCH_SIZE = 32
@@ -32,11 +39,12 @@ EPOCHS = 30
 LR = 0.05
 MOMENTUM = 0.9
 WEIGHT_DECAY = 4e-3
+SVAG_L = 4.0
 
 #: What the demo imports beyond torch: module -> the package that brings it.
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
 
-#: Those that can train, and that are timed against each other.
+#: Those that can train, and that are timed against each other. `normkern.SVAG`, "svag", trains too.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.SGD]] = {
     "normkern": partial(normkern.SGD, stats="tensor"),
     "torch": torch.optim.SGD,
@@ -104,12 +112,13 @@ def scale_invariant(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.ndim == 4}
 
 
-def make_optimizer(name: str, model: nn.Module) -> torch.optim.SGD:
-    """One of `OPTIMIZERS` on the named parameters of `model`, with weight decay on the scale-invariant ones."""
+def make_optimizer(name: str, model: nn.Module, l: float = SVAG_L) -> torch.optim.SGD:
+    """One of `OPTIMIZERS`, or "svag", on named parameters; with weight decay on the scale-invariant ones."""
     invariant = scale_invariant(model)
     others = [(n, p) for n, p in model.named_parameters() if n not in invariant]
     groups = [{"params": list(invariant.items()), "weight_decay": WEIGHT_DECAY}, {"params": others}]
-    return OPTIMIZERS[name](groups, lr=LR, momentum=MOMENTUM)
+    construct = partial(normkern.SVAG, l=l, stats="tensor") if name == "svag" else OPTIMIZERS[name]
+    return construct(groups, lr=LR, momentum=MOMENTUM)
 
 
 def predicted_angle(lr: float) -> float:
@@ -152,6 +161,64 @@ def train_epoch(
         total += loss.detach() * len(batch)
         after_step()
     return total.item() / len(images), steps
+
+
+def batches_of_pairs(images: Tensor, labels: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Without end, images and labels of twice the batch size: pass after pass, each in another random order.
+
+    What is left of a pass would be a smaller batch, with noise of another size, and is left out.
+    """
+    size = 2 * BATCH_SIZE
+    while True:
+        order = torch.randperm(len(images), generator=generator).to(images.device)
+        for batch in torch.split(order[: len(order) // size * size], size):
+            yield shifted(images[batch], generator), labels[batch]
+
+
+def train_pairs(
+    model: nn.Module,
+    optimizer: normkern.SVAG,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    count: int,
+    after_step: Callable[[], None],
+) -> tuple[float, list[normkern.StepStats]]:
+    """So many steps of SVAG, from a pair of batches each: the mean loss, and what each step measured."""
+    model.train()
+    total = torch.zeros((), device=next(model.parameters()).device)
+    steps = []
+    for _ in range(count):
+        (images_a, labels_a), (images_b, labels_b) = halves(next(batches))
+        optimizer.zero_grad()
+        # A forward for each: batch normalisation sees batches of the size that it always sees.
+        loss_a = F.cross_entropy(model(images_a), labels_a)
+        loss_a.backward()  # type: ignore[no-untyped-call]
+        optimizer.hold()
+        loss_b = F.cross_entropy(model(images_b), labels_b)
+        loss_b.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        steps.append(optimizer.stats())
+        total += (loss_a.detach() + loss_b.detach()) / 2
+        after_step()
+    return total.item() / count, steps
+
+
+#: What `told_noise` puts into a row: key -> field of `normkern.Noise`.
+NOISE = {
+    "nsr": "nsr_batch",
+    "trace_sigma": "trace_sigma",
+    "grad_sq_norm_unbiased": "grad_sq_norm_unbiased",
+    "nsr_stderr": "nsr_batch_stderr",
+    "trace_sigma_stderr": "trace_sigma_stderr",
+    "grad_sq_norm_unbiased_stderr": "grad_sq_norm_unbiased_stderr",
+}
+
+
+def told_noise(noise: normkern.Noise) -> dict[str, float | None]:
+    """Signal, noise and their ratio with standard errors, as JSON can hold them: None for what is no finite number."""
+    numbers = {key: getattr(noise, field).item() for key, field in NOISE.items()}
+    return {key: x if math.isfinite(x) else None for key, x in numbers.items()}
 
 
 @torch.no_grad()
@@ -222,14 +289,19 @@ def time_steps(model: nn.Module, rounds: int = 300) -> dict[str, float]:
 def plot(
     file: Path, title: str, curves: list[dict[str, Any]], steps: list[normkern.StepStats], names: list[str]
 ) -> None:
-    """Four panels over the epochs, as PNG: loss, test accuracy, effective LR, angular update against its prediction."""
+    """Panels over the epochs, as PNG: loss, test accuracy, effective LR, angular update against its prediction.
+
+    And of a run that has it the gradient noise: its ratio to the signal; and both.
+    """
     from matplotlib.figure import Figure
 
     ends = [row["epoch"] for row in curves]
     middles = [end - 0.5 for end in ends]
-    figure = Figure(figsize=(10, 7), layout="constrained")
+    has_noise = "nsr" in curves[0]
+    figure = Figure(figsize=(10, 10.5 if has_noise else 7), layout="constrained")
     figure.suptitle(title)
-    (loss, correct), (rate, angle) = figure.subplots(2, 2)
+    panels = figure.subplots(3 if has_noise else 2, 2)
+    (loss, correct), (rate, angle) = panels[:2]
 
     loss.plot(middles, [row["loss"] for row in curves])
     loss.set(title="Training loss", ylabel="cross entropy (nats)", yscale="log")
@@ -258,14 +330,38 @@ def plot(
     )  # fmt: skip
     angle.set_ylim(bottom=0)
     angle.legend(loc="upper right")
+    if has_noise:
+        plot_noise(panels[2, 0], panels[2, 1], curves)
 
     falling = [row["epoch"] - 1 for row in curves if row["lr"] < LR]
-    for panel in (loss, correct, rate, angle):
+    for panel in panels.flat:
         if falling:
             panel.axvspan(falling[0], ends[-1], color="black", alpha=0.06, linewidth=0)
         panel.set(xlabel="epoch (grey: the learning rate falls to 0)", xlim=(0, ends[-1]))
         panel.grid(alpha=0.3)
     figure.savefig(file, dpi=120)
+
+
+def plot_noise(ratio: Axes, parts: Axes, curves: list[dict[str, Any]]) -> None:
+    """The panels of the gradient noise. Estimates may be negative, and a logarithmic axis leaves those out."""
+    ends = [row["epoch"] for row in curves]
+
+    def draw(panel: Axes, key: str, label: str) -> None:
+        known = [
+            (end, row[key], row[f"{key}_stderr"] or 0.0) for end, row in zip(ends, curves, strict=True) if row[key]
+        ]
+        if any(value > 0 for _, value, _ in known):
+            where, values, errors = zip(*[entry for entry in known if entry[1] > 0], strict=True)
+            panel.errorbar(where, values, yerr=errors, marker=".", capsize=2, linewidth=1, label=label)
+            panel.set_yscale("log", nonpositive="clip")
+
+    draw(ratio, "nsr", "")
+    ratio.set(title="Noise-to-signal ratio of a batch gradient", ylabel=r"tr $\Sigma$ / $|\nabla L|^2$")
+    draw(parts, "trace_sigma", r"noise: tr $\Sigma$")
+    draw(parts, "grad_sq_norm_unbiased", r"signal: $|\nabla L|^2$")
+    parts.set(title="Noise and signal (bars: standard errors)")
+    if parts.has_data():
+        parts.legend(loc="lower left")
 
 
 def print_times(console: Console, seconds: dict[str, float], parameters: int) -> None:
@@ -288,8 +384,11 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
     console.print(table)
 
 
-def run(optimizer_name: str, epochs: int, seed: int, out: Path) -> None:
-    """Train, print a line per epoch, time the optimizers; leave ``train.json`` and ``curves.png`` in `out`."""
+def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_L) -> None:
+    """Train, print a line per epoch, time the optimizers; leave ``train.json`` and ``curves.png`` in `out`.
+
+    `l` is SVAG's. Its epochs are those of the original run: as long in time, and as much of the schedule.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
@@ -298,42 +397,75 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path) -> None:
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = ResNet().to(device)
-    optimizer = make_optimizer(optimizer_name, model)
-    # Constant for the first half, which is when the equilibrium shows; then straight to zero.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(1.0, 2 * (1 - epoch / epochs)))
+    optimizer = make_optimizer(optimizer_name, model, l)
+    epoch_steps = math.ceil(len(images) / BATCH_SIZE)
     names = list(scale_invariant(model))
+
+    # Constant for the first half, which is when the equilibrium shows; then straight to zero.
+    def factor(epoch: int) -> float:
+        return min(1.0, 2 * (1 - epoch / epochs))
+
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    epoch_ends = [epoch * epoch_steps for epoch in range(epochs + 1)]
+    pairs = isinstance(optimizer, normkern.SVAG)
+    if pairs:
+        by_step = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(step // epoch_steps))
+        schedule = SvagSchedule(by_step, l)
+        epoch_ends = [svag_steps(steps=steps, l=l) for steps in epoch_ends]
+        batches = batches_of_pairs(images, labels, generator)
+    else:
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    steps_per_pass = len(images) // (2 * BATCH_SIZE) if pairs else epoch_steps
 
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"A ResNet of {sum(p.numel() for p in model.parameters())} weights on {len(images)} handwritten digits, "
         f"{len(test_images)} to test, on {device}.\n"
         f"Effective LR: mean over its {len(names)} convolutions. Angular update: root mean square, in radians;\n"
-        "predicted: sqrt(2 * lr * weight_decay / (1 + momentum)).\n\n"
-        "epoch     loss   test accuracy   effective LR   angular update   predicted"
+        "predicted: sqrt(2 * lr * weight_decay / (1 + momentum))."
+    )
+    if pairs:
+        console.print(
+            f"SVAG, l = {l:g}: steps with lr / l from two batches of {BATCH_SIZE}; an epoch is {epoch_ends[1]}, "
+            f"as much time as {epoch_steps} of SGD.\n"
+            "Passes: over the data, so far. nsr: noise-to-signal ratio of a batch gradient, and its standard error."
+        )
+    console.print(
+        "\nepoch     loss   test accuracy   effective LR   angular update   predicted"
+        + ("   passes      nsr   +-" if pairs else "")
     )
     curves: list[dict[str, Any]] = []
     steps: list[normkern.StepStats] = []
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("training", total=epochs * math.ceil(len(images) / BATCH_SIZE))
+        bar = progress.add_task("training", total=epoch_ends[-1])
+        advance = partial(progress.advance, bar)
         for epoch in range(1, epochs + 1):
             row: dict[str, Any] = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"]}
-            row["loss"], new_steps = train_epoch(
-                model, optimizer, images, labels, generator, partial(progress.advance, bar)
-            )
-            schedule.step()
+            if isinstance(optimizer, normkern.SVAG):
+                count = epoch_ends[epoch] - epoch_ends[epoch - 1]
+                row["loss"], new_steps = train_pairs(model, optimizer, schedule, batches, count, advance)
+            else:
+                row["loss"], new_steps = train_epoch(model, optimizer, images, labels, generator, advance)
+                schedule.step()
             row["test_accuracy"] = accuracy(model, test_images, test_labels)
-            row["predicted_angular_update"] = predicted_angle(row["lr"])
+            row["predicted_angular_update"] = predicted_angle(row["lr"] / l if pairs else row["lr"])
             row["effective_lr"] = row["angular_update"] = None
             if new_steps:
                 effective_lr, angular_update = measured(new_steps, names)
                 row["effective_lr"] = effective_lr.mean().item()
                 row["angular_update"] = root_mean_square(angular_update).item()
+            more = ""
+            if isinstance(optimizer, normkern.SVAG):
+                row["passes"] = epoch_ends[epoch] / steps_per_pass
+                row |= told_noise(optimizer.noise())
+                ratio, error = ("-" if x is None else f"{x:.3g}" for x in (row["nsr"], row["nsr_stderr"]))
+                more = f"  {row['passes']:7.1f}  {ratio:>7}   {error}"
             steps += new_steps
             curves.append(row)
             rate, angle = ("-" if x is None else f"{x:.5f}" for x in (row["effective_lr"], row["angular_update"]))
             console.print(
                 f"{epoch:5}  {row['loss']:7.4f}  {row['test_accuracy']:14.2%}  {rate:>13}  {angle:>15}  "
-                f"{row['predicted_angular_update']:10.5f}"
+                f"{row['predicted_angular_update']:10.5f}{more}"
             )
 
     step_seconds = time_steps(model)
@@ -345,12 +477,14 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path) -> None:
         "seed": seed,
         "step_seconds": step_seconds,
         "optimizer": optimizer_name,
-        "hyperparameters": {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE},
+        "hyperparameters": {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE}
+        | ({"l": l} if pairs else {}),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"normkern": normkern.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "curves": curves,
     }
     (out / "train.json").write_text(json.dumps(result, indent=2) + "\n")
-    title = f"A small ResNet on handwritten digits, --optimizer {optimizer_name}, seed {seed}"
+    which = f"{optimizer_name} --l {l:g}" if pairs else optimizer_name
+    title = f"A small ResNet on handwritten digits, --optimizer {which}, seed {seed}"
     plot(out / "curves.png", title, curves, steps, names)
     console.print(f"\n{result['test_accuracy']:.2%} test accuracy; wrote {out / 'train.json'} and {out / 'curves.png'}")

@@ -13,15 +13,25 @@ pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
 
 from bench import compare, report, right
-from bench.arrays import HYPER, Step, arrays
+from bench.arrays import HYPER, Arrays, Step, arrays
 from bench.cases import CASES, RESNET50, TRANSFORMER, Case
 from bench.jobs import JOBS
 from bench.limits import LIMITS, compiler, limit_steps
 from bench.measure import LEAST, MOST, fault, interleave, measure, plan
-from bench.peers import PEERS, Peer, normkern_measured, normkern_step, torch_step
+from bench.peers import (
+    PEERS,
+    Peer,
+    normkern_measured,
+    normkern_pairs,
+    normkern_step,
+    reference_pairs,
+    torch_pairs,
+    torch_step,
+)
 from bench.results import load
 from bench.tape import Tape
 
+JOB_OF = {peer.name: peer.job for peer in PEERS}
 LITTLE = Case("little", ((8, 8), (3,)))
 
 
@@ -151,6 +161,53 @@ def test_wrong_sum_is_found_wrong():
     assert right.sgd_statistics_fault(normkern_step, torch.float32) == "wrong: it measures nothing"
 
 
+PAIRS = {
+    "normkern": normkern_pairs,
+    "reference": reference_pairs,
+    "combine": torch_pairs,
+    "lerp": lambda given: torch_pairs(given, in_place=True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", PAIRS)
+def test_right_steps_from_pairs_are_found_right(name, dtype):
+    assert right.svag_fault(PAIRS[name], dtype) == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_our_step_from_pairs_is_right_in_low_precision(dtype):
+    assert right.svag_fault(normkern_pairs, dtype) == ""
+
+
+def swapped(given):
+    """A step whose first gradients are the second ones."""
+    other = Arrays(given.params, given.momentum_buffers, given.hyper, given.graph)
+    other.held[:] = [g.clone() for g in given.grads]
+    for p, g in zip(given.params, given.held, strict=True):
+        p.grad = g
+    return normkern_pairs(other)
+
+
+def deluded_of_pairs(given):
+    step = normkern_pairs(given)
+    return Step(step.run, lambda: step.sums() * torch.tensor([1.0, 1.0, 1.0, 1.0, 1.01]))
+
+
+def test_wrong_steps_from_pairs_are_found_wrong():
+    assert "eps of float32 off after 3 steps" in right.svag_fault(swapped, torch.float32)
+    assert right.svag_fault(deluded_of_pairs, torch.float32).startswith("wrong: its sums")
+    assert right.svag_fault(normkern_step, torch.float32).startswith("wrong: ")
+
+
+def test_peers_of_pairs_leave_the_gradients_where_others_find_them():
+    given = arrays([(8, 8), (5,)], torch.float32)
+    before = given.grads
+    for maker in PAIRS.values():
+        maker(given).run()
+        assert all(a is b for a, b in zip(given.grads, before, strict=True))
+
+
 def test_peer_that_raises_or_is_missing_is_told_not_run():
     raising = Peer("raising", "step", lambda given: 1 / 0)
     assert fault(raising, torch.float32) == "fails: ZeroDivisionError: division by zero"
@@ -195,7 +252,7 @@ def results_file(path, seconds, left_out=(), cpu="some", commit="0123456789abcde
     entries = []
     for peer, t in seconds.items():
         low, median, high = t if isinstance(t, tuple) else (0.99 * t, t, 1.01 * t)
-        job = "limit" if peer in LIMITS else "step"
+        job = "limit" if peer in LIMITS else JOB_OF.get(peer, "step")
         info = {"job": job, "peer": peer, "gigabytes_per_second": 1.0, "tensors": 1, "coordinates": 4}
         info |= {"dtype": "float32", "tags": ["plot"]}
         stats = {"median": median, "q1": low, "q3": high, "rounds": 9}
@@ -207,7 +264,9 @@ def results_file(path, seconds, left_out=(), cpu="some", commit="0123456789abcde
         "benchmarks": entries,
         "normkern": {
             "quick": False,
-            "left_out": [{"group": "a case, float32", "peer": p, "reason": r} for p, r in left_out],
+            "left_out": [
+                {"group": "a case, float32", "peer": p, "job": JOB_OF.get(p, "step"), "reason": r} for p, r in left_out
+            ],
         },
     }
     path.write_text(json.dumps(told))
@@ -271,6 +330,24 @@ def test_readme_gets_the_table_between_its_marks(tmp_path):
         report.write_between_marks(readme, table)
 
 
+def test_svag_has_a_table_of_its_own(tmp_path, monkeypatch):
+    seconds = {"six-stream loop": 0.01, "normkern": 0.01, "normkern SVAG": 0.0125, "lerp + torch fused + sums": 0.05}
+    out = [("combine + torch fused + sums", "wrong: 137 eps")]
+    file = results_file(tmp_path / "json", seconds, out)
+    table = report.svag_table(load(file))
+    lines = table.splitlines()
+    assert lines[2] == "| a case, float32 | 12.5 ms | 1.25 | wrong | 4.00 | - | 0.800 |"
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert report.svag_table(load(results_file(tmp_path / "none", BEFORE))) == ""
+    readme = tmp_path / "README.md"
+    one = "<!-- bench:begin -->\n<!-- bench:end -->\n"
+    for marks in ("", "<!-- bench-svag:begin -->\n<!-- bench-svag:end -->\n"):
+        readme.write_text(one + marks)
+        monkeypatch.setattr("sys.argv", ["report", str(file), "--readme", str(readme)])
+        report.main()
+        assert (table in readme.read_text()) == bool(marks)
+
+
 def test_report_shows_everybody_and_why_some_are_missing(tmp_path, capsys):
     out = [("torch fused", "wrong: 137 eps of bfloat16 off")]
     report.show(report.Console(width=120), load(results_file(tmp_path / "json", BEFORE, out)))
@@ -283,7 +360,10 @@ def test_plot_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     from bench.plot import plot
 
-    results = load(results_file(tmp_path / "json", BEFORE, [("torch fused", "wrong: 137 eps")]))
+    seconds = {**BEFORE, "six-stream loop": 1.2, "normkern SVAG": 1.3, "reference SVAG": 50.0}
+    left_out = [("torch fused", "wrong: 137 eps"), ("lerp + torch fused + sums", "wrong: 137 eps")]
+    results = load(results_file(tmp_path / "json", seconds, left_out))
+    assert results.jobs["lerp + torch fused + sums"] == "SVAG step"
     plot(replace(results, quick=True), tmp_path / "docs" / "bench.png")
     assert (tmp_path / "docs" / "bench.png").read_bytes().startswith(b"\x89PNG")
 

@@ -15,7 +15,8 @@ from normkern.__main__ import main
 from normkern.doctor import differences, environment, numbers, threads
 from normkern.doctor.finding import Check, failed, note, ok, skipped
 
-SGD = numbers.OPS[0]
+OPS = {op.name: op for op in numbers.OPS}
+SGD = OPS["sgd_"]
 BEST, OTHER = ops.supported_isas()[0], ops.supported_isas()[-1]
 needs_two_levels = pytest.mark.skipif(BEST == OTHER, reason="this machine runs one level; two are needed")
 
@@ -37,14 +38,17 @@ def command(*arguments, setup="", tmp_path=None, **env):
 
 @pytest.fixture
 def breakage(monkeypatch):
-    """breakage(harm, where): from now on `harm(params, grads, buffers, table)` follows a step wherever `where()` holds."""
+    """breakage(harm, where): from now on `harm(params, grads, buffers, table)` follows a step wherever `where()` holds.
+
+    Of one gradient; or of pairs alone, whose `harm` is given the held ones too.
+    """
     right = ops.sgd_
 
-    def install(harm, where=lambda params: True):
-        def wrong(params, grads, momentum_buffers=None, **options):
-            table = right(params, grads, momentum_buffers, **options)
-            if where(params):
-                harm(params, grads, momentum_buffers, table)
+    def install(harm, where=lambda params: True, pairs=False):
+        def wrong(params, grads, momentum_buffers=None, *, held=None, **options):
+            table = right(params, grads, momentum_buffers, held=held, **options)
+            if where(params) and (held is not None) == pairs:
+                harm(params, grads, momentum_buffers, table, *([held] if pairs else []))
             return table
 
         monkeypatch.setattr(ops, "sgd_", wrong)
@@ -55,9 +59,11 @@ def breakage(monkeypatch):
 def test_every_op_isa_and_dtype_has_a_line():
     names = [check.name for check in numbers.checks()]
     for dtype in ("float64", "float32", "bfloat16", "float16"):
-        assert f"sgd_ bits {dtype}" in names
-        for isa in ops.supported_isas():
-            assert f"sgd_ {isa} {dtype}" in names
+        for op in ("sgd_", "sgd_ of pairs", "svag_combine_", "pair_sums", "welford_"):
+            assert f"{op} bits {dtype}" in names
+            for isa in ops.supported_isas():
+                assert f"{op} {isa} {dtype}" in names
+    assert len(names) == len(set(names))
 
 
 @needs_two_levels
@@ -115,6 +121,117 @@ def test_each_kind_of_wrong(breakage, harm, sentence):
     assert finding.verdict == "failed"
     assert sentence in finding.measured
     assert finding.cure
+
+
+def pair_column(i):
+    def harm(params, grads, buffers, table, held):
+        table[8, i] *= 1 + 1e-9
+
+    return harm
+
+
+@pytest.mark.parametrize("dtype", numbers.DTYPES)
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda p, g, v, t, h: p[10][-1:].mul_(1.01), "l = 1/2, plain: w["),
+        (lambda p, g, v, t, h: v and v[4][2:3].neg_(), "momentum: v[2] of shape (8,) is"),
+        (lambda p, g, v, t, h: h[12][0, :1].neg_(), "l = 1/2, plain: the held gradients were written"),
+        (lambda p, g, v, t, h: g[12][0, :1].neg_(), "l = 1/2, plain: the gradients were written"),
+        (pair_column(5), f"l = 1/2, plain: pair_dot of shape ({ops.CHUNK - 1},) is"),
+        (pair_column(6), f"pair_difference_sq of shape ({ops.CHUNK - 1},) is"),
+        (pair_column(7), f"first_sq of shape ({ops.CHUNK - 1},) is"),
+        (pair_column(8), f"second_sq of shape ({ops.CHUNK - 1},) is"),
+    ],
+    ids=["weight", "buffer", "held", "gradients", "dot", "difference", "first", "second"],
+)
+def test_wrong_step_of_pairs(breakage, harm, sentence, dtype):
+    breakage(harm, pairs=True)
+    finding = numbers.against_reference(OPS["sgd_ of pairs"], BEST, dtype)
+    assert finding.verdict == "failed"
+    assert sentence in finding.measured
+    assert "normkern.reference" in finding.cure
+    assert numbers.against_reference(SGD, BEST, dtype).verdict == "ok"
+
+
+@pytest.mark.parametrize(
+    ("l", "rule"), [(0.5, "l = 1/2, plain"), (1, "l = 1, momentum"), (4, "l = 4, "), (8, "l = 8, ")]
+)
+def test_another_l_is_found(monkeypatch, l, rule):
+    right = ops.sgd_
+    wrong = {"l": l * 1.001 if l != 1 else 1.001}
+
+    def other(*args, **options):
+        return right(*args, **{**options, **(wrong if options.get("l") == l else {})})
+
+    monkeypatch.setattr(ops, "sgd_", other)
+    finding = numbers.against_reference(OPS["sgd_ of pairs"], BEST, torch.float32)
+    assert finding.verdict == "failed"
+    assert finding.measured.startswith(rule)
+
+
+def test_swapped_pair_is_found(monkeypatch):
+    right = ops.svag_combine_
+
+    def swapped(a, b, l):
+        kept = [x.clone() for x in b]
+        right(kept, a, l)
+        for x, y in zip(a, kept, strict=True):
+            x.copy_(y)
+
+    monkeypatch.setattr(ops, "svag_combine_", swapped)
+    assert "l = 1: a[" in numbers.against_reference(OPS["svag_combine_"], BEST, torch.float32).measured
+
+
+@pytest.mark.parametrize("dtype", numbers.DTYPES)
+@pytest.mark.parametrize(
+    ("op", "harm", "sentence"),
+    [
+        ("svag_combine_", lambda t, a, b: a[11][-1:].mul_(1.01), "l = 1/2: a["),
+        ("svag_combine_", lambda t, a, b: b[2].neg_(), "l = 1/2: the second gradients were written"),
+        (
+            "svag_combine_",
+            lambda t, a, b: torch.as_strided(a[6], (1,), (1,), a[6].storage_offset() + a[6].numel()).fill_(0),
+            "l = 1/2: memory beside a was written",
+        ),
+        ("pair_sums", lambda t, a, b: t[8].mul_(1 + 1e-9), f"pairs: pair_dot of shape ({ops.CHUNK - 1},) is"),
+        ("pair_sums", lambda t, a, b: t[:, 1].mul_(0.5), "pair_difference_sq of shape (1,) is"),
+        ("pair_sums", lambda t, a, b: a[2].neg_(), "pairs: the first gradients were written"),
+        ("welford_", lambda t, m, x, s: m[10][-1:].mul_(1.01), "first sample: m["),
+        ("welford_", lambda t, m, x, s: s[10][-1:].mul_(1.01), "first sample: s["),
+        ("welford_", lambda t, m, x, s: x[2].neg_(), "first sample: the samples were written"),
+        ("welford_", lambda t, m, x, s: t[9, 3:4].mul_(1.001), f"update_sq of shape ({ops.CHUNK + 1},) is"),
+    ],
+)
+def test_other_ops_that_are_wrong(monkeypatch, op, harm, sentence, dtype):
+    right = getattr(ops, op)
+
+    def wrong(*tensors, **options):
+        table = right(*tensors, **options)
+        harm(table, *tensors)
+        return table
+
+    assert numbers.against_reference(OPS[op], BEST, dtype).verdict == "ok"
+    monkeypatch.setattr(ops, op, wrong)
+    finding = numbers.against_reference(OPS[op], BEST, dtype)
+    assert finding.verdict == "failed"
+    assert sentence in finding.measured
+    assert "install anew" in finding.cure
+
+
+@pytest.mark.parametrize("op", ["svag_combine_", "welford_"])
+def test_bits_of_other_ops_that_depend_on_the_threads(monkeypatch, op):
+    right = getattr(ops, op)
+
+    def wrong(written, *others, **options):
+        table = right(written, *others, **options)
+        if torch.get_num_threads() == 3:
+            written[7].view(torch.int32)[:1].add_(1)
+        return table
+
+    monkeypatch.setattr(ops, op, wrong)
+    finding = numbers.same_bits(OPS[op], torch.float32)
+    assert f"{BEST} on 3 threads and {BEST} on 1 thread differ in their bits" in finding.measured
 
 
 def test_budget_is_tight_and_fair():

@@ -433,6 +433,15 @@ def test_noise_of_steps_with_missing_pairs():
     assert math.isnan(told.slot_trace_sigma[1])
 
 
+def test_noise_of_a_gradient_that_is_no_number():
+    """NaN in both gradients is not taken for a missing pair."""
+    params = two()
+    opt = normkern.SVAG(params, lr=0.1, l=3)
+    broken = [torch.tensor([math.nan, 1.0]), torch.ones(3)]
+    paired_step(opt, params, broken, broken)
+    assert math.isnan(opt.noise().trace_sigma)
+
+
 def test_noise_begins_anew_with_other_parameters():
     x, y = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
     opt = normkern.SVAG([x], lr=0.1, l=3)

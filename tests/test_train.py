@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+import normkern
 from normkern import train
 from normkern.__main__ import main
 
@@ -81,6 +82,100 @@ def test_torchs_optimizers_train_too_and_agree(optimizer, first, tmp_path):
     assert result["curves"][0]["loss"] == pytest.approx(first[0]["curves"][0]["loss"], rel=0.05)
 
 
+SVAG = ("--optimizer", "svag", "--l", "0.5")  # the fewest steps
+
+
+@pytest.fixture(scope="module")
+def of_pairs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("svag")
+    return run(folder, *SVAG, "--epochs", "2"), folder
+
+
+def test_svag_tells_of_the_noise(of_pairs, first):
+    result, folder = of_pairs
+    assert result["optimizer"] == "svag"
+    assert result["hyperparameters"] == {**first[0]["hyperparameters"], "l": 0.5}
+    assert [row["epoch"] for row in result["curves"]] == [1, 2]
+    for row in result["curves"]:
+        assert row["trace_sigma"] > 0
+        assert row["nsr"] == pytest.approx(row["trace_sigma"] / row["grad_sq_norm_unbiased"])
+        assert all(row[key] > 0 for key in ("nsr_stderr", "trace_sigma_stderr", "grad_sq_norm_unbiased_stderr"))
+        assert row["angular_update"] > 0
+    assert result["curves"][1]["loss"] < result["curves"][0]["loss"] < 2.5
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "nsr" not in first[0]["curves"][0]
+
+
+def test_svag_epoch_is_as_much_time_as_one_of_the_others(of_pairs):
+    steps = -(-1437 // train.BATCH_SIZE)
+    assert of_pairs[0]["curves"][0]["passes"] == pytest.approx(-(-steps // 2) / (1437 // (2 * train.BATCH_SIZE)))
+    assert of_pairs[0]["curves"][1]["passes"] == pytest.approx(steps / (1437 // (2 * train.BATCH_SIZE)))
+    assert [row["lr"] for row in of_pairs[0]["curves"]] == [train.LR, train.LR]
+    assert of_pairs[0]["curves"][0]["predicted_angular_update"] == train.predicted_angle(train.LR / 0.5)
+
+
+def test_svag_follows_the_schedule_of_the_original_run(monkeypatch, tmp_path):
+    """Learning rates of every step, as the kernel has them, of three epochs at l = 1.5."""
+    seen = []
+
+    def no_training(model, optimizer, schedule, batches, count, after_step):
+        for _ in range(count):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return 0.0, []
+
+    monkeypatch.setattr(normkern.SVAG, "step", lambda self: None)
+    monkeypatch.setattr(normkern.SVAG, "noise", lambda self: normkern.noise_from_pair([torch.ones(1)], [torch.ones(1)]))
+    monkeypatch.setattr(train, "train_pairs", no_training)
+    monkeypatch.setattr(train, "time_steps", lambda model: {"normkern": 1.0})
+    monkeypatch.setattr(train, "plot", lambda *args: None)
+    train.run("svag", 3, 0, tmp_path, l=1.5)
+    factors = [min(1.0, 2 * (1 - (int(k / 1.5) // 45) / 3)) for k in range(203)]
+    assert seen == pytest.approx([train.LR * factor for factor in factors])
+
+
+def test_svag_prints_a_column_more(of_pairs, capsys, tmp_path):
+    again = run(tmp_path, *SVAG)
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.startswith("epoch"))
+    assert head.split()[-3:] == ["passes", "nsr", "+-"]
+    row = again["curves"][0]
+    line = lines[lines.index(head) + 1].split()
+    assert line[-3:] == [f"{row['passes']:.1f}", f"{row['nsr']:.3g}", f"{row['nsr_stderr']:.3g}"]
+    assert again["curves"][0] == of_pairs[0]["curves"][0], "the same seed, the same run"
+
+
+def test_batches_of_pairs_are_whole_and_each_pass_is_another_order():
+    images, labels = torch.arange(150.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(150)
+    batches = train.batches_of_pairs(images, labels, torch.Generator().manual_seed(0))
+    first, second, third = (next(batches)[1] for _ in range(3))
+    assert [len(x) for x in (first, second, third)] == [64, 64, 64]
+    assert not set(first.tolist()) & set(second.tolist())
+    assert not torch.equal(first, third)
+
+
+def test_noise_that_is_no_number_is_none():
+    noise = normkern.noise_from_pair([torch.zeros(3)], [torch.zeros(3)])
+    told = train.told_noise(noise)
+    assert told["nsr"] is None
+    assert told["nsr_stderr"] is None
+    assert told["trace_sigma"] == 0.0
+
+
+@pytest.mark.parametrize("rows", [[(None, 1.0), (-2.0, -1.0)], [(3.0, 2.0), (None, -1.0)]])
+def test_plot_of_noise_that_is_partly_unknown(rows, tmp_path):
+    curves = [
+        {
+            "epoch": i, "loss": 1.0, "lr": 0.1, "test_accuracy": 0.5, "angular_update": None,
+            "predicted_angular_update": 0.1, **dict.fromkeys(train.NOISE), "nsr": nsr, "grad_sq_norm_unbiased": signal,
+        }
+        for i, (nsr, signal) in enumerate(rows, start=1)
+    ]  # fmt: skip
+    train.plot(tmp_path / "curves.png", "title", curves, [], [])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_prediction():
     assert train.predicted_angle(0.1) == pytest.approx((2 * 0.1 * train.WEIGHT_DECAY / 1.9) ** 0.5)
 
@@ -92,6 +187,15 @@ def test_prediction():
         (["--epochs", "x"], "got 'x'"),
         (["--seed", "-1"], "argument --seed: expected a whole number from 0"),
         (["--optimizer", "adam"], "argument --optimizer: invalid choice: 'adam'"),
+        (["--l", "2"], "argument --l: expected only with --optimizer svag, got --optimizer normkern"),
+        (
+            ["--optimizer", "torch", "--l", "2"],
+            "argument --l: expected only with --optimizer svag, got --optimizer torch",
+        ),
+        (["--optimizer", "svag", "--l", "0.49"], "argument --l: expected a number of at least 1/2, got '0.49'"),
+        (["--optimizer", "svag", "--l", "nan"], "argument --l: expected a number of at least 1/2, got 'nan'"),
+        (["--optimizer", "svag", "--l", "inf"], "argument --l: expected a number of at least 1/2, got 'inf'"),
+        (["--optimizer", "svag", "--l", "four"], "argument --l: expected a number of at least 1/2, got 'four'"),
         (["--out", __file__], "argument --out: expected a folder that exists or can be made"),
     ],
 )

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .places import PLACES, SIZES
+from .places import PLACES, SIZES, bits
 
 NO_FMA = ("v2", "portable")  # levels on which every multiply-add rounds twice
+SUMS_OFF = 1e-13  # sums in float64 of products that float64 holds, relative to those of the absolute values
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,11 @@ class Written:
     tensors: dict[str, Tensor]
     sums: Tensor
     trespass: str | None
+
+    @property
+    def bits(self) -> list[Tensor]:
+        """Of all of it, to be compared."""
+        return [*map(bits, self.tensors.values()), bits(self.sums)]
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,16 @@ def same(a: Tensor, b: Tensor) -> Tensor:
     return (a == b) | (a.isnan() & b.isnan())
 
 
-def bits(x: Tensor) -> Tensor:
-    """Bits that can be compared; which NaN it is does not matter."""
-    x = torch.where(x.isnan(), torch.full_like(x, math.nan), x)
-    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+def sums_difference(names: Sequence[str], got: Tensor, exact: Tensor, allowed: Tensor) -> Difference:
+    """A table of sums against the exact one, both (tensors, names); `allowed`: how far off each may be."""
+    wrong = ~((got - exact).abs() <= allowed) & ~same(got, exact)
+    if not wrong.any():
+        return Difference(0.0, None)
+    i, k = wrong.nonzero()[0].tolist()
+    here, expected = (f"{float(x[i, k]):.15g}" for x in (got, exact))
+    return Difference(math.inf, f"{names[k]} of shape {PLACES[i][0]} is {here}, expected {expected}")
+
+
+def worst(found: Sequence[Difference]) -> Difference:
+    """The first fault, or else the largest difference."""
+    return next((x for x in found if x.fault), max(found, key=lambda x: x.roundings))

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from . import sgd
-from .differences import NO_FMA, Difference, Written, bits, roundings_allowed
+from . import sgd, svag, welford
+from .differences import NO_FMA, Difference, Written, roundings_allowed
 from .finding import Check, Finding, failed, ok
 from .places import PLACES
 
@@ -24,34 +24,50 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Op:
-    """A bound op: its rules (name -> options); run on `PLACES`; compare, given how many roundings are allowed."""
+    """A bound op: its rules (name -> options); run on `PLACES`; compare, given how many roundings are allowed.
+
+    roundings: allowed beyond those of a step. instead: what to do where no level is right.
+    """
 
     name: str
     rules: dict[str, dict[str, Any]]
     run: Callable[[dict[str, Any], torch.dtype], Written]
     compare: Callable[[dict[str, Any], torch.dtype, Written, float], Difference]
+    roundings: float = 0.0
+    instead: str = "use normkern.reference, which is torch's own operations"
+
+    def roundings_allowed(self, isa: str, dtype: torch.dtype) -> float:
+        """On one level in one dtype."""
+        return roundings_allowed(isa, dtype) + self.roundings
 
 
-OPS = [Op("sgd_", sgd.RULES, sgd.run, sgd.compare)]
+OPS = [
+    Op("sgd_", sgd.RULES, sgd.run, sgd.compare, instead="train with torch.optim.SGD"),
+    Op("sgd_ of pairs", sgd.RULES_OF_PAIRS, sgd.run, sgd.compare, sgd.PAIR_ROUNDINGS),
+    Op("svag_combine_", svag.RULES, svag.run, svag.compare),
+    Op("pair_sums", svag.SUMS_RULES, svag.run_sums, svag.compare_sums),
+    Op("welford_", welford.RULES, welford.run, welford.compare),
+]
 
 
 def against_reference(op: Op, isa: str, dtype: torch.dtype) -> Finding:
     """Every rule of an op on one level in one dtype."""
     roundings, fault = _worst(op, isa, dtype)
-    allowed = roundings_allowed(isa, dtype)
+    allowed = op.roundings_allowed(isa, dtype)
     if fault is None:
-        return ok(f"{len(op.rules)} rules x {len(PLACES)} tensors: {roundings:.1f} of {allowed:.0f} roundings")
+        rules = f"{len(op.rules)} rule{'s' * (len(op.rules) != 1)}"
+        return ok(f"{rules} x {len(PLACES)} tensors: {roundings:.1f} of {allowed:.0f} roundings")
     others = [other for other in ops.supported_isas() if other != isa and _worst(op, other, dtype)[1] is None]
     again = "pip install --force-reinstall --no-deps --no-cache-dir normkern"
     if others:
         return failed(fault, f"export NORMKERN_ISA={others[0]}, which is right here, and install anew: {again}")
-    return failed(fault, f"train with torch.optim.SGD, and install anew: {again}")
+    return failed(fault, f"{op.instead}, and install anew: {again}")
 
 
 def _worst(op: Op, isa: str, dtype: torch.dtype) -> tuple[float, str | None]:
     """The most roundings among the rules, and the first fault."""
     ops.select_isa(isa)
-    allowed, most = roundings_allowed(isa, dtype), 0.0
+    allowed, most = op.roundings_allowed(isa, dtype), 0.0
     for rule, options in op.rules.items():
         found = op.compare(options, dtype, op.run(options, dtype), allowed)
         if found.fault:
@@ -72,10 +88,7 @@ def same_bits(op: Op, dtype: torch.dtype) -> Finding:
             for n in threads:
                 torch.set_num_threads(n)
                 written = op.run(options, dtype)
-                here, got = (
-                    f"{isa} on {n} thread{'s' * (n != 1)}",
-                    [*map(bits, written.tensors.values()), bits(written.sums)],
-                )
+                here, got = f"{isa} on {n} thread{'s' * (n != 1)}", written.bits
                 there, expected = first.setdefault("fma" if isa in with_fma else isa, (here, got))
                 if not all(map(torch.equal, got, expected)):
                     return failed(

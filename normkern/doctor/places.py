@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -18,10 +19,10 @@ PLACES = (
     ((37, 113), -1),
 )
 SIZES = [math.prod(shape) for shape, _ in PLACES]
-_SPECIAL = torch.tensor(  # w, g, v
+_SPECIAL = torch.tensor(  # w, g, v, h
     [
-        (math.inf, 1, 1), (-math.inf, 1, 1), (1, math.nan, 1), (1, math.inf, 1), (1, 1, -math.inf), (math.nan, 1, 1),
-        (0, 0, 0),
+        (math.inf, 1, 1, 1), (-math.inf, 1, 1, 1), (1, math.nan, 1, 1), (1, math.inf, 1, math.inf),
+        (1, 1, -math.inf, 1), (math.nan, 1, 1, 1), (0, 0, 0, 0), (1, 1, 1, -math.inf), (1, 1, 1, math.nan),
     ],
     dtype=torch.float64,
 ).t()  # fmt: skip
@@ -29,16 +30,16 @@ _FENCE = 17  # NaNs between tensors: odd, so that each has another misalignment
 
 
 @cache
-def values(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, gradients and momentum buffers for all of `PLACES`, flat, over many octaves."""
+def values(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Weights, gradients, momentum buffers and held gradients for all of `PLACES`, flat, over many octaves."""
     make = torch.Generator().manual_seed(0)
-    size = (3, sum(SIZES))
+    size = (4, sum(SIZES))
     octaves = torch.randint(-6, 3, size, generator=make)
     numbers = torch.randn(size, generator=make, dtype=torch.float64) * torch.exp2(octaves.double())
     count = _SPECIAL.shape[1]
     numbers[:, :count] = numbers[:, SIZES[0] - count : SIZES[0]] = _SPECIAL
-    w, g, v = numbers.to(dtype)
-    return w, g, v
+    w, g, v, h = numbers.to(dtype)
+    return w, g, v, h
 
 
 class Laid:
@@ -63,6 +64,24 @@ class Laid:
         return bool(self.block.isnan().all())
 
 
-def flat(tensors: list[Tensor]) -> Tensor:
+def flat(tensors: Sequence[Tensor]) -> Tensor:
     """All coordinates, tensor after tensor."""
     return torch.cat([x.reshape(-1) for x in tensors])
+
+
+def trespass(written: dict[str, Laid], read: dict[str, tuple[Laid, Tensor]]) -> str | None:
+    """What an op wrote and should not have: what it only reads (name -> laid, values), or memory between tensors.
+
+    The tensors themselves are lost.
+    """
+    for name, (laid, was) in read.items():
+        if not torch.equal(bits(flat(laid.tensors)), bits(was)):
+            return f"the {name} were written"
+    outside = [name for name, laid in written.items() if not laid.is_fenced()]
+    return f"memory beside {' and '.join(outside)} was written" if outside else None
+
+
+def bits(x: Tensor) -> Tensor:
+    """Bits that can be compared; which NaN it is does not matter."""
+    x = torch.where(x.isnan(), torch.full_like(x, math.nan), x)
+    return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
