@@ -227,6 +227,32 @@ def torch_pairs(arrays: Arrays, compiled: bool = False, in_place: bool = False, 
     return Step(measured, sums)
 
 
+def compiled_by_hand(arrays: Arrays) -> Step:
+    """The best that torch.compile can be given: no optimizer, whose step is never one graph; combination, rule and sums
+    written out, so that no combined gradient is ever stored.
+    """
+    second, to_first = arrays.grads, 0.5 + (2 * SVAG_L - 1) ** 0.5 / 2
+    lr, momentum, decay = arrays.hyper["lr"] / SVAG_L, arrays.hyper["momentum"], arrays.hyper["weight_decay"]
+    params = [p.detach() for p in arrays.params]
+    told: list[Any] = []
+
+    @torch.compile
+    def run(first: list[Any], second: list[Any]) -> list[Any]:
+        sums = []
+        for w, v, a, b in zip(params, arrays.momentum_buffers, first, second, strict=True):
+            g, d = torch.lerp(b, a, to_first), a - b
+            sums.append([(w * w).sum(), (g * g).sum(), (w * g).sum(), (a * b).sum(), (d * d).sum()])
+            v.mul_(momentum).add_(g + decay * w)
+            w.sub_(lr * v)
+        return sums
+
+    def measured() -> None:
+        first = both(arrays, second)
+        told[:] = run(first, arrays.grads)
+
+    return Step(measured, lambda: torch.stack([torch.stack(row) for row in told]).double())
+
+
 def dots(xs: list[Any], ys: list[Any]) -> list[Tensor]:
     return [torch.dot(x.view(-1), y.view(-1)) for x, y in zip(xs, ys, strict=True)]
 
@@ -350,5 +376,6 @@ PEERS: tuple[Peer, ...] = (
     Peer("combine + torch fused + sums", "SVAG step", part(torch_pairs, fused=True)),
     Peer("lerp + torch fused + sums", "SVAG step", part(torch_pairs, in_place=True, fused=True)),
     Peer("combine + torch compile + sums", "SVAG step", part(torch_pairs, compiled=True), compiles_soon, CXX, few),
+    Peer("torch compile by hand + sums", "SVAG step", compiled_by_hand, compiles_soon, CXX, few),
     Peer("optax jit + norms", "step + statistics", part(optax_step, measured=True), on_the_index, JAX, up_to(32 * M)),
 )

@@ -34,6 +34,7 @@ SVAG_COLUMNS = {
     "combine + torch fused + sums": "combine, torch fused, sums",
     "lerp + torch fused + sums": "lerp, torch fused, sums",
     "combine + torch compile + sums": "the first, compiled",
+    "torch compile by hand + sums": "all by hand, compiled",
     "six-stream loop": "six-stream loop",
 }
 

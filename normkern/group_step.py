@@ -112,7 +112,14 @@ class GroupStep:
             self._find_another_way(refused, set(missing), arguments)
         if pair is not None:
             for i in self.left_to_torch:
-                if pair.held[i] is not None and _share_memory(pair.held[i], pair.grads[i]):
+                if pair.held[i] is None:
+                    continue
+                if pair.held[i].shape != params[i].shape:
+                    raise ValueError(
+                        f"{place(index)}: held[{i}] has shape {tuple(pair.held[i].shape)} but params[{i}] has shape "
+                        f"{tuple(params[i].shape)}"
+                    )
+                if _share_memory(pair.held[i], pair.grads[i]):
                     raise RuntimeError(ops.shared_pair(index, i))
 
     def _pair_arguments(self, held: list[Any] | None = None) -> dict[str, Any]:

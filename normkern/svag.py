@@ -147,10 +147,13 @@ class SVAG(SGD):
         if self._held is not None:
             self._held.twice = True
             return
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not params:
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if all(g is None for g in grads):
             raise RuntimeError("SVAG.hold: expected a backward before it, but no parameter has a gradient")
-        self._held = _Held(params, [p.grad.clone() if copy else p.grad for p in params], scale)
+        if copy:
+            grads = [None if g is None else g.clone() for g in grads]
+        self._held = _Held(params, grads, scale)
         for p in params:
             p.grad = None
 
@@ -298,10 +301,10 @@ class SVAG(SGD):
         params = group["params"]
         first: list[Any] = [held.grads.get(id(p)) for p in params]
         grads: list[Any] = [p.grad for p in params]
-        for i, (p, a, b) in enumerate(zip(params, first, grads, strict=True)):
-            if a is not None and b is not None and a.shape == p.shape:
+        for i, (a, b) in enumerate(zip(first, grads, strict=True)):
+            if a is not None and b is not None:
                 continue
-            if l == 1 and (a is None or b is None):
+            if l == 1:
                 first[i], grads[i] = None, a  # the first batch's, if it has one
                 continue
             if (a is None) != (b is None):
@@ -309,11 +312,6 @@ class SVAG(SGD):
                 raise RuntimeError(
                     f"{self._place(index)}: params[{i}] has a {other} gradient but no {which} one; "
                     "expected both or neither"
-                )
-            if a is not None and a.shape != p.shape:
-                raise ValueError(
-                    f"{self._place(index)}: the held gradient of params[{i}] has shape {tuple(a.shape)} "
-                    f"but the parameter {tuple(p.shape)}"
                 )
         of_first = inverse_scale if held.scale is None else 1 / held.scale
         return Pair(first, grads, l, of_first, inverse_scale)
@@ -349,12 +347,12 @@ class _Held:
 
     def __init__(self, params: list[Tensor], grads: list[Any], scale: float | None) -> None:
         # By id: hashing a tensor is a call of Python. The list keeps the ids from being used again.
-        self.params, self.grads = params, {id(p): g for p, g in zip(params, grads, strict=True)}
+        self.params, self.grads = params, dict(zip(map(id, params), grads, strict=True))
         self.scale, self.twice = scale, False
 
     def is_finite(self) -> bool:
         """Whether every coordinate is a number."""
-        values = [g if g.layout == torch.strided else g.to_dense() for g in self.grads.values()]
+        values = [g if g.layout == torch.strided else g.to_dense() for g in self.grads.values() if g is not None]
         return bool(torch.isfinite(get_total_norm(values, float("inf"))))
 
 

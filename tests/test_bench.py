@@ -336,7 +336,7 @@ def test_svag_has_a_table_of_its_own(tmp_path, monkeypatch):
     file = results_file(tmp_path / "json", seconds, out)
     table = report.svag_table(load(file))
     lines = table.splitlines()
-    assert lines[2] == "| a case, float32 | 12.5 ms | 1.25 | wrong | 4.00 | - | 0.800 |"
+    assert lines[2] == "| a case, float32 | 12.5 ms | 1.25 | wrong | 4.00 | - | - | 0.800 |"
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     assert report.svag_table(load(results_file(tmp_path / "none", BEFORE))) == ""
     readme = tmp_path / "README.md"

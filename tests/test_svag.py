@@ -520,14 +520,17 @@ def test_refuses_half_a_pair(missing, words):
     check()
 
 
-def test_refuses_a_held_gradient_of_another_shape():
+@pytest.mark.parametrize("make", [torch.clone, torch.Tensor.to_sparse])
+def test_refuses_a_held_gradient_of_another_shape(make):
     w = nn.Parameter(torch.ones(2))
     opt = normkern.SVAG([w], lr=0.1, l=2)
-    w.grad = torch.ones(2)
+    w.grad = make(torch.ones(2))
     opt.hold()
     w.data = torch.ones(3)
-    w.grad = torch.ones(3)
-    with pytest.raises(ValueError, match=r"the held gradient of params\[0\] has shape \(2,\) but the parameter \(3,\)"):
+    w.grad = make(torch.ones(3))
+    with pytest.raises(
+        ValueError, match=r"param_groups\[0\]: held\[0\] has shape \(2,\) but params\[0\] has shape \(3,\)"
+    ):
         opt.step()
     assert w.tolist() == [1, 1, 1]
 
