@@ -15,7 +15,7 @@ from . import ops
 from .group_step import GroupStep, Pair
 from .noise import Noise, NoiseAverage
 from .optim import SGD
-from .options import number, place
+from .options import number
 
 _SCALINGS = ("fixed", "continuous")
 
@@ -234,7 +234,7 @@ class SVAG(SGD):
 
     @staticmethod
     def _place(index: int) -> str:
-        return place(index).replace("SGD", "SVAG", 1)
+        return f"SVAG.step: param_groups[{index}]"
 
     def _skips(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> bool:
         self._check_order()

@@ -109,6 +109,26 @@ def test_one_is_sgd_to_the_bit(variant, way):
     torch.testing.assert_close(ours.stats().update_sq, theirs.stats().update_sq, rtol=0, atol=0)
 
 
+def test_halves_are_two_loaders():
+    """T7.6: one loader of 2B, split, gives the steps of two loaders of B over the same samples, to the bit."""
+    data = torch.randn(24, 5, generator=torch.Generator().manual_seed(0))
+    batches = data.split(8)
+    firsts, seconds = [b[:4] for b in batches], [b[4:] for b in batches]
+    results = []
+    for pairs in (map(normkern.halves, batches), zip(firsts, seconds, strict=True)):
+        w = nn.Parameter(torch.linspace(-1, 1, 5))
+        opt = normkern.SVAG([w], lr=0.1, l=3, momentum=0.9)
+        for pair in pairs:
+            opt.zero_grad()
+            (pair[0] @ w).square().mean().backward()
+            opt.hold()
+            (pair[1] @ w).square().mean().backward()
+            opt.step()
+        results.append(w.detach())
+    assert same_bits(*results)
+    assert not torch.equal(results[0], torch.linspace(-1, 1, 5))
+
+
 def test_one_steps_what_the_first_batch_reached():
     """l = 1: a parameter with only a second gradient has none of the first batch, and rests."""
     x, y = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
