@@ -2,6 +2,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "gauge.h"
+
 namespace nk {
 
 // Coordinates per chunk: one constant for every back end, so that sums do not depend on who ran the loop.
@@ -16,6 +18,9 @@ enum class Rule : uint8_t {
   momentum_first,
   nesterov,
   nesterov_first,
+  gauged,
+  gauged_momentum,
+  gauged_momentum_first,
   svag_combine,
   difference,
   welford
@@ -29,6 +34,7 @@ struct Hyper {
   double second_inverse_scale;  // of a pair
   double l;                     // of SVAG
   double share;                 // 1/n, of Welford's update
+  GaugeStep gauge{};            // of the gauged rules, which need no lr, momentum, dampening or weight_decay
 };
 
 // Shape and strides, in elements, of tensors that do not share one dense layout.

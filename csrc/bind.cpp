@@ -27,7 +27,28 @@ Rule step_rule(double momentum, bool nesterov) {
   return momentum == 0 ? Rule::plain : nesterov ? Rule::nesterov : Rule::momentum;
 }
 
+// A group of a step: by its own numbers, or by those of its gauge.
+Pass::Group step_group(Hyper hyper, bool nesterov, Stats stats, int index, const GaugeStep* gauge) {
+  if (!gauge) return {hyper, step_rule(hyper.momentum, nesterov), stats, index};
+  hyper.gauge = *gauge;
+  return {hyper, gauge->has_buffer ? Rule::gauged_momentum : Rule::gauged, stats, index};
+}
+
 Hyper with_l(double l) { return {0, 0, 0, 0, 1, false, 1, l, 0}; }
+
+using GaugeNumbers = std::tuple<double, double, int64_t>;
+
+GaugeNumbers numbers(const Gauge& gauge) { return {gauge.scale, gauge.z, gauge.exponent}; }
+
+std::optional<GaugeStep> take_gauge_step(const GaugeNumbers& gauge, double lr, double momentum, double dampening,
+                                         double weight_decay, bool nesterov, int buffers, bool leave) {
+  const Gauge from{std::get<0>(gauge), std::get<1>(gauge), std::get<2>(gauge)};
+  const Schedule schedule{lr, momentum, dampening, weight_decay, nesterov};
+  if (leave) return gauge_leave(from, schedule, Buffers(buffers));
+  GaugeStep step;
+  if (!gauge_step(from, schedule, Buffers(buffers), step)) return std::nullopt;
+  return step;
+}
 
 std::vector<std::string> supported_isas() {
   const char* names[8];
@@ -54,6 +75,25 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather", Gather::lists, "params"_a, "state"_a, "key"_a);
   m.attr("CHUNK") = kChunk;
 
+  m.def("most_decay", most_decay, "momentum"_a);
+  m.def("gauge_step", take_gauge_step, "gauge"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,
+        "buffers"_a, "leave"_a);
+  py::class_<GaugeStep>(m, "GaugeStep")
+      .def_readonly("keep", &GaugeStep::keep)
+      .def_readonly("unkeep", &GaugeStep::unkeep)
+      .def_readonly("momentum", &GaugeStep::momentum)
+      .def_readonly("grad_to_buffer", &GaugeStep::grad_to_buffer)
+      .def_readonly("weight_to_buffer", &GaugeStep::weight_to_buffer)
+      .def_readonly("grad_to_weight", &GaugeStep::grad_to_weight)
+      .def_readonly("buffer_to_weight", &GaugeStep::buffer_to_weight)
+      .def_readonly("has_buffer", &GaugeStep::has_buffer)
+      .def_readonly("shift", &GaugeStep::shift)
+      .def_readonly("scale", &GaugeStep::scale)
+      .def_readonly("moved", &GaugeStep::moved)
+      .def_readonly("drift", &GaugeStep::drift)
+      .def_property_readonly("before", [](const GaugeStep& step) { return numbers(step.before); })
+      .def_property_readonly("next", [](const GaugeStep& step) { return numbers(step.next); });
+
   py::class_<Pass>(m, "Pass")
       .def(py::init<>())
       .def("begin", &Pass::begin)
@@ -62,25 +102,26 @@ PYBIND11_MODULE(_C, m) {
           [](Pass& self, const py::list& params, const py::list& grads, const py::object& momentum_buffers,
              const py::object& first, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
              bool maximize, double inverse_scale, int stats, int group, const py::object& slots, const py::object& held,
-             double second_inverse_scale, double l) {
+             double second_inverse_scale, double l, const GaugeStep* gauge) {
             const Hyper hyper{lr, momentum, dampening, weight_decay, inverse_scale, maximize, second_inverse_scale,
                               l,  0};
             return self.add(params, grads, momentum_buffers, first,
-                            {hyper, step_rule(momentum, nesterov), Stats(stats), group}, slots, held);
+                            step_group(hyper, nesterov, Stats(stats), group, gauge), slots, held);
           },
           "params"_a, "grads"_a, "momentum_buffers"_a, "first"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a,
           "nesterov"_a, "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "slots"_a, "held"_a = py::none(),
-          "second_inverse_scale"_a = 1.0, "l"_a = 1.0)
+          "second_inverse_scale"_a = 1.0, "l"_a = 1.0, "gauge"_a = py::none())
       .def(
           "add_whole",
           [](Pass& self, const py::list& params, const py::object& state, const py::str& key, double lr,
              double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, double inverse_scale,
-             int stats, int group) {
+             int stats, int group, const GaugeStep* gauge) {
             const Hyper hyper{lr, momentum, dampening, weight_decay, inverse_scale, maximize, 1, 1, 0};
-            return self.add_whole(params, state, key, {hyper, step_rule(momentum, nesterov), Stats(stats), group});
+            return self.add_whole(params, state, key, step_group(hyper, nesterov, Stats(stats), group, gauge),
+                                  gauge != nullptr);
           },
           "params"_a, "state"_a, "key"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,
-          "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a)
+          "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "gauge"_a = py::none())
       .def(
           "add_svag_combine",
           [](Pass& self, const py::list& a, const py::list& b, double l) {

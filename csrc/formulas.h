@@ -94,8 +94,10 @@ template <class R> struct Coefficients {
   R first_scale, second_scale;  // 1/scale
   R half, spread;               // 1/2, sqrt(2l-1)/2
   R share;                      // 1/n
+  R keep, unkeep, grad_to_buffer, weight_to_buffer, grad_to_weight, buffer_to_weight;  // of the gauged rules
   bool decays;                  // weight_decay != 0
   bool first_only;              // l = 1
+  bool mixes, direct;           // weight_to_buffer != 0, grad_to_weight != 0
 };
 
 // d. Without weight decay the weight is not touched: 0 * inf would turn an infinite weight into NaN, which torch keeps.
@@ -105,14 +107,14 @@ template <class R> NK_HD R decayed_grad(const Coefficients<R>& c, R w, R g) {
 }
 
 struct Sgd {
-  static constexpr bool writes_w = true, reads_v = false, writes_v = false;
+  static constexpr bool writes_w = true, reads_v = false, writes_v = false, gauged = false;
   template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R&) {
     w = fma(-c.lr, decayed_grad(c, w, g), w);
   }
 };
 
 struct SgdMomentum {
-  static constexpr bool writes_w = true, reads_v = true, writes_v = true;
+  static constexpr bool writes_w = true, reads_v = true, writes_v = true, gauged = false;
   template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     v = fma(c.momentum, v, c.one_minus_dampening * decayed_grad(c, w, g));
     w = fma(-c.lr, v, w);
@@ -120,7 +122,7 @@ struct SgdMomentum {
 };
 
 struct SgdMomentumFirst {
-  static constexpr bool writes_w = true, reads_v = false, writes_v = true;
+  static constexpr bool writes_w = true, reads_v = false, writes_v = true, gauged = false;
   template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     v = decayed_grad(c, w, g);
     w = fma(-c.lr, v, w);
@@ -128,7 +130,7 @@ struct SgdMomentumFirst {
 };
 
 struct SgdNesterov {
-  static constexpr bool writes_w = true, reads_v = true, writes_v = true;
+  static constexpr bool writes_w = true, reads_v = true, writes_v = true, gauged = false;
   template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     const R d = decayed_grad(c, w, g);
     v = fma(c.momentum, v, c.one_minus_dampening * d);
@@ -137,11 +139,51 @@ struct SgdNesterov {
 };
 
 struct SgdNesterovFirst {
-  static constexpr bool writes_w = true, reads_v = false, writes_v = true;
+  static constexpr bool writes_w = true, reads_v = false, writes_v = true, gauged = false;
   template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     const R d = decayed_grad(c, w, g);
     v = d;
     w = fma(-c.lr, fma(c.momentum, v, d), w);
+  }
+};
+
+// ---- Weight decay as an exponential learning rate -----------------------------------------------------------------
+//
+// The steps of gauge.h, which says where the numbers come from:
+//     v' = momentum v + grad_to_buffer g + weight_to_buffer w
+//     w' = keep w - grad_to_weight g - buffer_to_weight v'
+// keep is a power of two, mostly 1: then, without nesterov, this is SGD without weight decay, to the bit.
+
+struct Gauged {
+  static constexpr bool writes_w = true, reads_v = false, writes_v = false, gauged = true;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R&) {
+    w = fma(-c.grad_to_weight, c.grad_factor * g, c.keep * w);
+  }
+};
+
+// What v' leaves of w. A coefficient of 0 leaves infinite values out, as a step that does not have it would.
+template <class R> NK_HD void gauged_by(const Coefficients<R>& c, R& w, R signed_grad, R& v) {
+  if (c.mixes) v = fma(c.weight_to_buffer, w, v);
+  w = c.keep * w;
+  if (c.direct) w = fma(-c.grad_to_weight, signed_grad, w);
+  w = fma(-c.buffer_to_weight, v, w);
+}
+
+struct GaugedMomentum {
+  static constexpr bool writes_w = true, reads_v = true, writes_v = true, gauged = true;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
+    const R signed_grad = c.grad_factor * g;
+    v = fma(c.momentum, v, c.grad_to_buffer * signed_grad);
+    gauged_by(c, w, signed_grad, v);
+  }
+};
+
+struct GaugedMomentumFirst {
+  static constexpr bool writes_w = true, reads_v = false, writes_v = true, gauged = true;
+  template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
+    const R signed_grad = c.grad_factor * g;
+    v = c.grad_to_buffer * signed_grad;
+    gauged_by(c, w, signed_grad, v);
   }
 };
 
@@ -158,20 +200,20 @@ template <class R> NK_HD R svag_combination(const Coefficients<R>& c, R g1, R g2
 
 // In place: w = g1, g = g2.
 struct SvagCombine {
-  static constexpr bool writes_w = true, reads_v = false, writes_v = false;
+  static constexpr bool writes_w = true, reads_v = false, writes_v = false, gauged = false;
   template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R&) { w = svag_combination(c, w, g); }
 };
 
 // Nothing is written. The "update" that is summed is g - w: |w|^2, |g|^2, <w,g>, |g-w|^2.
 struct Difference {
-  static constexpr bool writes_w = false, reads_v = false, writes_v = false;
+  static constexpr bool writes_w = false, reads_v = false, writes_v = false, gauged = false;
   template <class R> static NK_HD void apply(const Coefficients<R>&, R& w, R g, R&) { w = g; }
 };
 
 // Welford's update of a running mean w and of the sum v of squared deviations by the n-th sample g, share = 1/n:
 //     w' = w + (g - w)/n,  v' = v + (g - w)(g - w')
 struct Welford {
-  static constexpr bool writes_w = true, reads_v = true, writes_v = true;
+  static constexpr bool writes_w = true, reads_v = true, writes_v = true, gauged = false;
   template <class R> static NK_HD void apply(const Coefficients<R>& c, R& w, R g, R& v) {
     const R deviation = g - w;
     w = fma(c.share, deviation, w);
@@ -200,6 +242,14 @@ struct StepSums {
     s[1] *= inverse_scale * inverse_scale;
     s[2] *= inverse_scale;
   }
+  // Of gauged weights: w -> scale w, g -> g/scale, u -> scale (moved u + drift w).
+  static NK_HD void to_true_scale(double* s, double scale, double moved, double drift) {
+    const double sq = scale * scale;
+    s[3] = sq * (drift * (drift * s[0] + 2 * moved * s[4]) + moved * moved * s[3]);
+    s[4] = sq * (drift * s[0] + moved * s[4]);
+    s[0] *= sq;
+    s[1] /= sq;
+  }
 };
 
 // What a pair of gradients sums besides, each after its unscaling:
@@ -214,6 +264,9 @@ struct PairSums {
     s[2] = fma(g1, g1, s[2]);
     s[3] = fma(g2, g2, s[3]);
   }
+  static NK_HD void to_true_scale(double* s, double scale) {
+    for (int j = 0; j < count; j++) s[j] /= scale * scale;
+  }
 };
 
 // ---- The lists that back ends instantiate their loops over ----------------------------------------------------------
@@ -222,8 +275,10 @@ template <class... Members> struct List {
   static constexpr int size = sizeof...(Members);
 };
 // Those that take one gradient or two, and those that are not steps.
-using StepRules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst>;
-using Rules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst, SvagCombine, Difference, Welford>;
+using StepRules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst, Gauged, GaugedMomentum,
+                       GaugedMomentumFirst>;
+using Rules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst, Gauged, GaugedMomentum,
+                   GaugedMomentumFirst, SvagCombine, Difference, Welford>;
 using StorageTypes = List<double, float, bf16, f16>;
 
 }  // namespace nk

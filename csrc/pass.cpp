@@ -22,7 +22,15 @@ PyObject* item(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list
                         " but " + names(group).w + "[" + std::to_string(i) + "] has shape " + shape_text(expected));
 }
 
-bool has_buffer(Rule rule) { return rule == Rule::momentum || rule == Rule::nesterov || rule == Rule::welford; }
+bool has_buffer(Rule rule) {
+  return rule == Rule::momentum || rule == Rule::nesterov || rule == Rule::gauged_momentum || rule == Rule::welford;
+}
+
+Rule at_first(Rule rule) {
+  return rule == Rule::nesterov          ? Rule::nesterov_first
+         : rule == Rule::gauged_momentum ? Rule::gauged_momentum_first
+                                         : Rule::momentum_first;
+}
 bool writes_w(Rule rule) { return rule != Rule::difference; }
 
 void check_length(int group, const char* list, size_t got, size_t expected) {
@@ -91,7 +99,7 @@ bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, P
     if (!same_shape(*v, *w)) refuse_shape(group.index, n.v, i, *v, *w);
     check_no_self_overlap(*v, n.v, i, group.index);
     t.v = *v;
-    if (first) job.rule = group.rule == Rule::nesterov ? Rule::nesterov_first : Rule::momentum_first;
+    if (first) job.rule = at_first(group.rule);
   }
   if (t.has_h) {
     const auto h = read(held, false);
@@ -144,8 +152,10 @@ std::vector<int> Pass::add(const py::list& params, const py::list& grads, const 
   return refused;
 }
 
-bool Pass::add_whole(const py::list& params, const py::object& state, const py::str& key, const Group& group) {
+bool Pass::add_whole(const py::list& params, const py::object& state, const py::str& key, const Group& group,
+                     bool all_or_none) {
   const int n = (int)params.size();
+  int without = 0;
   const size_t operands = operands_.size(), owned = owned_.size(), written = written_.size(), reading = reading_;
   const size_t offsets = slot_offsets_.size();
   const int64_t slots = slots_;
@@ -157,8 +167,11 @@ bool Pass::add_whole(const py::list& params, const py::object& state, const py::
     const auto w = entry.grad.is_none() ? std::nullopt : read(p, true);
     const int64_t count = slots_of(p, w, group.stats);
     const int64_t slot = next_slots(count, group.stats);
-    if (entry.grad.is_none()) continue;
-    if (entry.missing || !take(w, p, entry.grad.ptr(), entry.value, nullptr, false, group, i, slot, count)) {
+    const bool skipped = entry.grad.is_none();
+    without += skipped;
+    const bool mixed = all_or_none && without > 0 && without <= i;
+    if (skipped && !mixed) continue;
+    if (mixed || entry.missing || !take(w, p, entry.grad.ptr(), entry.value, nullptr, false, group, i, slot, count)) {
       operands_.resize(operands);
       jobs_.resize(operands);
       owned_.resize(owned);

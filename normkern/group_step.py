@@ -14,7 +14,8 @@ from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.optim.sgd import sgd as torch_sgd
 
 from . import ops
-from .options import BUFFER, check_decay, number, place
+from .exponential import GAUGE, GroupGauge
+from .options import BUFFER, number, place
 
 _log = logging.getLogger("normkern")
 
@@ -40,6 +41,7 @@ class GroupStep:
         "buffers",
         "code",
         "created",
+        "gauge",
         "grads",
         "index",
         "left_to_torch",
@@ -71,8 +73,6 @@ class GroupStep:
         self.lr, self.stats = number(options["lr"], "lr", index), options["stats"]
         self.code = 0 if self.stats is None else ops.stats_code(self.stats, place(index))
         momentum = number(options["momentum"], "momentum", index)
-        if options["decay"] != "coupled":
-            check_decay(options["decay"], place(index))
         self.slot = plan.slots
         self.created: list[tuple[Tensor, Tensor]] = []
         self.left_to_torch: list[int] = []
@@ -90,22 +90,28 @@ class GroupStep:
             self.code,
             index,
         )
+        self.gauge = None
+        if options["decay"] != "coupled" or GAUGE in options:
+            self.gauge = GroupGauge(options, index, None if pair is None else pair.grads, state, arguments)
+        gauge = None if self.gauge is None else self.gauge.step
         all_to_torch = options["differentiable"] or somebody_watches()
-        state = state if momentum != 0 else None
-        if pair is None and not all_to_torch and plan.add_whole(params, state, BUFFER, *arguments):
+        state = state if (momentum != 0 if gauge is None else gauge.has_buffer) else None
+        if pair is None and not all_to_torch and plan.add_whole(params, state, BUFFER, *arguments, gauge):
             return
         self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
         if pair is not None:
             self.grads = pair.grads
             pairs = enumerate(zip(pair.grads, self.buffers, strict=True))
-            missing = [i for i, (g, b) in pairs if g is not None and b is None] if momentum != 0 else []
+            missing = [i for i, (g, b) in pairs if g is not None and b is None] if state is not None else []
+        if self.gauge is not None:
+            self.gauge.check_complete(self.grads, missing)
         grads = [None] * len(params) if all_to_torch else self.grads
         for i in missing:
             p, g = params[i], grads[i]
             if g is not None and ops.kernel_takes(p) and ops.kernel_takes(g) and p.dtype == g.dtype:
                 self.buffers[i] = torch.empty_like(p, requires_grad=False)
                 self.created.append((p, self.buffers[i]))
-        refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None, **self._pair_arguments())
+        refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None, **self._more_arguments())
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
         elif refused:
@@ -122,11 +128,12 @@ class GroupStep:
                 if _share_memory(pair.held[i], pair.grads[i]):
                     raise RuntimeError(ops.shared_pair(index, i))
 
-    def _pair_arguments(self, held: list[Any] | None = None) -> dict[str, Any]:
+    def _more_arguments(self, held: list[Any] | None = None) -> dict[str, Any]:
+        gauge = None if self.gauge is None else self.gauge.step
         if self.pair is None:
-            return {}
-        held = self.pair.held if held is None else held
-        return {"held": held, "second_inverse_scale": self.pair.second_inverse_scale, "l": self.pair.l}
+            return {"gauge": gauge}
+        held, scale = self.pair.held if held is None else held, self.pair.second_inverse_scale
+        return {"gauge": gauge, "held": held, "second_inverse_scale": scale, "l": self.pair.l}
 
     def _find_another_way(self, refused: list[int], missing: set[int], arguments: _Arguments) -> None:
         """A DTensor runs through its local shard; what the kernel cannot take is left to torch's loop."""
@@ -151,7 +158,7 @@ class GroupStep:
         held = None if self.pair is None else self.pair.held[i]
         with torch.no_grad():
             w, g, v, h = ([None if x is None else _shard(x, like=p)] for x in (p, self.grads[i], buffer, held))
-        slots, more = [self._first_slot(i)], self._pair_arguments(h)
+        slots, more = [self._first_slot(i)], self._more_arguments(h)
         if self.plan.add(w, g, None if buffer is None else v, [0] if first else None, *arguments, slots=slots, **more):
             return False
         if first:
@@ -174,6 +181,8 @@ class GroupStep:
 
     def step_with_torch(self, grad_scale: Tensor | None) -> None:
         """torch's for-loop, on those parameters that the kernel cannot take."""
+        if self.gauge is not None and self.gauge.step is not None:
+            return self._step_gauged_with_torch(self.gauge.step, grad_scale)
         options = self.options
         params = [self.params[i] for i in self.left_to_torch]
         grads = [self._whole_gradient(i, grad_scale) for i in self.left_to_torch]
@@ -202,15 +211,44 @@ class GroupStep:
             from .reference import gradient_sums, step_sums
 
             for i, w, g, p in zip(self.left_to_torch, before, grads, params, strict=True):
-                if (
-                    not p.is_meta
-                    and not somebody_watches()
-                    and not _is_a(p, "torch._subclasses.fake_tensor", "FakeTensor")
-                ):
+                if has_values(p):
                     sums = step_sums(w, g, p, self.stats)
                     if self.pair is not None and self.pair.held[i] is not None:
                         sums = torch.cat([sums, gradient_sums(*self._unscaled_pair(i), self.stats)], dim=1)
                     self.torch_sums.append((self._first_slot(i), sums))
+
+    def _step_gauged_with_torch(self, gauge: ops.GaugeStep, grad_scale: Tensor | None) -> None:
+        from .reference import sgd_
+
+        options, pair = self.options, self.pair
+        for i in self.left_to_torch:
+            p, buffers = self.params[i], [self.buffers[i]]
+            more: dict[str, Any] = {}
+            if pair is not None and pair.held[i] is not None:
+                grad = pair.grads[i]
+                more = {"held": [_dense(pair.held[i])], "l": pair.l}
+                more |= {"held_scale": 1 / pair.first_inverse_scale, "grad_scale": 1 / pair.second_inverse_scale}
+            else:
+                grad = self._whole_gradient(i, grad_scale)
+            stats = self.stats if has_values(p) else None
+            sums = sgd_(
+                [p],
+                [_dense(grad)],
+                buffers,
+                lr=self.lr,
+                momentum=float(options["momentum"]),
+                dampening=float(options["dampening"]),
+                weight_decay=float(options["weight_decay"]),
+                nesterov=bool(options["nesterov"]),
+                maximize=bool(options["maximize"]),
+                stats=stats,
+                gauge=gauge,
+                **more,
+            )
+            if buffers[0] is not None:
+                self.state[p][BUFFER] = buffers[0]
+            if sums is not None and stats is not None:
+                self.torch_sums.append((self._first_slot(i), sums))
 
     def _whole_gradient(self, i: int, grad_scale: Tensor | None) -> Tensor:
         """The gradient that torch's loop takes for parameter i: unscaled, and one where there are two."""
@@ -240,6 +278,11 @@ def with_torch_sums(table: Tensor, groups: list[GroupStep]) -> Tensor:
     return table
 
 
+def has_values(x: Tensor) -> bool:
+    """Not a meta or fake tensor, and nobody looks on: there is something to measure."""
+    return not x.is_meta and not somebody_watches() and not _is_a(x, "torch._subclasses.fake_tensor", "FakeTensor")
+
+
 def somebody_watches() -> bool:
     """A dispatch mode (make_fx, FakeTensorMode) or a torch.func transform wants to see every operation on a tensor."""
     return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
@@ -261,6 +304,10 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
         for x in (a, b)
     ]
     return a.numel() > 0 and b.numel() > 0 and a.data_ptr() < ends[1] and b.data_ptr() < ends[0]
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
 
 
 def _is_dtensor(x: Any) -> bool:

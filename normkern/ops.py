@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Sequence
+from enum import IntEnum
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -32,6 +33,8 @@ binary = _C
 _STATS_CODE = {None: 0, "tensor": 1, "row": 2}
 
 Pass = _C.Pass
+GaugeStep = _C.GaugeStep
+most_decay = _C.most_decay
 gather = _C.gather
 describe = _C.describe
 shared_pair = _C.shared_pair
@@ -105,6 +108,7 @@ def sgd_(
     held: Sequence[Tensor | None] | None = None,
     l: float = 1.0,
     held_scale: float = 1.0,
+    gauge: GaugeStep | None = None,
 ) -> Tensor | None:
     r"""One step of SGD on a list of tensors, in one pass over memory; of SVAG, if there are pairs of gradients.
 
@@ -129,6 +133,8 @@ def sgd_(
         held: the first gradients of pairs; None entries are no pairs. Pairs are always measured: None is "tensor" then.
         l: SVAG's, at least 1/2. The learning rate is taken as it is.
         held_scale: what the held gradients were multiplied with.
+        gauge: `gauge_step` of the same lr, momentum, dampening, weight_decay and nesterov. Then `params` and
+            `momentum_buffers` are what it says they are, before and after the step; the sums are of the true weights.
 
     Returns:
         None, or with `stats` a float64 tensor (slots, 5) on the CPU: `SUMS` of every slot, parameter after parameter;
@@ -150,7 +156,7 @@ def sgd_(
     params, grads = list(params), list(grads)
     buffers: list[Tensor | None] | None = None
     first: list[int] = []
-    if momentum != 0 and momentum_buffers is not None:
+    if (momentum != 0 if gauge is None else gauge.has_buffer) and momentum_buffers is not None:
         buffers = list(momentum_buffers)
         for i, (p, g, v) in enumerate(zip(params, grads, buffers, strict=False)):
             if v is None and g is not None and isinstance(p, Tensor):
@@ -166,7 +172,7 @@ def sgd_(
     of_first, of_second = (1 / grad_scale, 1.0) if firsts is None else (1 / held_scale, 1 / grad_scale)
     refused = step.add(
         params, grads, buffers, first, lr, momentum, dampening, weight_decay, nesterov, maximize, of_first, code, -1,
-        None, firsts, of_second, l,
+        None, firsts, of_second, l, gauge,
     )  # fmt: skip
     if refused:
         lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}
@@ -176,6 +182,68 @@ def sgd_(
         for i in first:
             momentum_buffers[i] = buffers[i]
     return table
+
+
+class Buffers(IntEnum):
+    """What a param group has of momentum buffers when a step begins."""
+
+    NONE = 0  #: none, and momentum is 0
+    FIRST = 1  #: none yet: the step makes them
+    KEPT = 2
+    RESTING = 3  #: those of earlier steps, but momentum is 0
+
+
+#: (scale, z, exponent): how weights without decay stand for those of the run with it. See `gauge_step`.
+Gauge: TypeAlias = tuple[float, float, int]
+NEW_GAUGE: Gauge = (1.0, 0.0, 0)
+
+
+def gauge_step(
+    gauge: Gauge,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    buffers: Buffers = Buffers.KEPT,
+    leave: bool = False,
+) -> GaugeStep | None:
+    r"""One step of the gauge: how a step without weight decay follows one with it, on scale-invariant weights.
+
+    What is stored, :math:`(w_s, b_s)`, stands for weights w and momentum buffer b of the run with weight decay:
+
+    .. math::
+        w = f w_s, \quad b = b_s/f + z w, \quad f = a\,2^e \in [2^{-1/2}, 2^{1/2})
+
+    and the gradient at :math:`w_s` is f times that at w. a, all the decay so far, and z follow the optimizer's own
+    recurrence on one number with zero gradient, for any schedule of everything:
+
+    .. math::
+        z' = \frac{\mu z + (1-\tau)\lambda}{q}, \quad q = \frac{a'}{a} = 1 - \eta(\mu z + (1-\tau)\lambda), \quad
+        w_s' = 2^{-k}\Bigl(w_s - \frac{\eta}{f^2 q} b_s'\Bigr)
+
+    with :math:`e' = e + k` such that f' stays in its range. Nesterov has its own:
+    :math:`q = 1 - \eta(\lambda + \mu q z')`, and :math:`\mu(1-\eta\lambda)` for its buffer.
+
+    Args:
+        gauge: (f, z, e); `NEW_GAUGE` where nothing has decayed yet.
+        lr, momentum, dampening, weight_decay, nesterov: of the run with weight decay, at this step.
+        buffers: what there is of momentum buffers.
+        leave: the step that returns to coupled weight decay, after which :math:`w_s = w, b_s = b`.
+
+    Returns:
+        What `sgd_` takes as `gauge`; its ``next`` is the gauge of the next step. None if lr * weight_decay is more than
+        `most_decay(momentum)` = :math:`(1-\sqrt\mu)^2`, where a would change its sign, or no number.
+
+    Reference: Li and Arora, arXiv 1910.07454, theorems 2.7 and 2.12; for any schedule, and nesterov, ours.
+
+    >>> step = gauge_step(NEW_GAUGE, 0.5, 0.0, 0.0, 0.8, buffers=Buffers.NONE)  # w' = w - 0.5 (g + 0.8 w)
+    >>> step.keep, step.grad_to_weight  # ws' = (w - g 0.5/0.6) / 2, which stands for 1.2 ws'
+    (0.5, 0.4166666666666667)
+    >>> step.next
+    (1.2, 0.0, 1)
+    """
+    return _C.gauge_step(gauge, lr, momentum, dampening, weight_decay, nesterov, buffers, leave)
 
 
 def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], l: float) -> None:

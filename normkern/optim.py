@@ -17,6 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import ops
+from .exponential import GAUGE, NORM_BUFFERS, norm_buffers, warn_of_norms
 from .group_step import GroupStep, somebody_watches, with_torch_sums
 from .options import BUFFER, check_decay, check_options, check_state
 from .stats import StepStats
@@ -99,10 +100,13 @@ class SGD(torch.optim.SGD):
         self._measured: _Measured | None = None
         self._written: tuple[Tensor, ...] | None = None
         self._kept: list[object] = []
+        self._warned = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `torch.optim.Optimizer`; `stats` and `decay` may be keys of the group."""
+        """As in `torch.optim.Optimizer`; `stats`, `decay`, `scale_invariant` and `norm_buffers` may be keys too."""
         self.defaults.update(self._own_defaults)
+        if isinstance(param_group, dict) and param_group.get(NORM_BUFFERS) is not None:
+            norm_buffers(param_group[NORM_BUFFERS], f"SGD: param_groups[{len(self.param_groups)}]")
         super().add_param_group(param_group)
 
     def stats(self) -> StepStats:
@@ -120,6 +124,14 @@ class SGD(torch.optim.SGD):
         if self._measured is None:
             raise RuntimeError("SGD.stats: expected a step before it, but none has been taken yet")
         return self._measured.stats(self.param_groups)
+
+    def true_scale(self) -> list[float]:
+        r"""What each param group's weights are to be multiplied with to be those of the run with weight decay.
+
+        1 where decay is coupled; else between :math:`\sqrt{1/2}` and :math:`\sqrt 2`. The network computes the same
+        with either.
+        """
+        return [group.get(GAUGE, ops.NEW_GAUGE)[0] for group in self.param_groups]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -189,6 +201,9 @@ class SGD(torch.optim.SGD):
                 self.state[p][BUFFER] = buffer
             if group.wrappers:
                 increment_version(group.wrappers)
+            if group.gauge is not None and not group.gauge.keep(self.param_groups[group.index]) and not self._warned:
+                self._warned = True
+                warn_of_norms()
         if table is not None:
             table = with_torch_sums(table, groups)
             measured = [(group.index, group.lr, len(group.params)) for group in groups if group.stats]
@@ -209,6 +224,13 @@ class SGD(torch.optim.SGD):
 
     def _stepped(self, table: Tensor | None) -> None:
         """What a kind of SGD does after a step, with the table of what it measured."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in `torch.optim.SGD`, with our options; the norms of a group belong to the model and are left out."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.pop(NORM_BUFFERS, None)
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in `torch.optim.SGD`, whose checkpoints of any age are welcome. Options they lack keep their values.
@@ -235,6 +257,8 @@ class SGD(torch.optim.SGD):
             old = self.param_groups[i] if "param_groups" in self.__dict__ else defaults
             for key in defaults:
                 group.setdefault(key, old[key])
+            if NORM_BUFFERS in old:
+                group.setdefault(NORM_BUFFERS, old[NORM_BUFFERS])
             self._check_group(group, f"SGD.load_state_dict: param_groups[{i}]")
         check_state(state["state"], groups)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -245,6 +269,7 @@ class SGD(torch.optim.SGD):
         self.__dict__.setdefault("_measured", None)
         self.__dict__.setdefault("_written", None)
         self.__dict__.setdefault("_kept", [])
+        self.__dict__.setdefault("_warned", False)
         if self.defaults["fused"]:  # torch loses these on the way through pickle
             self._step_supports_amp_scaling = True
             self._need_device_dtype_check_for_fused = True

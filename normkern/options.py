@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,8 +39,8 @@ def place(where: str | int) -> str:
 
 def check_decay(decay: object, where: str) -> None:
     """A form of weight decay that exists."""
-    if decay != "coupled":
-        raise ValueError(f'{where}: decay expected "coupled", got {decay!r}')
+    if decay not in ("coupled", "exponential"):
+        raise ValueError(f'{where}: decay expected "coupled" or "exponential", got {decay!r}')
 
 
 def check_options(group: dict[str, Any], where: str) -> None:
@@ -48,6 +49,20 @@ def check_options(group: dict[str, Any], where: str) -> None:
         number(group[name], name, where)
     ops.stats_code(group["stats"], where)
     check_decay(group["decay"], where)
+    if not (isinstance(group.get("scale_invariant"), bool) or group.get("scale_invariant") is None):
+        raise ValueError(f"{where}: scale_invariant expected True, False or None, got {group['scale_invariant']!r}")
+    if "gauge" in group:
+        _check_gauge(group["gauge"], where)
+
+
+def _check_gauge(gauge: Any, where: str) -> None:
+    try:
+        scale, z, exponent = gauge
+        fits = 0.5 < scale < 2 and 0 <= z < math.inf and type(exponent) is int
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError(f"{where}: gauge expected (scale, z, exponent) as a step leaves them, got {gauge!r}")
 
 
 def check_state(state: Any, groups: list[dict[str, Any]]) -> None:

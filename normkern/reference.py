@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import Stats
+from .ops import NEW_GAUGE, Buffers, Gauge, GaugeStep, Stats
 
 
 @torch.no_grad()
@@ -32,10 +32,13 @@ def sgd_(
     held: Sequence[Tensor | None] | None = None,
     l: float = 1.0,
     held_scale: float = 1.0,
+    gauge: GaugeStep | None = None,
 ) -> Tensor | None:
     """`ops.sgd_`, one tensor and one operation at a time."""
     table, pairs = [], held is not None and any(h is not None for h in held)
     stats = stats or (None if held is None else "tensor")
+    scale, z, _ = NEW_GAUGE if gauge is None else gauge.before
+    new_scale, new_z, _ = NEW_GAUGE if gauge is None else gauge.next
     for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is None:
             if stats:
@@ -48,26 +51,57 @@ def sgd_(
         if g1 is not None:
             g2 = grad.to(real) / grad_scale
             g = svag_combination(g1, g2, l)
+        if gauge is not None:  # everything up to the stores is of the run with weight decay
+            w, g = scale * w, g / scale
         w_before = w.clone() if stats else w
         d = -g if maximize else g
         if weight_decay != 0:
             d = d + weight_decay * w
-        u = d
+        u, v_new = d, None
+        stored = None if momentum_buffers is None else momentum_buffers[i]
+        v = None if stored is None else stored.to(real)
+        if v is not None and gauge is not None:
+            v = v / scale + z * w
         if momentum != 0:
-            assert momentum_buffers is not None
-            v = momentum_buffers[i]
-            v_new = d.clone() if v is None else momentum * v.to(real) + (1 - dampening) * d
+            v_new = d.clone() if v is None else momentum * v + (1 - dampening) * d
             u = d + momentum * v_new if nesterov else v_new
-            if v is None:
-                v = momentum_buffers[i] = torch.empty_like(p, requires_grad=False)
-            v.copy_(v_new)
-        p.copy_(w - lr * u)
+        elif gauge is not None:
+            v_new = v  # rests, in other units
+        w_new = w - lr * u
+        p.copy_(w_new / new_scale)
+        if v_new is not None and momentum_buffers is not None:
+            if stored is None:
+                stored = momentum_buffers[i] = torch.empty_like(p, requires_grad=False)
+            stored.copy_(v_new if gauge is None else new_scale * (v_new - new_z * w_new))
         if stats:
-            sums = [step_sums(w_before, g, p, stats)]
+            sums = [step_sums(w_before, g, new_scale * p.to(real), stats)]
             if pairs:
-                sums.append(_no_sums(p, stats, 4) if g1 is None else gradient_sums(g1, g2, stats))
+                sums.append(_no_sums(p, stats, 4) if g1 is None else gradient_sums(g1 / scale, g2 / scale, stats))
             table.append(torch.cat(sums, dim=1))
     return torch.cat(table) if stats else None
+
+
+def gauge_step(
+    gauge: Gauge,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    buffers: Buffers = Buffers.KEPT,
+) -> Gauge:
+    """`ops.gauge_step`'s next gauge: `sgd_`, from w = 1 and b = z, with gradient 0. The exponent is that of `scale`."""
+    scale, z, exponent = gauge
+    w = torch.ones((), dtype=torch.float64)
+    b = None if buffers in (Buffers.NONE, Buffers.FIRST) else torch.tensor(z, dtype=torch.float64)
+    v = [b]
+    sgd_(
+        [w], [torch.zeros_like(w)], v, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+        nesterov=nesterov,
+    )  # fmt: skip
+    shift = round(-math.log2(scale * w.item()))
+    z_new = v[0].item() / w.item() if momentum != 0 and v[0] is not None else 0.0
+    return scale * w.item() * 2.0**shift, z_new, exponent + shift
 
 
 def svag_combination(g1: Tensor, g2: Tensor, l: float) -> Tensor:

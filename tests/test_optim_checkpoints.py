@@ -134,7 +134,11 @@ def corrupted():
     )
     yield "momentum", group(momentum=None), r"param_groups\[0\]: momentum expected a number, got None"
     yield "stats", group(stats="all"), r'param_groups\[0\]: stats expected None, "tensor" or "row", got \'all\''
-    yield "decay", group(decay="linear"), r'param_groups\[0\]: decay expected "coupled", got \'linear\''
+    yield (
+        "decay",
+        group(decay="linear"),
+        r'param_groups\[0\]: decay expected "coupled" or "exponential", got \'linear\'',
+    )
 
 
 @pytest.mark.parametrize(("saved", "text"), [c[1:] for c in corrupted()], ids=[c[0] for c in corrupted()])

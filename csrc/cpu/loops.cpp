@@ -18,7 +18,7 @@ template <int N> struct Sums {
     for (Lanes& x : s) x = Lanes::all(0.0);
   }
 
-  void flush(double* out, double inverse_scale) {
+  void flush(double* out, double inverse_scale, const GaugeStep* gauge) {
     double total[N];
     for (int j = 0; j < N; j++) {
       const Lanes& x = s[j];
@@ -26,6 +26,9 @@ template <int N> struct Sums {
       s[j] = Lanes::all(0.0);
     }
     StepSums::unscale(total, inverse_scale);
+    if (gauge) StepSums::to_true_scale(total, gauge->scale, gauge->moved, gauge->drift);
+    if constexpr (N > StepSums::count)
+      if (gauge) PairSums::to_true_scale(total + StepSums::count, gauge->scale);
     for (int j = 0; j < N; j++) out[j] = total[j];
   }
 };
@@ -33,12 +36,13 @@ template <int N> struct Sums {
 // Cuts a chunk's coordinates, which come in one or more portions, into runs that belong to one slot each.
 template <int N> class Slots {
  public:
-  explicit Slots(const Chunk& c)
+  Slots(const Chunk& c, bool is_gauged)
       : out_(c.sums),
         columns_(c.columns),
         slot_size_(c.slot_size),
         left_(c.slot_size),
-        inverse_scale_(c.h ? 1.0 : c.hyper->inverse_scale) {}
+        inverse_scale_(c.h ? 1.0 : c.hyper->inverse_scale),
+        gauge_(is_gauged ? &c.hyper->gauge : nullptr) {}
 
   template <class Run> void each(int64_t n, Run run) {  // run(begin, size, sums)
     for (int64_t k = 0; k < n;) {
@@ -54,7 +58,7 @@ template <int N> class Slots {
 
  private:
   void next() {
-    sums_.flush(out_, inverse_scale_);
+    sums_.flush(out_, inverse_scale_, gauge_);
     out_ += columns_;
     left_ = slot_size_;
   }
@@ -63,6 +67,7 @@ template <int N> class Slots {
   int columns_;
   int64_t slot_size_, left_;
   double inverse_scale_;  // the loops sum a single gradient as it lies in memory, a pair after its unscaling
+  const GaugeStep* gauge_;
 };
 
 // ---- The update ------------------------------------------------------------------------------------------
@@ -95,6 +100,7 @@ NK_HD void step(const Coefficients<Side<R, N>>& c, const Streams<T>& t, Lanes* s
   if constexpr (Rule::reads_v) buffer = load(t.v, Width<N>{});
   Rule::apply(c, w_new, grad, buffer);
   if constexpr (Rule::writes_w) w_new = store(t.w, w_new);
+  if constexpr (Rule::gauged && kMeasure != Measure::nothing) w_new = c.unkeep * w_new;
   if constexpr (Rule::writes_v) store(t.v, buffer);
   for (int k = 0; k < N / kLanes; k++) {
     if constexpr (kMeasure != Measure::nothing)
@@ -116,8 +122,16 @@ template <int N, class R> NK_HD Coefficients<Side<R, N>> side_by_side(const Coef
           S::all(c.half),
           S::all(c.spread),
           S::all(c.share),
+          S::all(c.keep),
+          S::all(c.unkeep),
+          S::all(c.grad_to_buffer),
+          S::all(c.weight_to_buffer),
+          S::all(c.grad_to_weight),
+          S::all(c.buffer_to_weight),
           c.decays,
-          c.first_only};
+          c.first_only,
+          c.mixes,
+          c.direct};
 }
 
 template <class Rule, Measure kMeasure, class T>
@@ -198,10 +212,11 @@ struct Walk {
 
 // ---- One chunk -------------------------------------------------------------------------------------------
 
-template <class R> Coefficients<R> coefficients(const Hyper& h, bool is_pair) {
+template <class R> Coefficients<R> coefficients(const Hyper& h, bool is_pair, bool is_gauged) {
   const double scale = is_pair ? 1.0 : h.inverse_scale;
+  const GaugeStep& g = h.gauge;
   return {(R)h.lr,
-          (R)h.momentum,
+          (R)(is_gauged ? g.momentum : h.momentum),
           (R)(1 - h.dampening),
           (R)h.weight_decay,
           (R)(h.maximize ? -scale : scale),
@@ -210,8 +225,16 @@ template <class R> Coefficients<R> coefficients(const Hyper& h, bool is_pair) {
           (R)0.5,
           (R)(__builtin_sqrt(2 * h.l - 1) / 2),
           (R)h.share,
+          (R)g.keep,
+          (R)g.unkeep,
+          (R)g.grad_to_buffer,
+          (R)g.weight_to_buffer,
+          (R)g.grad_to_weight,
+          (R)g.buffer_to_weight,
           h.weight_decay != 0,
-          h.l == 1};
+          h.l == 1,
+          g.weight_to_buffer != 0,
+          g.grad_to_weight != 0};
 }
 
 // Strided memory is gathered into a block that is dense and stays in L1, and scattered from it.
@@ -237,7 +260,7 @@ void run_strided(const Coefficients<Real<T>>& c, const Chunk& chunk, Slots<kSums
 }
 
 template <class Rule, Measure kMeasure, class T> void run_chunk(const Chunk& c, Slots<kSums<kMeasure>>* slots) {
-  const auto numbers = coefficients<Real<T>>(*c.hyper, kMeasure == Measure::pair);
+  const auto numbers = coefficients<Real<T>>(*c.hyper, kMeasure == Measure::pair, Rule::gauged);
   if (c.strided)
     run_strided<Rule, kMeasure, T>(numbers, c, slots);
   else
@@ -245,7 +268,7 @@ template <class Rule, Measure kMeasure, class T> void run_chunk(const Chunk& c, 
 }
 
 template <class Rule, Measure kMeasure, class T> void measured(const Chunk& c) {
-  Slots<kSums<kMeasure>> slots(c);
+  Slots<kSums<kMeasure>> slots(c, Rule::gauged);
   run_chunk<Rule, kMeasure, T>(c, &slots);
   slots.finish();
 }

@@ -1,0 +1,226 @@
+"""What a param group with ``decay="exponential"`` asks of a step besides the step: refusals, and norms' statistics."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .options import BUFFER, check_decay, place
+
+#: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
+#: norms whose running statistics follow the weights.
+GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"
+#: |<w,g>| / (|w| |g|) above which a loss sees the scale of w.
+_COSINE = 1e-3
+_NO_NORMS: list[tuple[Tensor, Tensor]] = []
+
+
+class GroupGauge:
+    """The gauge of one param group during one step: reads and checks, writes nothing before `keep`."""
+
+    __slots__ = ("_index", "_judged", "_leaves", "_norms", "_options", "step")
+
+    def __init__(
+        self, options: dict[str, Any], index: int, grads: list[Any] | None, state: Any, numbers: Sequence[Any]
+    ) -> None:
+        """`grads`: where they are not the parameters' own. `numbers`: lr, momentum, dampening, weight_decay, nesterov.
+
+        Raises:
+            ValueError: the form of decay is unknown; lr * weight_decay is too large for the momentum; the group is
+                differentiable, incomplete, or not scale-invariant.
+        """
+        self._options, self._index = options, index
+        self._leaves = options["decay"] != "exponential"
+        self._judged, self._norms = False, _NO_NORMS
+        self.step: ops.GaugeStep | None = None  # None: nothing to do, or nothing to undo
+        if self._leaves:
+            check_decay(options["decay"], place(index))
+        gauge, params = options.get(GAUGE, ops.NEW_GAUGE), options["params"]
+        if (self._leaves and gauge[:2] == ops.NEW_GAUGE[:2]) or not params:
+            return
+        if (params[0].grad if grads is None else grads[0]) is None:
+            self.check_complete([p.grad for p in params] if grads is None else grads, [])
+            return
+        if options["differentiable"]:
+            raise ValueError(f'{place(index)}: differentiable expected False with decay="exponential", got True')
+        lr, momentum, dampening, weight_decay, nesterov, *_ = numbers
+        entry = state.get(params[0])
+        has_buffers = entry is not None and entry.get(BUFFER) is not None
+        if momentum != 0:
+            buffers = ops.Buffers.KEPT if has_buffers else ops.Buffers.FIRST
+        else:
+            buffers = ops.Buffers.RESTING if has_buffers else ops.Buffers.NONE
+        step = ops.gauge_step(gauge, lr, momentum, dampening, weight_decay, nesterov, buffers, self._leaves)
+        if step is None:
+            raise ValueError(
+                f"{place(index)}: lr * weight_decay expected at most (1 - sqrt(momentum))^2 = "
+                f"{ops.most_decay(momentum):.6g} with momentum {momentum!r}, beyond which no exponential learning rate "
+                f"follows weight decay; got {lr!r} * {weight_decay!r} = {lr * weight_decay:.6g}"
+            )
+        self.step = step
+        if weight_decay != 0 and not self._leaves and not options.get(SCALE_INVARIANT):
+            given = [p.grad for p in params] if grads is None else grads
+            self.check_complete(given, [])
+            self._judged = check_scale_invariance(options, index, params, given)
+        if self._factor != 1 and options.get(NORM_BUFFERS) is not None:
+            self._norms = norm_buffers(options[NORM_BUFFERS], place(index))
+
+    @property
+    def _factor(self) -> float:
+        """What the stored weights are multiplied with, besides stepping."""
+        return 1.0 if self.step is None else self.step.scale if self._leaves else 1 / self.step.unkeep
+
+    def check_complete(self, grads: Sequence[Any], missing: Sequence[int]) -> None:
+        """All parameters of the group take part, and have the same past: one gauge speaks for all.
+
+        Raises:
+            ValueError: some have no gradient; some are `missing` their buffer, and the gauge knows of decay.
+        """
+        without = [i for i, g in enumerate(grads) if g is None]
+        if without and len(without) < len(grads) and not self._leaves:
+            raise ValueError(
+                f"{place(self._index)}: {_name(self._options, without[0])} has no gradient but others of its group "
+                'have; expected one for each, as decay="exponential" decays a group as a whole'
+            )
+        if not missing or len(missing) == len(grads) or self.step is None:
+            return
+        if self.step.before[1] != 0 or self._options["dampening"] != 0 or self._options["momentum"] == 0:
+            raise ValueError(
+                f"{place(self._index)}: {_name(self._options, missing[0])} has no {BUFFER} but others of its group "
+                'have; expected all or none with decay="exponential"'
+            )
+
+    def keep(self, group: dict[str, Any]) -> bool:
+        """Writes what the step has learned into the param group; False if norms that nobody named should follow."""
+        if self._leaves:
+            group.pop(GAUGE, None)
+        elif self.step is not None:
+            group[GAUGE] = self.step.next
+            if self._judged:
+                group[SCALE_INVARIANT] = True
+        if self._factor == 1:
+            return True
+        rescale_norms(self._norms, self._factor)
+        return self._options.get(NORM_BUFFERS) is not None
+
+
+def check_scale_invariance(
+    options: dict[str, Any], index: int, params: Sequence[Tensor], grads: Sequence[Tensor]
+) -> bool:
+    r"""The group's weight decay can be had as a learning rate: the loss does not see the scale of its weights.
+
+    Of every parameter :math:`|\langle w,g\rangle| \le 10^{-3} |w| |g|`, or of the group as a whole where several
+    are invariant only together. Synchronises.
+
+    Returns:
+        Whether anything was learned; not from gradients that are zero, or no numbers.
+
+    Raises:
+        ValueError: it is not so, or a weight is zero.
+    """
+    sums = _sums(params, grads)
+    if sums is None:
+        return False
+    dots, w_sq, g_sq = sums
+    group_grad = math.sqrt(sum(g_sq))
+    sizes = [math.sqrt(w * g) for w, g in zip(w_sq, g_sq, strict=True)]
+    suspects = []
+    for i, p in enumerate(params):
+        eps = torch.finfo(p.dtype).eps
+        # Rounding beside the others' gradients, such as a bias before a norm has, says nothing.
+        if group_grad > 0 and math.sqrt(g_sq[i]) <= min(_COSINE, 256 * eps) * group_grad:
+            continue
+        if w_sq[i] == 0 and p.numel():
+            raise ValueError(
+                f'{place(index)}: {_name(options, i)} is all zeros, and decay="exponential" expected weights of which '
+                "only the direction matters; scale_invariant=True in the group overrides"
+            )
+        if abs(dots[i]) > max(_COSINE, 4 * eps / math.sqrt(p.numel() or 1)) * sizes[i]:
+            suspects.append(i)
+    if suspects and abs(sum(dots)) > _COSINE * sum(sizes[i] for i in suspects):
+        i = max(suspects, key=lambda i: abs(dots[i]) / sizes[i])
+        raise ValueError(
+            f"{place(index)}: {_name(options, i)} is not scale-invariant, and would lose its weight decay: "
+            f'decay="exponential" expected |<w,g>| of at most {_COSINE:g} |w| |g|, got {dots[i] / sizes[i]:.3g}; give '
+            "it a group with coupled decay, or set scale_invariant=True in this one"
+        )
+    return math.isfinite(group_grad) and group_grad > 0
+
+
+def _sums(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]] | None:
+    """<w,g>, |w|^2, |g|^2 of each parameter; None if they have no values."""
+    if all(map(ops.kernel_takes, params)) and all(map(ops.kernel_takes, grads)):
+        dtypes = zip(params, grads, strict=True)
+        if all(p.dtype == g.dtype and p.shape == g.shape for p, g in dtypes):
+            table = ops.pair_sums(params, grads)[:, [0, 2, 3]]
+            dots, w_sq, g_sq = table.T.tolist()
+            return dots, w_sq, g_sq
+    from .reference import gradient_sums
+
+    rows = []
+    for p, g in zip(params, grads, strict=True):
+        w, g = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (p.detach(), g.detach()))
+        if any(x.is_meta or _is_fake(x) for x in (w, g)):
+            return None
+        rows.append(gradient_sums(w, g, "tensor")[0, [0, 2, 3]].tolist())
+    dots, w_sq, g_sq = zip(*rows, strict=True)
+    return list(dots), list(w_sq), list(g_sq)
+
+
+def _is_fake(x: Tensor) -> bool:
+    loaded = sys.modules.get("torch._subclasses.fake_tensor")
+    return loaded is not None and isinstance(x, loaded.FakeTensor)
+
+
+def _name(options: dict[str, Any], i: int) -> str:
+    names = options.get("param_names")
+    return f"params[{i}] ({names[i]!r})" if names else f"params[{i}]"
+
+
+def norm_buffers(given: Any, where: str) -> list[tuple[Tensor, Tensor]]:
+    """Running means and variances, from norms or pairs of tensors.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    pairs = []
+    for i, entry in enumerate([given] if isinstance(given, torch.nn.Module) else given):
+        if isinstance(entry, torch.nn.Module):
+            mean, var = getattr(entry, "running_mean", 0), getattr(entry, "running_var", 0)
+            if mean is None and var is None:  # one that keeps none
+                continue
+        else:
+            mean, var = entry if isinstance(entry, (tuple, list)) and len(entry) == 2 else (entry, None)
+        if not isinstance(mean, Tensor) or not isinstance(var, Tensor):
+            raise ValueError(
+                f"{where}: norm_buffers[{i}] expected a norm with running statistics or a pair (running_mean, "
+                f"running_var), got {type(entry).__name__}"
+            )
+        pairs.append((mean, var))
+    return pairs
+
+
+@torch.no_grad()
+def rescale_norms(buffers: list[tuple[Tensor, Tensor]], factor: float) -> None:
+    """After the weights before them were multiplied by `factor`."""
+    for mean, var in buffers:
+        mean.mul_(factor)
+        var.mul_(factor * factor)
+
+
+def warn_of_norms() -> None:
+    """Of running statistics that nobody named."""
+    warnings.warn(
+        'normkern: decay="exponential" has rescaled weights by a power of two. Running statistics of batch norms '
+        "behind them are right again after a few batches in training mode; to keep them right name those norms in the "
+        "group: norm_buffers=[model.bn1, ...], or norm_buffers=[] if there are none",
+        UserWarning,
+        stacklevel=6,
+    )
