@@ -58,11 +58,13 @@ class Step:
     sums: |w|^2, |g|^2, <w,g> of the last run, (tensors, 3) float64, and of pairs <g1,g2>, |g1-g2|^2 too; None where
         nothing is measured.
     write_back: copies the weights into the params, for a peer that has arrays of its own.
+    true_scale: what the params are to be multiplied with to be the weights; gradients there are those times it.
     """
 
     run: Callable[[], object]
     sums: Callable[[], Tensor] | None = None
     write_back: Callable[[], None] = lambda: None
+    true_scale: Callable[[], float] = lambda: 1.0
 
 
 Maker = Callable[[Arrays], Step]

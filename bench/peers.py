@@ -57,6 +57,12 @@ def normkern_step(arrays: Arrays) -> Step:
     return Step(shared(normkern.SGD(arrays.params, **arrays.hyper), arrays).step)
 
 
+def normkern_exponential(arrays: Arrays) -> Step:
+    groups = [{"params": arrays.params, "scale_invariant": True, "norm_buffers": []}]
+    optimizer = shared(normkern.SGD(groups, decay="exponential", **arrays.hyper), arrays)
+    return Step(optimizer.step, true_scale=lambda: optimizer.true_scale()[0])
+
+
 def reference_step(arrays: Arrays) -> Step:
     return Step(lambda: reference.sgd_(arrays.params, arrays.grads, list(arrays.momentum_buffers), **arrays.hyper))
 
@@ -360,6 +366,7 @@ part = functools.partial
 
 PEERS: tuple[Peer, ...] = (
     Peer("normkern", "step", normkern_step),
+    Peer("normkern exponential", "step", normkern_exponential),
     Peer("reference", "step", reference_step, quick=up_to(32 * M)),
     Peer("torch default", "step", torch_step),
     Peer("torch foreach", "step", part(torch_step, foreach=True)),

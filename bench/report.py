@@ -21,6 +21,7 @@ SVAG_MARKS = "<!-- bench-svag:begin -->", "<!-- bench-svag:end -->"
 COLUMNS = {
     "normkern tensor": "stats tensor",
     "normkern row": "stats row",
+    "normkern exponential": "exponential decay",
     "torch fused": "torch fused",
     "torch compile": "torch compile",
     "torch default": "torch default",

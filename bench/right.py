@@ -13,7 +13,8 @@ from .arrays import SVAG_L, Arrays, Maker, Step
 from .cases import dtype_name
 
 STEPS = 3
-HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
+#: A decay that an exponential learning rate can follow, and that every dtype feels.
+HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.025}
 #: Lengths: odd; whole vectors and nothing else; one more and one less than whole vectors; several pieces of work.
 LENGTHS = (1003, 256, 257, 255, 70001)
 #: In units of the dtype's epsilon, for weights of size 1: each of three steps rounds the buffer and the weight.
@@ -45,9 +46,12 @@ def run(maker: Maker, dtype: torch.dtype, pairs: bool = False) -> tuple[Step, Ar
         before = [w.clone() for w in exact]
         reference.sgd_(exact, grads, buffers, **rule)
         for p, g in zip(given.params, grads, strict=True):
-            p.grad.copy_(g)  # type: ignore[union-attr]  # some peers add the decay to the user's gradients
+            p.grad.copy_(g * step.true_scale())  # type: ignore[union-attr]  # some peers add the decay to the user's
         step.run()
     step.write_back()
+    with torch.no_grad():
+        for p in given.params:
+            p.mul_(step.true_scale())
     return step, given, exact, before
 
 

@@ -20,12 +20,13 @@ GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers
 #: |<w,g>| / (|w| |g|) above which a loss sees the scale of w.
 _COSINE = 1e-3
 _NO_NORMS: list[tuple[Tensor, Tensor]] = []
+_NONE, _FIRST, _KEPT, _RESTING = ops.Buffers
 
 
 class GroupGauge:
     """The gauge of one param group during one step: reads and checks, writes nothing before `keep`."""
 
-    __slots__ = ("_index", "_judged", "_leaves", "_norms", "_options", "step")
+    __slots__ = ("_factor", "_index", "_judged", "_leaves", "_norms", "_numbers", "_options", "step")
 
     def __init__(
         self, options: dict[str, Any], index: int, grads: list[Any] | None, state: Any, numbers: Sequence[Any]
@@ -36,9 +37,10 @@ class GroupGauge:
             ValueError: the form of decay is unknown; lr * weight_decay is too large for the momentum; the group is
                 differentiable, incomplete, or not scale-invariant.
         """
-        self._options, self._index = options, index
+        self._options, self._index, self._numbers = options, index, numbers
         self._leaves = options["decay"] != "exponential"
         self._judged, self._norms = False, _NO_NORMS
+        self._factor = 1.0  # what the stored weights are multiplied with, besides stepping
         self.step: ops.GaugeStep | None = None  # None: nothing to do, or nothing to undo
         if self._leaves:
             check_decay(options["decay"], place(index))
@@ -50,46 +52,47 @@ class GroupGauge:
             return
         if options["differentiable"]:
             raise ValueError(f'{place(index)}: differentiable expected False with decay="exponential", got True')
-        lr, momentum, dampening, weight_decay, nesterov, *_ = numbers
-        entry = state.get(params[0])
-        has_buffers = entry is not None and entry.get(BUFFER) is not None
-        if momentum != 0:
-            buffers = ops.Buffers.KEPT if has_buffers else ops.Buffers.FIRST
-        else:
-            buffers = ops.Buffers.RESTING if has_buffers else ops.Buffers.NONE
-        step = ops.gauge_step(gauge, lr, momentum, dampening, weight_decay, nesterov, buffers, self._leaves)
-        if step is None:
-            raise ValueError(
-                f"{place(index)}: lr * weight_decay expected at most (1 - sqrt(momentum))^2 = "
-                f"{ops.most_decay(momentum):.6g} with momentum {momentum!r}, beyond which no exponential learning rate "
-                f"follows weight decay; got {lr!r} * {weight_decay!r} = {lr * weight_decay:.6g}"
-            )
-        self.step = step
-        if weight_decay != 0 and not self._leaves and not options.get(SCALE_INVARIANT):
+        # That buffers are missing turns up where they are read, and `check_complete` hears of it.
+        buffers = _KEPT if numbers[1] != 0 else _RESTING if state.get(params[0], {}).get(BUFFER) is not None else _NONE
+        self.step = self._take(buffers)
+        if numbers[3] != 0 and not self._leaves and not options.get(SCALE_INVARIANT):
             given = [p.grad for p in params] if grads is None else grads
             self.check_complete(given, [])
             self._judged = check_scale_invariance(options, index, params, given)
-        if self._factor != 1 and options.get(NORM_BUFFERS) is not None:
-            self._norms = norm_buffers(options[NORM_BUFFERS], place(index))
 
-    @property
-    def _factor(self) -> float:
-        """What the stored weights are multiplied with, besides stepping."""
-        return 1.0 if self.step is None else self.step.scale if self._leaves else 1 / self.step.unkeep
+    def _take(self, buffers: ops.Buffers) -> ops.GaugeStep:
+        lr, momentum, dampening, weight_decay, nesterov, *_ = self._numbers
+        gauge = self._options.get(GAUGE, ops.NEW_GAUGE)
+        step = ops.gauge_step(gauge, lr, momentum, dampening, weight_decay, nesterov, buffers, self._leaves)
+        if step is None:
+            raise ValueError(
+                f"{place(self._index)}: lr * weight_decay expected at most (1 - sqrt(momentum))^2 = "
+                f"{ops.most_decay(momentum):.6g} with momentum {momentum!r}, beyond which no exponential learning rate "
+                f"follows weight decay; got {lr!r} * {weight_decay!r} = {lr * weight_decay:.6g}"
+            )
+        self._factor = step.scale if self._leaves else 1 / step.unkeep if step.shift else 1.0
+        if self._factor != 1 and self._options.get(NORM_BUFFERS):
+            self._norms = norm_buffers(self._options[NORM_BUFFERS], place(self._index))
+        return step
 
     def check_complete(self, grads: Sequence[Any], missing: Sequence[int]) -> None:
         """All parameters of the group take part, and have the same past: one gauge speaks for all.
+
+        Where all are `missing` their buffer, the step is the first one of those.
 
         Raises:
             ValueError: some have no gradient; some are `missing` their buffer, and the gauge knows of decay.
         """
         without = [i for i, g in enumerate(grads) if g is None]
-        if without and len(without) < len(grads) and not self._leaves:
+        if without and len(without) < len(grads):
             raise ValueError(
                 f"{place(self._index)}: {_name(self._options, without[0])} has no gradient but others of its group "
                 'have; expected one for each, as decay="exponential" decays a group as a whole'
             )
-        if not missing or len(missing) == len(grads) or self.step is None:
+        if not missing or self.step is None:
+            return
+        if len(missing) == len(grads):
+            self.step = self._take(_FIRST)
             return
         if self.step.before[1] != 0 or self._options["dampening"] != 0 or self._options["momentum"] == 0:
             raise ValueError(
@@ -99,9 +102,11 @@ class GroupGauge:
 
     def keep(self, group: dict[str, Any]) -> bool:
         """Writes what the step has learned into the param group; False if norms that nobody named should follow."""
+        if self.step is None:
+            return True
         if self._leaves:
-            group.pop(GAUGE, None)
-        elif self.step is not None:
+            del group[GAUGE]
+        else:
             group[GAUGE] = self.step.next
             if self._judged:
                 group[SCALE_INVARIANT] = True

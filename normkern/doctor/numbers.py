@@ -44,6 +44,7 @@ class Op:
 OPS = [
     Op("sgd_", sgd.RULES, sgd.run, sgd.compare, instead="train with torch.optim.SGD"),
     Op("sgd_ of pairs", sgd.RULES_OF_PAIRS, sgd.run, sgd.compare, sgd.PAIR_ROUNDINGS),
+    Op("sgd_ of gauges", sgd.RULES_OF_GAUGES, sgd.run, sgd.compare, sgd.GAUGE_ROUNDINGS, "train with torch.optim.SGD"),
     Op("svag_combine_", svag.RULES, svag.run, svag.compare),
     Op("pair_sums", svag.SUMS_RULES, svag.run_sums, svag.compare_sums),
     Op("welford_", welford.RULES, welford.run, welford.compare),

@@ -34,15 +34,32 @@ RULES_OF_PAIRS: dict[str, dict[str, Any]] = {
     "l = 8, momentum, first step": {"l": 8, "momentum": 0.9, "weight_decay": 0.01, "first": True},
     "l = 8, nesterov": {"l": 8, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
 }  # fmt: skip
+#: With a gauge: weights that decay as an exponential learning rate. The learning rate is large enough for a decay that
+#: every dtype feels.
+RULES_OF_GAUGES: dict[str, dict[str, Any]] = {
+    "plain": {"weight_decay": 0.5, "gauge": (1.2, 0.0, 3)},
+    "plain, rescaled": {"weight_decay": 5.0, "gauge": (0.8, 0.0, 3), "grad_scale": 8.0, "maximize": True},
+    "momentum": {"momentum": 0.9, "dampening": 0.3, "weight_decay": 0.02, "gauge": (1.4, 0.05, 7)},
+    "momentum, rescaled": {"momentum": 0.9, "weight_decay": 0.02, "gauge": (0.708, 0.1, 7)},
+    "momentum, first step": {"momentum": 0.5, "weight_decay": 0.5, "gauge": (1.0, 0.0, 0), "first": True},
+    "nesterov": {"momentum": 0.9, "nesterov": True, "weight_decay": 0.02, "gauge": (0.9, 0.1, 1)},
+    "nesterov, rescaled, of pairs": {
+        "momentum": 0.5, "nesterov": True, "weight_decay": 0.5, "gauge": (0.72, 0.2, 1), "l": 4, "held_scale": 2.0,
+    },
+    "momentum rests": {"weight_decay": 0.5, "gauge": (0.9, 0.2, 2), "rests": True},
+    "back to coupled": {"momentum": 0.9, "weight_decay": 0.02, "gauge": (1.3, 0.1, 2), "leave": True},
+}  # fmt: skip
 #: Roundings on the way from a pair to its gradient.
 PAIR_ROUNDINGS = 2.0
+#: Beyond a step's: a gauge has two more terms, and of pairs.
+GAUGE_ROUNDINGS = 4.0
 _LR = 0.1
 
 
 def run(options: dict[str, Any], dtype: torch.dtype) -> Written:
     """`ops.sgd_` with sums, on weights and buffers at odd places and gradients at others."""
-    rule = {name: value for name, value in options.items() if name != "first"}
-    w, g, v, h = values(dtype)
+    rule = _arguments(options)
+    w, g, v, h = _values(options, dtype)
     laid = {"w": Laid(w, first=1), "g": Laid(g, first=4, dense=True), "v": Laid(v, first=2)}
     read = {"gradients": (laid["g"], g)}
     if "l" in rule:
@@ -50,7 +67,7 @@ def run(options: dict[str, Any], dtype: torch.dtype) -> Written:
         read["held gradients"] = laid["h"], h
         rule["held"] = laid["h"].tensors
     buffers: list[Tensor | None] | None = None
-    if "momentum" in rule:
+    if "momentum" in rule or "rests" in options:
         buffers = [None] * len(PLACES) if "first" in options else list(laid["v"].tensors)
     grads: list[Tensor | None] = list(laid["g"].tensors)
     table = ops.sgd_(laid["w"].tensors, grads, buffers, lr=_LR, stats="tensor", **rule)
@@ -67,8 +84,8 @@ def compare(options: dict[str, Any], dtype: torch.dtype, written: Written, allow
 
     if written.trespass:
         return Difference(0.0, written.trespass)
-    rule = {name: value for name, value in options.items() if name != "first"}
-    w, g, v, h = (x.double() for x in values(dtype))
+    rule = _arguments(options)
+    w, g, v, h = (x.double() for x in _values(options, dtype))
     momentum, l = rule.get("momentum", 0.0), rule.get("l")
     g_own = g / rule.get("grad_scale", 1.0)
     h_own = h / rule.get("held_scale", 1.0)
@@ -78,26 +95,67 @@ def compare(options: dict[str, Any], dtype: torch.dtype, written: Written, allow
     d = size_g + rule.get("weight_decay", 0.0) * w.abs()
     size_v = d if "first" in options else momentum * v.abs() + abs(1 - rule.get("dampening", 0.0)) * d
     size_w = w.abs() + _LR * (d + momentum * size_v if rule.get("nesterov") else size_v if momentum else d)
+    scale, after, gauge = 1.0, 1.0, rule.get("gauge")
+    if gauge is not None:
+        (scale, z, _), (after, z_after, _) = gauge.before, gauge.next
+        size_v = gauge.momentum * v.abs() + gauge.grad_to_buffer * size_g + gauge.weight_to_buffer * w.abs()
+        size_v += 2 * (z + z_after) * w.abs()  # the reference goes by way of the true buffer
+        size_w = gauge.keep * w.abs() + gauge.grad_to_weight * size_g + gauge.buffer_to_weight * size_v
     exact_w, buffers = w.clone(), [None if "first" in options else v.clone()]
     held: list[Tensor | None] | None = None if l is None else [h]
     reference.sgd_([exact_w], [g], buffers, lr=_LR, held=held, **rule)
     found = [difference("w", written.tensors["w"], exact_w, size_w, allowed)]
-    if momentum and buffers[0] is not None:
+    if (momentum or "rests" in options) and buffers[0] is not None:
         found.append(difference("v", written.tensors["v"], buffers[0], size_v, allowed))
 
-    exact, off = step_sums(w, exact_g, written.tensors["w"].double(), size_g, w.abs() + size_w)
+    stored = written.tensors["w"].double()
+    exact, off = step_sums(
+        scale * w, exact_g / scale, after * stored, size_g / scale, scale * w.abs() + 2 * size_w / gauge_keep(gauge)
+    )
     if l is None:
         found.append(sums_difference(ops.SUMS, written.sums, exact, off))
     else:
         if l != 1:  # the combination is rounded before it is summed
             unit = 0.5 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
             off[:, 1:3] *= 1 + 8 * unit / SUMS_OFF
-        pairs, pairs_off = pair_sums(h_own, g_own)
+        pairs, pairs_off = pair_sums(h_own / scale, g_own / scale)
         columns = (*ops.SUMS, *ops.PAIR_SUMS)
         found.append(
             sums_difference(columns, written.sums, torch.cat([exact, pairs], 1), torch.cat([off, pairs_off], 1))
         )
     return worst(found)
+
+
+def _arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """A line of the tables as arguments of `sgd_`."""
+    rule = {name: value for name, value in options.items() if name not in ("first", "rests", "leave")}
+    if "gauge" not in rule:
+        return rule
+    kinds = ops.Buffers
+    kind = kinds.FIRST if "first" in options else kinds.KEPT if "momentum" in rule else kinds.NONE
+    rule["gauge"] = ops.gauge_step(
+        rule["gauge"],
+        _LR,
+        rule.get("momentum", 0.0),
+        rule.get("dampening", 0.0),
+        rule["weight_decay"],
+        rule.get("nesterov", False),
+        kinds.RESTING if "rests" in options else kind,
+        "leave" in options,
+    )
+    return rule
+
+
+def _values(options: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
+    """`values`; with a gauge finite ones, as the reference goes by way of numbers that cancel."""
+    given = values(dtype)
+    if "gauge" not in options:
+        return list(given)
+    return [x.nan_to_num(nan=1.0, posinf=1.0, neginf=-1.0) for x in given]
+
+
+def gauge_keep(gauge: ops.GaugeStep | None) -> float:
+    return 1.0 if gauge is None else gauge.keep
 
 
 def combination_size(a: Tensor, b: Tensor, l: float) -> Tensor:
