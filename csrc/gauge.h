@@ -4,7 +4,7 @@
 // Of a function that is invariant to the scale of w, the gradient at w/a is a times that at w. So the run with decay,
 // (w, b), can be kept as (ws, bs) whose weights nothing shrinks:
 //     w = scale ws,   b = bs/scale + z w,   scale in [1/sqrt2, sqrt2)
-// scale and z come of the optimizer's own recurrence with zero gradient (Li and Arora, arXiv 1910.07454, theorem 2.12,
+// scale and z come of the optimizer's own recurrence with zero gradient (Li and Arora, arXiv 1910.07454, for constant ones;
 // here for any schedule of lr, momentum, dampening and decay): with a the decay accumulated so far,
 //     z' = (mu z + (1-tau) lambda)/q,   a'/a = q = 1 - lr (mu z + (1-tau) lambda),   lr of the kept run = lr/(a a')
 // a falls without end and lr/(a a') grows, so a = scale 2^-exponent: where scale would leave its range, the step

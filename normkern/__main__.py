@@ -104,6 +104,12 @@ def _add_train(commands: Commands) -> None:
         help=f"of --optimizer svag alone: l times as many steps of 1/l the size (default: {train.SVAG_L:g})",
     )
     parser.add_argument(
+        "--decay",
+        choices=("coupled", "exponential"),
+        default="coupled",
+        help="the same weight decay in another form: as an exponentially growing learning rate",
+    )
+    parser.add_argument(
         "--epochs",
         type=_whole_number(1, 100_000),
         default=train.EPOCHS,
@@ -119,6 +125,11 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
     if "l" in arguments and arguments.optimizer != "svag":
         parser.error(f"argument --l: expected only with --optimizer svag, got --optimizer {arguments.optimizer}")
+    if arguments.decay == "exponential" and arguments.optimizer not in train.EXPONENTIAL:
+        takers = " or ".join(train.EXPONENTIAL)
+        parser.error(
+            f"argument --decay: exponential expected --optimizer {takers}, got --optimizer {arguments.optimizer}"
+        )
     # Asked for before the work begins: a missing matplotlib must not cost a training run.
     if _lacks(train.PACKAGES, parser):
         return 1
@@ -126,9 +137,8 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: expected a folder that exists or can be made, got {arguments.out} ({error})")
-    train.run(
-        arguments.optimizer, arguments.epochs, arguments.seed, arguments.out, getattr(arguments, "l", train.SVAG_L)
-    )
+    l = getattr(arguments, "l", train.SVAG_L)
+    train.run(arguments.optimizer, arguments.epochs, arguments.seed, arguments.out, l, arguments.decay)
     return 0
 
 

@@ -235,7 +235,7 @@ def gauge_step(
         What `sgd_` takes as `gauge`; its ``next`` is the gauge of the next step. None if lr * weight_decay is more than
         `most_decay(momentum)` = :math:`(1-\sqrt\mu)^2`, where a would change its sign, or no number.
 
-    Reference: Li and Arora, arXiv 1910.07454, theorems 2.7 and 2.12; for any schedule, and nesterov, ours.
+    Reference: Li and Arora, arXiv 1910.07454, for constant hyperparameters; for any schedule, and nesterov, ours.
 
     >>> step = gauge_step(NEW_GAUGE, 0.5, 0.0, 0.0, 0.8, buffers=Buffers.NONE)  # w' = w - 0.5 (g + 0.8 w)
     >>> step.keep, step.grad_to_weight  # ws' = (w - g 0.5/0.6) / 2, which stands for 1.2 ws'

@@ -42,7 +42,21 @@ class SGD(torch.optim.SGD):
         fused: True adds the GradScaler protocol (a skipped step leaves no trace and needs no second pass over the
             gradients; they are unscaled inside the step and never written) and torch's errors for unsupported tensors.
         stats: None, "tensor" or "row": what `stats()` will tell of each step. Also a group key.
-        decay: "coupled", weight decay as part of the gradient. Also a group key.
+        decay: "coupled", weight decay as part of the gradient; "exponential", as a growing learning rate. Also a group
+            key, which may change between steps.
+
+    ``decay="exponential"`` is for weights of which the loss sees only the direction, such as those before a norm.
+    Nothing shrinks them; the learning rate inside the kernel grows as they would have shrunk, and at every step the
+    network computes what it would with coupled decay: for any schedule of lr, momentum, dampening and weight_decay, and
+    for nesterov. lr and the others stay those of the run with decay, and so does what `stats()` tells. The stored
+    weights are that run's divided by `true_scale()`: powers of two are taken out in the step's own pass, so nothing
+    overflows, however long the run, and no decay is lost to rounding in bfloat16. One gauge, ``group["gauge"]``, speaks
+    for all parameters of a group; it is saved with it. Two more keys of such a group:
+
+    * ``scale_invariant``: True trusts the group. Otherwise it is judged at the first step with a gradient, by
+      :math:`|\langle w,g\rangle| \le 10^{-3} |w| |g|`, of each parameter or of all together; this synchronises, once.
+    * ``norm_buffers``: the batch norms behind the weights, or pairs (running_mean, running_var), which follow when a
+      power of two is taken out; [] if there are none. Without the key a warning says that they lag. Not saved.
 
     Sparse and complex tensors, tensor subclasses, devices other than the CPU, gradients of another dtype than their
     parameter: torch's own loop steps them, with its result; logger "normkern" says so at level DEBUG. So it does with
@@ -52,6 +66,12 @@ class SGD(torch.optim.SGD):
     Raises, at a step, before anything is written:
         RuntimeError: a parameter is of an integer dtype.
         ValueError: shapes differ; a parameter is expanded, or overlaps another partially; `stats` is no known choice.
+            With ``decay="exponential"``: lr * weight_decay is more than (1 - sqrt(momentum))^2, where no growing
+            learning rate follows decay; a parameter has no gradient while others of its group have; the group is not
+            scale-invariant, or a weight is zero; `differentiable`.
+
+    Reference: torch.optim.SGD; for the exponential learning rate Li and Arora, arXiv 1910.07454, with constant
+    hyperparameters; with any, and nesterov, `ops.gauge_step`.
 
     >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> opt = SGD([w], lr=0.1, momentum=0.9, weight_decay=0.01)

@@ -7,6 +7,9 @@ decide alone. The demo prints and draws that angle beside its prediction.
 
 `normkern.SVAG` takes l times as many steps of 1/l the size, from two batches each, and an epoch of its run is as much
 time as one of the others': l times their steps, 2l times their passes over the data. It tells of the gradient noise.
+
+With ``--decay exponential`` nothing shrinks the weights: an exponentially growing learning rate does what the decay
+did, and the run is the same.
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ LR = 0.05
 MOMENTUM = 0.9
 WEIGHT_DECAY = 4e-3
 SVAG_L = 4.0
+
+#: Those whose weight decay can be an exponential learning rate.
+EXPONENTIAL = ("normkern", "svag")
 
 #: What the demo imports beyond torch: module -> the package that brings it.
 PACKAGES = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
@@ -112,13 +118,23 @@ def scale_invariant(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.ndim == 4}
 
 
-def make_optimizer(name: str, model: nn.Module, l: float = SVAG_L) -> torch.optim.SGD:
+def make_optimizer(name: str, model: nn.Module, l: float = SVAG_L, decay: str = "coupled") -> torch.optim.SGD:
     """One of `OPTIMIZERS`, or "svag", on named parameters; with weight decay on the scale-invariant ones."""
     invariant = scale_invariant(model)
     others = [(n, p) for n, p in model.named_parameters() if n not in invariant]
-    groups = [{"params": list(invariant.items()), "weight_decay": WEIGHT_DECAY}, {"params": others}]
+    decaying: dict[str, Any] = {"params": list(invariant.items()), "weight_decay": WEIGHT_DECAY}
+    if decay == "exponential":
+        norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+        decaying |= {"decay": decay, "norm_buffers": norms}
+    groups = [decaying, {"params": others}]
     construct = partial(normkern.SVAG, l=l, stats="tensor") if name == "svag" else OPTIMIZERS[name]
     return construct(groups, lr=LR, momentum=MOMENTUM)
+
+
+def exponential_lr(optimizer: normkern.SGD, lr: float) -> float:
+    """What `lr` is in the run without weight decay: lr / a^2, where a is all the decay so far."""
+    scale, _, exponent = optimizer.param_groups[0].get("gauge", normkern.ops.NEW_GAUGE)
+    return math.ldexp(lr / scale**2, 2 * exponent)
 
 
 def predicted_angle(lr: float) -> float:
@@ -384,10 +400,11 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
     console.print(table)
 
 
-def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_L) -> None:
+def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_L, decay: str = "coupled") -> None:
     """Train, print a line per epoch, time the optimizers; leave ``train.json`` and ``curves.png`` in `out`.
 
-    `l` is SVAG's. Its epochs are those of the original run: as long in time, and as much of the schedule.
+    `l` is SVAG's. Its epochs are those of the original run: as long in time, and as much of the schedule. `decay`: of
+    `EXPONENTIAL`, "coupled" or "exponential".
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -397,7 +414,7 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = ResNet().to(device)
-    optimizer = make_optimizer(optimizer_name, model, l)
+    optimizer = make_optimizer(optimizer_name, model, l, decay)
     epoch_steps = math.ceil(len(images) / BATCH_SIZE)
     names = list(scale_invariant(model))
 
@@ -430,9 +447,15 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
             f"as much time as {epoch_steps} of SGD.\n"
             "Passes: over the data, so far. nsr: noise-to-signal ratio of a batch gradient, and its standard error."
         )
+    if decay == "exponential":
+        console.print(
+            "Weight decay as an exponential learning rate, on the convolutions; exponential LR: that of the run "
+            "without decay\nwhose network is this one's."
+        )
     console.print(
         "\nepoch     loss   test accuracy   effective LR   angular update   predicted"
         + ("   passes      nsr   +-" if pairs else "")
+        + ("   exponential LR" if decay == "exponential" else "")
     )
     curves: list[dict[str, Any]] = []
     steps: list[normkern.StepStats] = []
@@ -460,6 +483,9 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
                 row |= told_noise(optimizer.noise())
                 ratio, error = ("-" if x is None else f"{x:.3g}" for x in (row["nsr"], row["nsr_stderr"]))
                 more = f"  {row['passes']:7.1f}  {ratio:>7}   {error}"
+            if decay == "exponential" and isinstance(optimizer, normkern.SGD):
+                row["exponential_lr"] = exponential_lr(optimizer, row["lr"])
+                more += f"{row['exponential_lr']:17.5g}"
             steps += new_steps
             curves.append(row)
             rate, angle = ("-" if x is None else f"{x:.5f}" for x in (row["effective_lr"], row["angular_update"]))
@@ -478,13 +504,15 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
         "step_seconds": step_seconds,
         "optimizer": optimizer_name,
         "hyperparameters": {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE}
-        | ({"l": l} if pairs else {}),
+        | ({"l": l} if pairs else {})
+        | ({"decay": decay} if decay != "coupled" else {}),
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"normkern": normkern.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "curves": curves,
     }
     (out / "train.json").write_text(json.dumps(result, indent=2) + "\n")
     which = f"{optimizer_name} --l {l:g}" if pairs else optimizer_name
+    which += " --decay exponential" * (decay == "exponential")
     title = f"A small ResNet on handwritten digits, --optimizer {which}, seed {seed}"
     plot(out / "curves.png", title, curves, steps, names)
     console.print(f"\n{result['test_accuracy']:.2%} test accuracy; wrote {out / 'train.json'} and {out / 'curves.png'}")

@@ -47,7 +47,7 @@ def breakage(monkeypatch):
     def install(harm, where=lambda params: True, pairs=False):
         def wrong(params, grads, momentum_buffers=None, *, held=None, **options):
             table = right(params, grads, momentum_buffers, held=held, **options)
-            if where(params) and (held is not None) == pairs:
+            if where(params) and (held is not None) == pairs and "gauge" not in options:
                 harm(params, grads, momentum_buffers, table, *([held] if pairs else []))
             return table
 
@@ -59,7 +59,7 @@ def breakage(monkeypatch):
 def test_every_op_isa_and_dtype_has_a_line():
     names = [check.name for check in numbers.checks()]
     for dtype in ("float64", "float32", "bfloat16", "float16"):
-        for op in ("sgd_", "sgd_ of pairs", "svag_combine_", "pair_sums", "welford_"):
+        for op in ("sgd_", "sgd_ of pairs", "sgd_ of gauges", "svag_combine_", "pair_sums", "welford_"):
             assert f"{op} bits {dtype}" in names
             for isa in ops.supported_isas():
                 assert f"{op} {isa} {dtype}" in names
@@ -86,6 +86,19 @@ def test_wrong_everywhere_sends_to_torch(breakage):
     finding = numbers.against_reference(SGD, BEST, torch.float32)
     assert finding.verdict == "failed"
     assert "w[" in finding.measured
+    assert "torch.optim.SGD" in finding.cure
+
+
+@pytest.mark.parametrize("dtype", numbers.DTYPES, ids=str)
+def test_another_gauge_is_found(monkeypatch, dtype):
+    right = ops.gauge_step
+
+    def other(gauge, lr, *rest):
+        return right(gauge, lr * 1.02, *rest)  # than the reference steps with
+
+    monkeypatch.setattr(ops, "gauge_step", other)
+    finding = numbers.against_reference(OPS["sgd_ of gauges"], BEST, dtype)
+    assert finding.verdict == "failed"
     assert "torch.optim.SGD" in finding.cure
 
 

@@ -1,6 +1,7 @@
 """The demo does what it says: its data, its results, its errors."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -146,6 +147,31 @@ def test_svag_prints_a_column_more(of_pairs, capsys, tmp_path):
     assert again["curves"][0] == of_pairs[0]["curves"][0], "the same seed, the same run"
 
 
+@pytest.mark.parametrize("optimizer", train.EXPONENTIAL)
+def test_exponential_decay_is_the_same_run(optimizer, first, of_pairs, tmp_path):
+    options = SVAG if optimizer == "svag" else ()
+    result = run(tmp_path, *options, "--decay", "exponential")
+    row, other = result["curves"][0], (of_pairs if options else first)[0]["curves"][0]
+    assert result["hyperparameters"]["decay"] == "exponential"
+    for key in ("loss", "effective_lr", "angular_update"):
+        assert row[key] == pytest.approx(other[key], rel=0.02), key
+    # A tenth of it is lost to the first steps, in which the momentum builds up.
+    steps = 23 if options else 45
+    lr = train.LR / 0.5 if options else train.LR
+    grown = 2 * steps * lr * train.WEIGHT_DECAY / (1 - train.MOMENTUM)
+    assert 0.6 * grown < math.log(row["exponential_lr"] / train.LR) < grown
+
+
+def test_exponential_decay_prints_its_learning_rate(capsys, tmp_path):
+    result = run(tmp_path, "--decay", "exponential")
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.startswith("epoch"))
+    assert head.endswith("   exponential LR")
+    line = lines[lines.index(head) + 1]
+    assert line.split()[-1] == f"{result['curves'][0]['exponential_lr']:.5g}"
+    assert len(line) == len(head)
+
+
 def test_batches_of_pairs_are_whole_and_each_pass_is_another_order():
     images, labels = torch.arange(150.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(150)
     batches = train.batches_of_pairs(images, labels, torch.Generator().manual_seed(0))
@@ -196,6 +222,11 @@ def test_prediction():
         (["--optimizer", "svag", "--l", "nan"], "argument --l: expected a number of at least 1/2, got 'nan'"),
         (["--optimizer", "svag", "--l", "inf"], "argument --l: expected a number of at least 1/2, got 'inf'"),
         (["--optimizer", "svag", "--l", "four"], "argument --l: expected a number of at least 1/2, got 'four'"),
+        (["--decay", "linear"], "argument --decay: invalid choice: 'linear'"),
+        (
+            ["--optimizer", "torch", "--decay", "exponential"],
+            "argument --decay: exponential expected --optimizer normkern or svag, got --optimizer torch",
+        ),
         (["--out", __file__], "argument --out: expected a folder that exists or can be made"),
     ],
 )
