@@ -30,12 +30,15 @@ try:
             f"found torch {_torch.__version__}. Upgrade it: pip install 'torch>={_floor}'"
         )
 
-    from . import ops, reference, theory
+    from . import invariance, ops, reference, theory
+    from .auto_rate import AutoRateMonitor
+    from .equilibrium import EquilibriumMonitor
     from .halves import halves
+    from .invariance import InvarianceMonitor
     from .moments import RunningMoments
     from .noise import Noise, noise_from_pair
     from .optim import SGD
-    from .schedules import SvagSchedule
+    from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
     from .stats import StepStats
     from .svag import SVAG, svag_combine_
 except Exception as _error:
@@ -49,13 +52,20 @@ except Exception as _error:
 __all__ = [
     "SGD",
     "SVAG",
+    "TEXP",
     "TORCH_FLOOR",
+    "AutoRateMonitor",
+    "EquilibriumMonitor",
+    "EquivalentExponentialLR",
+    "InvarianceMonitor",
     "Noise",
+    "PowerDecayLR",
     "RunningMoments",
     "StepStats",
     "SvagSchedule",
     "__version__",
     "halves",
+    "invariance",
     "noise_from_pair",
     "ops",
     "reference",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .options import BUFFER, check_decay, place
+from .options import BUFFER, check_decay, check_gauge, place
 
 #: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
 #: norms whose running statistics follow the weights.
@@ -45,6 +45,8 @@ class GroupGauge:
         if self._leaves:
             check_decay(options["decay"], place(index))
         gauge, params = options.get(GAUGE, ops.NEW_GAUGE), options["params"]
+        if type(gauge) is not tuple or len(gauge) != 3 or not 0.5 < gauge[0] < 2:
+            check_gauge(gauge, place(index))
         if (self._leaves and gauge[:2] == ops.NEW_GAUGE[:2]) or not params:
             return
         if (params[0].grad if grads is None else grads[0]) is None:
@@ -65,15 +67,26 @@ class GroupGauge:
         gauge = self._options.get(GAUGE, ops.NEW_GAUGE)
         step = ops.gauge_step(gauge, lr, momentum, dampening, weight_decay, nesterov, buffers, self._leaves)
         if step is None:
-            raise ValueError(
-                f"{place(self._index)}: lr * weight_decay expected at most (1 - sqrt(momentum))^2 = "
-                f"{ops.most_decay(momentum):.6g} with momentum {momentum!r}, beyond which no exponential learning rate "
-                f"follows weight decay; got {lr!r} * {weight_decay!r} = {lr * weight_decay:.6g}"
-            )
+            raise ValueError(self._why_none(gauge[1], lr, momentum, weight_decay))
         self._factor = step.scale if self._leaves else 1 / step.unkeep if step.shift else 1.0
         if self._factor != 1 and self._options.get(NORM_BUFFERS):
             self._norms = norm_buffers(self._options[NORM_BUFFERS], place(self._index))
         return step
+
+    def _why_none(self, z: float, lr: float, momentum: float, weight_decay: float) -> str:
+        """What is wrong with numbers that no step of the gauge follows."""
+        most = ops.most_decay(momentum)
+        if z != 0 and lr * weight_decay <= most:
+            return (
+                f"{place(self._index)}: lr {lr!r} is too large for the decay that momentum still carries from earlier "
+                f"steps, {momentum!r} * {z:.6g}: expected less than 1 of lr times decay, beyond which no exponential "
+                "learning rate follows"
+            )
+        return (
+            f"{place(self._index)}: lr * weight_decay expected at most (1 - sqrt(momentum))^2 = {most:.6g}, and less "
+            f"than 1, with momentum {momentum!r}, beyond which no exponential learning rate follows weight decay; got "
+            f"{lr!r} * {weight_decay!r} = {lr * weight_decay:.6g}"
+        )
 
     def check_complete(self, grads: Sequence[Any], missing: Sequence[int]) -> None:
         """All parameters of the group take part, and have the same past: one gauge speaks for all.
@@ -195,6 +208,8 @@ def norm_buffers(given: Any, where: str) -> list[tuple[Tensor, Tensor]]:
     Raises:
         ValueError: it is something else.
     """
+    if not isinstance(given, (torch.nn.Module, Sequence)):
+        raise ValueError(f"{where}: norm_buffers expected a list, got {type(given).__name__}")
     pairs = []
     for i, entry in enumerate([given] if isinstance(given, torch.nn.Module) else given):
         if isinstance(entry, torch.nn.Module):
@@ -221,11 +236,14 @@ def rescale_norms(buffers: list[tuple[Tensor, Tensor]], factor: float) -> None:
 
 
 def warn_of_norms() -> None:
-    """Of running statistics that nobody named."""
+    """Of running statistics that nobody named; points at whoever called the step."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("normkern", "torch"):
+        level, frame = level + 1, frame.f_back
     warnings.warn(
         'normkern: decay="exponential" has rescaled weights by a power of two. Running statistics of batch norms '
         "behind them are right again after a few batches in training mode; to keep them right name those norms in the "
         "group: norm_buffers=[model.bn1, ...], or norm_buffers=[] if there are none",
         UserWarning,
-        stacklevel=6,
+        stacklevel=level,
     )

@@ -17,7 +17,7 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import ops
-from .exponential import GAUGE, NORM_BUFFERS, norm_buffers, warn_of_norms
+from .exponential import GAUGE, NORM_BUFFERS, SCALE_INVARIANT, norm_buffers, warn_of_norms
 from .group_step import GroupStep, somebody_watches, with_torch_sums
 from .options import BUFFER, check_decay, check_options, check_state
 from .stats import StepStats
@@ -216,19 +216,22 @@ class SGD(torch.optim.SGD):
             # Python's collector can undo, and `torch.utils.swap_tensors` wants them unshared.)
             self._written = written
             self._kept = [to_dlpack(t) for t in written if not t.requires_grad]
+        norms_lag = False
         for group in groups:
             for p, buffer in group.created:
                 self.state[p][BUFFER] = buffer
             if group.wrappers:
                 increment_version(group.wrappers)
-            if group.gauge is not None and not group.gauge.keep(self.param_groups[group.index]) and not self._warned:
-                self._warned = True
-                warn_of_norms()
+            if group.gauge is not None:
+                norms_lag |= not group.gauge.keep(self.param_groups[group.index])
         if table is not None:
             table = with_torch_sums(table, groups)
             measured = [(group.index, group.lr, len(group.params)) for group in groups if group.stats]
             self._measured = _Measured(table, step.slot_offsets, measured)
         self._stepped(table)
+        if norms_lag and not self._warned:  # last: a warning may be an error
+            self._warned = True
+            warn_of_norms()
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         check_options(group, where)
@@ -277,8 +280,9 @@ class SGD(torch.optim.SGD):
             old = self.param_groups[i] if "param_groups" in self.__dict__ else defaults
             for key in defaults:
                 group.setdefault(key, old[key])
-            if NORM_BUFFERS in old:
-                group.setdefault(NORM_BUFFERS, old[NORM_BUFFERS])
+            for key in (NORM_BUFFERS, SCALE_INVARIANT):
+                if key in old:
+                    group.setdefault(key, old[key])
             self._check_group(group, f"SGD.load_state_dict: param_groups[{i}]")
         check_state(state["state"], groups)
         super().__setstate__(state)  # type: ignore[no-untyped-call]

@@ -52,13 +52,14 @@ def check_options(group: dict[str, Any], where: str) -> None:
     if not (isinstance(group.get("scale_invariant"), bool) or group.get("scale_invariant") is None):
         raise ValueError(f"{where}: scale_invariant expected True, False or None, got {group['scale_invariant']!r}")
     if "gauge" in group:
-        _check_gauge(group["gauge"], where)
+        check_gauge(group["gauge"], where)
 
 
-def _check_gauge(gauge: Any, where: str) -> None:
+def check_gauge(gauge: Any, where: str) -> None:
+    """(scale, z, exponent), as `ops.gauge_step` returns them."""
     try:
         scale, z, exponent = gauge
-        fits = 0.5 < scale < 2 and 0 <= z < math.inf and type(exponent) is int
+        fits = 0.5 < scale < 2 and math.isfinite(z) and type(exponent) is int
     except (TypeError, ValueError):
         fits = False
     if not fits:

@@ -1,5 +1,6 @@
 """theory: every formula against exact algebra or a simulation that does not use it; the numbers of its doctests too."""
 
+import decimal
 import inspect
 import itertools
 import math
@@ -11,9 +12,12 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from theory_arguments import GOOD as EQUILIBRIA
 
 from normkern import theory
 from normkern.theory import (
+    exponential_decay,
+    exponential_factor,
     linear_scaling,
     max_linear_scaling,
     nsr_condition,
@@ -394,6 +398,67 @@ def test_square_root_scaling_keeps_the_noise_of_adam():
     )
 
 
+# --- exponential learning rates ---------------------------------------------------------------------------------------
+
+MOMENTA = st.floats(0, 0.999)
+
+
+@patient
+@given(st.floats(1e-300, 10), st.floats(0, 1), MOMENTA)
+@pytest.mark.parametrize("momentum", [None, 0.0, 0.5, 0.9, 0.99, 1 - 2**-40])
+def test_exponential_decay_is_the_smaller_root_and_keeps_its_digits(momentum, lr, share, drawn):
+    momentum = drawn if momentum is None else momentum
+    with decimal.localcontext(decimal.Context(prec=60)):
+        most = (1 - decimal.Decimal(momentum).sqrt()) ** 2
+        weight_decay = float(most * decimal.Decimal(share) / decimal.Decimal(lr))
+        assume(weight_decay < math.inf)
+        c = decimal.Decimal(lr * weight_decay)
+        b = 1 - decimal.Decimal(momentum) + c
+        square = max(decimal.Decimal(0), b * b - 4 * c)
+        exact = 2 * c / (b + square.sqrt())
+        # Where the roots meet, they are as the root of what rounding leaves of their distance.
+        near = float(square / (b * b))
+        arguments = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        decay, tolerance = exponential_decay(**arguments), 1e-15 + min(1e-16 / max(near, 1e-17), 1e-7)
+        assert decay == pytest.approx(float(exact), rel=4 * tolerance, abs=5e-324)
+        alpha = exponential_factor(**arguments)
+        assert alpha == 1 - decay
+        assert math.sqrt(momentum) * (1 - 1e-7) <= alpha <= 1
+
+
+def test_exponential_factor_at_known_points():
+    per_epoch = exponential_factor(lr=0.1, weight_decay=5e-4, momentum=0.9) ** -782
+    assert per_epoch == pytest.approx(1.48123, abs=5e-6)  # the authors' "0.1 x 1.481^t"
+    assert exponential_factor(lr=0.5, weight_decay=0.5, momentum=0) == 0.75
+    assert exponential_factor(lr=0.1, weight_decay=0, momentum=0.9) == 1.0
+    assert exponential_factor(lr=1, weight_decay=1, momentum=0) == 0.0
+    assert exponential_decay(lr=1e-9, weight_decay=1e-9, momentum=0.75) == pytest.approx(4e-18, rel=1e-15)
+    assert exponential_decay(lr=1e-320, weight_decay=1e-10, momentum=0.9) == 0.0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.01, 0.5, 0.9, 0.95, 0.99, 0.999])
+def test_exponential_factor_up_to_the_bound_of_real_roots(momentum):
+    most = (1 - math.sqrt(momentum)) ** 2
+    for excess in (0, 5e-13, -5e-13):  # rounding decides on which side a product at the bound falls
+        alpha = exponential_factor(lr=most * (1 + excess), weight_decay=1, momentum=momentum)
+        assert alpha == pytest.approx(math.sqrt(momentum), abs=2e-6)
+    with pytest.raises(ValueError, match="exponential_factor: lr \\* weight_decay expected at most"):
+        exponential_factor(lr=most * (1 + 1e-11), weight_decay=1, momentum=momentum)
+
+
+@patient
+@given(st.floats(0.01, 1), st.floats(0.001, 0.99), st.floats(0, 0.98))
+def test_exponential_factor_is_what_weights_without_gradient_shrink_by(lr, share, momentum):
+    weight_decay = share * (1 - math.sqrt(momentum)) ** 2 / lr
+    alpha = exponential_factor(lr=lr, weight_decay=weight_decay, momentum=momentum)
+    w, buffer = 1.0, (1 - alpha) / (alpha * lr)  # the buffer that goes with it
+    for _ in range(5):
+        buffer = momentum * buffer + weight_decay * w
+        old, w = w, w - lr * buffer
+        assert w / old == pytest.approx(alpha, rel=1e-9)
+        assume(w > 1e-3)
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 GOOD = {
@@ -404,6 +469,8 @@ GOOD = {
     svag_equilibrium: {"lr": 0.1, "weight_decay": 0.1, "l": 2, "grad_sq_norm": 1, "trace_sigma": 1},
     nsr_condition: {"C": 2, "lr": 0.1, "weight_decay": 0.1},
     max_linear_scaling: {"nsr_batch": 1, "C": 2},
+    exponential_factor: {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.5},
+    exponential_decay: {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.5},
     linear_scaling: {"lr": 0.1, "batch_size": 1, "new_batch_size": 2},
     square_root_scaling: {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "batch_size": 1, "new_batch_size": 2},
 }
@@ -412,6 +479,7 @@ WRONG = {
     "C": [1, 0.5, 0, -2, math.inf],
     "lr": [0, -0.1, math.inf],
     "weight_decay": [-0.1, math.inf],
+    "momentum": [1, 1.5, -0.1],
     "grad_sq_norm": [-1, math.inf],
     "trace_sigma": [-1, math.inf],
     "nsr_batch": [-1e-9, -math.inf],
@@ -434,7 +502,8 @@ CASES = [
 
 
 def test_every_function_is_here():
-    assert {*GOOD} == {*FUNCTIONS}
+    assert {*GOOD, *EQUILIBRIA} == {*FUNCTIONS}
+    assert not {*GOOD} & {*EQUILIBRIA}
 
 
 @pytest.mark.parametrize(("function", "name", "value"), CASES, ids=lambda x: getattr(x, "__name__", repr(x)[:20]))
@@ -457,6 +526,9 @@ def test_refusals_name_function_argument_expectation_and_value(function, name, v
         (svag_equilibrium, {"lr": 2.0, "weight_decay": 2.0}, "lr * weight_decay / l expected < 2, got 2.0 * 2.0 / 2.0 = 2.0"),
         (nsr_condition, {"lr": 2.0, "weight_decay": 1.0}, "lr * weight_decay expected < 2, got 2.0 * 1.0 = 2.0"),
         (nsr_condition, {"lr": None}, "lr expected a number, as the other of the two is given, got None"),
+        (exponential_factor, {"lr": 2.0, "weight_decay": 0.5, "momentum": 0.25}, "lr * weight_decay expected at most (1 - sqrt(momentum))**2 = 0.25, got 2.0 * 0.5 = 1.0"),
+        (exponential_decay, {"lr": 2.0, "weight_decay": 1.0, "momentum": 0}, "lr * weight_decay expected at most (1 - sqrt(momentum))**2 = 1.0, got 2.0 * 1.0 = 2.0"),
+        (exponential_decay, {"lr": 1e200, "weight_decay": 1e200, "momentum": 0}, "lr * weight_decay expected at most (1 - sqrt(momentum))**2 = 1.0, got 1e+200 * 1e+200 = inf"),
         (linear_scaling, {"lr": 1e308, "new_batch_size": 100}, "the new lr expected a finite number > 0, got inf"),
         (linear_scaling, {"lr": 5e-324, "batch_size": 100}, "the new lr expected a finite number > 0, got 0.0"),
         (square_root_scaling, {"eps": 1e308, "batch_size": 1000}, "the new eps expected a finite number >= 0, got inf"),
@@ -476,7 +548,7 @@ def test_position_is_for_functions_with_one_subject():
 
 @pytest.mark.parametrize("number", [np.float64(2), np.float32(2), np.int64(2), Fraction(2), 2], ids=lambda x: type(x).__name__)  # fmt: skip
 def test_every_kind_of_number_is_welcome(number):
-    for f in FUNCTIONS:
+    for f in GOOD:
         if "l" in GOOD[f]:
             assert f(**{**GOOD[f], "l": number}) == f(**GOOD[f])
 

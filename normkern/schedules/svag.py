@@ -1,4 +1,4 @@
-"""Learning rate schedules: `SvagSchedule`, any torch scheduler at the pace of SVAG."""
+"""`SvagSchedule`: any torch scheduler at the pace of SVAG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from .theory import svag_effective_steps, svag_fraction
+from ..theory import svag_effective_steps, svag_fraction
 
 
 class SvagSchedule(LRScheduler):

@@ -17,8 +17,11 @@ class Range(NamedTuple):
     holds: Callable[[float], bool]
 
 
+ANY = Range("a finite number", math.isfinite)
 POSITIVE = Range("a finite number > 0", lambda x: 0 < x < math.inf)
 NOT_NEGATIVE = Range("a finite number >= 0", lambda x: 0 <= x < math.inf)
+#: Of a weight decay without which there is nothing to tell.
+DECAYING = Range("a finite number > 0, as without decay there is no equilibrium", POSITIVE.holds)
 RATIO = Range("a number >= 0", lambda x: x >= 0)
 BETA = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
 CLOSENESS = Range("a finite number > 1", lambda x: 1 < x < math.inf)
@@ -48,6 +51,13 @@ def integer(function: str, name: str, value: Any, least: int) -> int:
     if isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) < _COUNT_END:
         return int(value)
     raise ValueError(f"{function}: {name} expected an integer >= {least} and < 2**63, got {value!r}")
+
+
+def flag(function: str, name: str, value: Any) -> bool:
+    """True or False."""
+    if isinstance(value, bool):
+        return value
+    raise ValueError(f"{function}: {name} expected True or False, got {value!r}")
 
 
 def batch_ratio(function: str, batch_size: Any, new_batch_size: Any) -> Fraction:
