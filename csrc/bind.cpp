@@ -43,6 +43,9 @@ GaugeNumbers numbers(const Gauge& gauge) { return {gauge.scale, gauge.z, gauge.e
 std::optional<GaugeStep> take_gauge_step(const GaugeNumbers& gauge, double lr, double momentum, double dampening,
                                          double weight_decay, bool nesterov, int buffers, bool leave) {
   const Gauge from{std::get<0>(gauge), std::get<1>(gauge), std::get<2>(gauge)};
+  if (!(from.scale > 0.5 && from.scale < 2))
+    throw py::value_error("gauge_step: gauge expected a scale from sqrt(1/2) to sqrt(2), got " +
+                          std::string(py::str(py::float_(from.scale))));
   const Schedule schedule{lr, momentum, dampening, weight_decay, nesterov};
   if (leave) return gauge_leave(from, schedule, Buffers(buffers));
   GaugeStep step;

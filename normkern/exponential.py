@@ -152,8 +152,8 @@ def check_scale_invariance(
     suspects = []
     for i, p in enumerate(params):
         eps = torch.finfo(p.dtype).eps
-        # Rounding beside the others' gradients, such as a bias before a norm has, says nothing.
-        if group_grad > 0 and math.sqrt(g_sq[i]) <= min(_COSINE, 256 * eps) * group_grad:
+        # No gradient, or rounding beside the others', such as a bias before a norm has, says nothing.
+        if math.sqrt(g_sq[i]) <= min(_COSINE, 256 * eps) * group_grad:
             continue
         if w_sq[i] == 0 and p.numel():
             raise ValueError(
