@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import normkern
+from normkern import invariance
 from normkern.halves import halves
 from normkern.schedules import SvagSchedule
 from normkern.theory import svag_steps
@@ -113,28 +114,35 @@ class ResNet(nn.Module):
         return logits
 
 
-def scale_invariant(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The convolutions of our ResNet, each of which is followed by BatchNorm: name -> weights."""
-    return {name: p for name, p in model.named_parameters() if p.ndim == 4}
-
-
-def make_optimizer(name: str, model: nn.Module, l: float = SVAG_L, decay: str = "coupled") -> torch.optim.SGD:
-    """One of `OPTIMIZERS`, or "svag", on named parameters; with weight decay on the scale-invariant ones."""
-    invariant = scale_invariant(model)
-    others = [(n, p) for n, p in model.named_parameters() if n not in invariant]
-    decaying: dict[str, Any] = {"params": list(invariant.items()), "weight_decay": WEIGHT_DECAY}
+def find_groups(model: nn.Module, images: Tensor, labels: Tensor, decay: str = "coupled") -> list[dict[str, Any]]:
+    """Param groups by what is measured on a few images: those that the loss sees the direction of only, which decay."""
+    found = invariance.find(model, F.cross_entropy, [(images[:16], labels[:16])], granularity="tensor")
+    decaying: dict[str, Any] = {"weight_decay": WEIGHT_DECAY}
     if decay == "exponential":
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         decaying |= {"decay": decay, "norm_buffers": norms}
-    groups = [decaying, {"params": others}]
+    return invariance.param_groups(model, found, scale_invariant=decaying)
+
+
+def make_optimizer(name: str, groups: list[dict[str, Any]], l: float = SVAG_L) -> torch.optim.SGD:
+    """One of `OPTIMIZERS`, or "svag", for the param groups."""
     construct = partial(normkern.SVAG, l=l, stats="tensor") if name == "svag" else OPTIMIZERS[name]
-    return construct(groups, lr=LR, momentum=MOMENTUM)
+    return construct([dict(group) for group in groups], lr=LR, momentum=MOMENTUM)
 
 
 def exponential_lr(optimizer: normkern.SGD, lr: float) -> float:
     """What `lr` is in the run without weight decay: lr / a^2, where a is all the decay so far."""
     scale, _, exponent = optimizer.param_groups[0].get("gauge", normkern.ops.NEW_GAUGE)
     return math.ldexp(lr / scale**2, 2 * exponent)
+
+
+def told_groups(groups: list[dict[str, Any]]) -> str:
+    """How many tensors and weights are in each group, in a line."""
+    parts = []
+    for group in groups:
+        params = [p for _, p in group["params"]]
+        parts.append(f"{group['name'].replace('_', ' ')}: {len(params)} tensors, {sum(p.numel() for p in params)}")
+    return f"Found {'; '.join(parts)}. The first decay."
 
 
 def predicted_angle(lr: float) -> float:
@@ -414,9 +422,10 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = ResNet().to(device)
-    optimizer = make_optimizer(optimizer_name, model, l, decay)
+    groups = find_groups(model, images, labels, decay)
+    optimizer = make_optimizer(optimizer_name, groups, l)
     epoch_steps = math.ceil(len(images) / BATCH_SIZE)
-    names = list(scale_invariant(model))
+    names = [name for name, _ in groups[0]["params"]]
 
     # Constant for the first half, which is when the equilibrium shows; then straight to zero.
     def factor(epoch: int) -> float:
@@ -438,6 +447,7 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
     console.print(
         f"A ResNet of {sum(p.numel() for p in model.parameters())} weights on {len(images)} handwritten digits, "
         f"{len(test_images)} to test, on {device}.\n"
+        f"{told_groups(groups)}\n"
         f"Effective LR: mean over its {len(names)} convolutions. Angular update: root mean square, in radians;\n"
         "predicted: sqrt(2 * lr * weight_decay / (1 + momentum))."
     )
@@ -503,6 +513,7 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
         "seed": seed,
         "step_seconds": step_seconds,
         "optimizer": optimizer_name,
+        "groups": {group["name"]: [name for name, _ in group["params"]] for group in groups},
         "hyperparameters": {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE}
         | ({"l": l} if pairs else {})
         | ({"decay": decay} if decay != "coupled" else {}),

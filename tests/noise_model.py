@@ -7,6 +7,7 @@ import torch
 
 
 def start(chains, dim, weight_sq, seed):
+    torch.set_num_threads(1)  # many small steps; conftest.py sets it back
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(chains, dim, generator=generator, dtype=torch.float64)
     return w * (math.sqrt(weight_sq) / w.norm(dim=1, keepdim=True)), generator
@@ -87,6 +88,7 @@ class Invariant(torch.nn.Module):
 
     def __init__(self, rows=4, dim=12, norm=1.0):
         super().__init__()
+        torch.set_num_threads(1)
         make = torch.Generator().manual_seed(5)
         first = torch.randn(rows, dim, generator=make, dtype=torch.float64)
         self.first = torch.nn.Parameter(first * norm / first.norm())

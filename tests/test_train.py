@@ -49,6 +49,13 @@ def test_shifts_move_by_at_most_one_pixel():
     assert set(rows.tolist()) == set(columns.tolist()) == {3, 4, 5}
 
 
+def test_groups_are_found(first):
+    groups, model = first[0]["groups"], train.ResNet()
+    convolutions = [name for name, p in model.named_parameters() if p.ndim == 4]
+    norms = [name for name, p in model.named_parameters() if p.ndim == 1]
+    assert groups == {"scale_invariant": convolutions, "norm_and_bias": norms, "rest": ["head.weight"]}
+
+
 def test_results(first):
     result, folder = first
     assert result["epochs"] == 1

@@ -68,7 +68,7 @@ def least_unit_grad_bound(*, first_weight_sq: float, last_weight_sq: float, lr_s
 
 
 def power_decay_weight_sq(*, weight_sq: float, steps: int, lr: float, exponent: float, unit_grad_sq: float) -> float:
-    r"""The squared weight norm after so many steps with :math:`\eta_t = \eta (t+1)^{-a}`, without weight decay and momentum.
+    r"""The squared weight norm after so many steps with :math:`\eta_t = \eta (t+1)^{-a}`, without decay and momentum.
 
     .. math::
         N_T = \sqrt{N_0^2 + 2\eta^2 |g_v|^2 \sum_{t=1}^{T} t^{-2a}}
@@ -92,9 +92,8 @@ def power_decay_weight_sq(*, weight_sq: float, steps: int, lr: float, exponent: 
     steps = integer(name, "steps", steps, 0)
     lr = number(name, "lr", lr, POSITIVE)
     a = number(name, "exponent", exponent, NOT_NEGATIVE)
-    return math.sqrt(
-        n * n + 2 * rate * rate * number(name, "unit_grad_sq", unit_grad_sq, NOT_NEGATIVE) * _sum(steps, a)
-    )
+    q = number(name, "unit_grad_sq", unit_grad_sq, NOT_NEGATIVE)
+    return math.sqrt(n * n + 2 * lr * lr * q * _sum(steps, a))
 
 
 def power_decay_effective_lr(*, steps: int, exponent: float, unit_grad_sq: float) -> float:
