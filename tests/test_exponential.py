@@ -216,6 +216,27 @@ def test_stored_weights_stay_within_a_factor_of_root_two():
 # ---- Powers of two, bit for bit -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_inverse_to_the_scale_of_the_weights(kind):
+    """T2.2: at c w the outputs are those at w, and the gradient is 1/c of it; <w,g> is 0."""
+    net = Net(kind)
+    out, _ = backward(net, 0)
+    for layer in net.invariant:
+        before = [p.grad.clone() for p in layer]
+        dot, size = (
+            sum(f(p, p.grad) for p in layer) for f in (lambda w, g: (w * g).sum(), lambda w, g: w.norm() * g.norm())
+        )
+        assert abs(dot) < 1e-12 * size
+        with torch.no_grad():
+            for p in layer:
+                p.mul_(3.7)
+        again, _ = backward(net, 0)
+        assert (again - out).norm() < 1e-13 * out.norm()
+        size = sum(g.square().sum() for g in before).sqrt()
+        off = sum((3.7 * p.grad - g).square().sum() for p, g in zip(layer, before, strict=True)).sqrt()
+        assert off < 1e-13 * size
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_and_backward_see_no_power_of_two(kind, dtype):
