@@ -94,10 +94,11 @@ template <class R> struct Coefficients {
   R first_scale, second_scale;  // 1/scale
   R half, spread;               // 1/2, sqrt(2l-1)/2
   R share;                      // 1/n
-  R keep, unkeep, grad_to_buffer, weight_to_buffer, grad_to_weight, buffer_to_weight;  // of the gauged rules
   bool decays;                  // weight_decay != 0
   bool first_only;              // l = 1
-  bool mixes, direct;           // weight_to_buffer != 0, grad_to_weight != 0
+  // Of the gauged rules:
+  R keep, unkeep, grad_to_buffer, weight_to_buffer, grad_to_weight, buffer_to_weight;
+  bool mixes, direct;  // weight_to_buffer != 0, grad_to_weight != 0
 };
 
 // d. Without weight decay the weight is not touched: 0 * inf would turn an infinite weight into NaN, which torch keeps.

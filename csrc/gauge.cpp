@@ -9,7 +9,9 @@ namespace {
 constexpr double kRootHalf = 0.70710678118654752440;
 
 // torch ignores dampening at a first step, and where there is no momentum.
-double one_minus_dampening(const Schedule& s, Buffers buffers) { return buffers == Buffers::kept ? 1 - s.dampening : 1; }
+double one_minus_dampening(const Schedule& s, Buffers buffers) {
+  return buffers == Buffers::kept ? 1 - s.dampening : 1;
+}
 bool has_history(Buffers buffers) { return buffers == Buffers::kept || buffers == Buffers::resting; }
 bool steps_by_buffer(Buffers buffers) { return buffers == Buffers::first || buffers == Buffers::kept; }
 
@@ -54,7 +56,7 @@ bool gauge_step(const Gauge& gauge, const Schedule& s, Buffers buffers, GaugeSte
     step.grad_to_buffer = left * up;
     step.buffer_to_weight = lr / (up * up);
   } else {
-    // b' = mu b + (1-tau) d, w' = w - lr (d + mu b'), the same substitution: the buffer's own decay is mu (1 - lr lambda)
+    // b' = mu b + (1-tau) d, w' = w - lr (d + mu b'), the same substitution: the buffer decays by mu (1 - lr lambda).
     const double rest = 1 - s.lr * s.weight_decay;
     step.momentum = s.momentum * rest * up;
     step.grad_to_buffer = (left * rest + s.lr * z_new) * up;

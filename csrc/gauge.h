@@ -4,8 +4,8 @@
 // Of a function that is invariant to the scale of w, the gradient at w/a is a times that at w. So the run with decay,
 // (w, b), can be kept as (ws, bs) whose weights nothing shrinks:
 //     w = scale ws,   b = bs/scale + z w,   scale in [1/sqrt2, sqrt2)
-// scale and z come of the optimizer's own recurrence with zero gradient (Li and Arora, arXiv 1910.07454, for constant ones;
-// here for any schedule of lr, momentum, dampening and decay): with a the decay accumulated so far,
+// scale and z come of the optimizer's own recurrence on one number with zero gradient (Li and Arora, arXiv 1910.07454,
+// for constant hyperparameters; here for any schedule of all of them): with a all the decay so far,
 //     z' = (mu z + (1-tau) lambda)/q,   a'/a = q = 1 - lr (mu z + (1-tau) lambda),   lr of the kept run = lr/(a a')
 // a falls without end and lr/(a a') grows, so a = scale 2^-exponent: where scale would leave its range, the step
 // multiplies ws by 2^-shift and bs by 2^shift, exactly, and the exponent takes it up. In these units lr stays the
@@ -27,7 +27,8 @@ enum class Buffers : int { none, first, kept, resting };  // resting: momentum i
 //     v' = momentum v + grad_to_buffer g + weight_to_buffer w
 //     w' = keep w - grad_to_weight g - buffer_to_weight v'
 struct GaugeStep {
-  double keep = 1, unkeep = 1, momentum = 0, grad_to_buffer = 0, weight_to_buffer = 0, grad_to_weight = 0, buffer_to_weight = 0;
+  double keep = 1, unkeep = 1, momentum = 0, grad_to_buffer = 0, weight_to_buffer = 0, grad_to_weight = 0,
+         buffer_to_weight = 0;
   bool has_buffer = false;
   int shift = 0;  // keep has a factor of 2^-shift, and unkeep is 2^shift
   // Of the true run: w = scale (stored w); w' - w = scale (moved u + drift w), u = unkeep w' - w of what is stored.

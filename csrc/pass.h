@@ -39,8 +39,8 @@ class Pass {
                        const py::object& first, const Group&, const py::object& slots, const py::object& held);
 
   // The same, with the gradients and buffers that the parameters and the optimizer's state have: no list is made for
-  // Python. False, and nothing is added, if a buffer is missing, a tensor is one that no kernel of ours can take, or, with
-  // `all_or_none`, only some of them have gradients.
+  // Python. False, and nothing is added, if a buffer is missing, a tensor is one that no kernel of ours can take, or,
+  // with `all_or_none`, only some of them have gradients.
   bool add_whole(const py::list& params, const py::object& state, const py::str& key, const Group&, bool all_or_none);
 
   // Throws if the tensors' memory overlaps in a way that has no meaning. After it, `run` cannot fail. Returns the

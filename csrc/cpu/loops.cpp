@@ -122,14 +122,14 @@ template <int N, class R> NK_HD Coefficients<Side<R, N>> side_by_side(const Coef
           S::all(c.half),
           S::all(c.spread),
           S::all(c.share),
+          c.decays,
+          c.first_only,
           S::all(c.keep),
           S::all(c.unkeep),
           S::all(c.grad_to_buffer),
           S::all(c.weight_to_buffer),
           S::all(c.grad_to_weight),
           S::all(c.buffer_to_weight),
-          c.decays,
-          c.first_only,
           c.mixes,
           c.direct};
 }
@@ -225,14 +225,14 @@ template <class R> Coefficients<R> coefficients(const Hyper& h, bool is_pair, bo
           (R)0.5,
           (R)(__builtin_sqrt(2 * h.l - 1) / 2),
           (R)h.share,
+          h.weight_decay != 0,
+          h.l == 1,
           (R)g.keep,
           (R)g.unkeep,
           (R)g.grad_to_buffer,
           (R)g.weight_to_buffer,
           (R)g.grad_to_weight,
           (R)g.buffer_to_weight,
-          h.weight_decay != 0,
-          h.l == 1,
           g.weight_to_buffer != 0,
           g.grad_to_weight != 0};
 }
