@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from normalised_nets import CASES, IMAGES, ROWS, LlamaNorm, case, convnet, pairs, powers
 from torch import nn
@@ -79,6 +79,14 @@ def test_other_dtypes(dtype):
     assert_expected(found, *expected)
 
 
+def test_float32_of_a_float64_model_is_float64():
+    net, batches, *expected = case("group norm")
+    found = find(net.double(), F.cross_entropy, [(x.double(), y) for x, y in batches], dtype=torch.float32)
+    assert found.dtype == torch.float64
+    assert_expected(found, *expected)
+    assert found.cosine["0.weight"] < 1e-12
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_seed(seed):
     net, batches, *expected = case("pre-activation ResNet")
@@ -97,15 +105,19 @@ def without_eps(net):
 
 
 def change(net, loss, batch, exponents, c=1.7):
-    """The relative change of the loss when each named parameter is multiplied by c to some power."""
-    net, generator = without_eps(net), torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
-        before = loss(copy.deepcopy(net), batch)
-        for name, p in net.named_parameters():
-            p.mul_(c ** exponents.get(name, 0))
-        return abs(float(loss(net, batch) / before - 1))
+    """The largest relative change of the loss, at some points, when named parameters are multiplied by c to a power."""
+    return max(change_at(seed, without_eps(net), loss, batch, exponents, c) for seed in range(4))
+
+
+@torch.no_grad()
+def change_at(seed, net, loss, batch, exponents, c):
+    generator = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        p.add_(0.3 * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    before = loss(copy.deepcopy(net), batch)
+    for name, p in net.named_parameters():
+        p.mul_(c ** exponents.get(name, 0))
+    return abs(float(loss(net, batch) / before - 1))
 
 
 def assert_truth(net, found, batch):
@@ -115,13 +127,13 @@ def assert_truth(net, found, batch):
         return F.cross_entropy(net(batch[0].double()), batch[1])
 
     for name, kind in found.granularity.items():
-        assert (change(net, loss, batch, {name: 1}) < 1e-10) == (kind in ("row", "tensor")), name
+        assert (change(net, loss, batch, {name: 1}) < 1e-8) == (kind in ("row", "tensor")), name
     for names in found.joint:
-        assert change(net, loss, batch, dict.fromkeys(names, 1)) < 1e-10
+        assert change(net, loss, batch, dict.fromkeys(names, 1)) < 1e-8
         for fewer in itertools.combinations(names, len(names) - 1):
             assert change(net, loss, batch, dict.fromkeys(fewer, 1)) > 1e-7
     for v in found.compensating:
-        assert change(net, loss, batch, v) < 1e-10
+        assert change(net, loss, batch, v) < 1e-8
 
 
 @pytest.mark.parametrize(
@@ -145,7 +157,18 @@ class Found:
 layers = st.tuples(st.sampled_from([None, nn.BatchNorm1d, nn.LayerNorm, nn.RMSNorm]), st.booleans(), st.booleans())
 
 
-@settings(deadline=None, max_examples=50)
+# Of few units and little variance: here and there all are dead, and a norm gets constants, or next to.
+@example([(None, True, True), (None, False, True), (nn.BatchNorm1d, True, False)], 18)
+@example([(None, True, True), (nn.RMSNorm, False, True), (nn.BatchNorm1d, True, False)], 18)
+@example(
+    [(nn.RMSNorm, True, True), (nn.LayerNorm, False, False), (nn.RMSNorm, True, False), (nn.BatchNorm1d, True, False)],
+    0,
+)
+@example([(None, True, True), (None, True, True), (nn.LayerNorm, True, True), (nn.BatchNorm1d, False, False)], 46)
+@example(
+    [(nn.LayerNorm, True, True), (None, True, True), (nn.LayerNorm, True, True), (nn.BatchNorm1d, False, False)], 46
+)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(layers, min_size=1, max_size=3), st.integers(0, 100))
 def test_any_perceptron(kinds, seed):
     torch.manual_seed(seed)
@@ -206,6 +229,27 @@ def test_rows_are_rows():
 def test_blocks(name, blocks, dtype):
     net, batches, *_ = case(name)
     assert find(net, F.cross_entropy, batches, dtype=dtype).blocks == blocks
+
+
+def test_blocks_of_transposed_convolutions():
+    """Output channels are dim 1, group by group."""
+    for groups in (1, 2):
+        net = nn.Sequential(
+            nn.ConvTranspose2d(4, 8, 3, groups=groups, bias=False),
+            nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 4),
+        )  # fmt: skip
+        found = find(net, F.cross_entropy, pairs(6, 4, 5, 5))
+        assert found.granularity["0.weight"] == "tensor"
+        assert found.dims["0.weight"] == 1
+        assert found.blocks["0.weight"] == ((0, 4), (4, 8))
+
+
+def test_dead_rows_are_no_blocks():
+    net, batches, *_ = case("relu")
+    net[0].bias.data[3] = -100.0
+    found = find(net, F.cross_entropy, batches)
+    assert found.blocks == {}
+    assert found.granularity["0.weight"] == "none"
 
 
 def test_by_tensor():
@@ -465,6 +509,52 @@ def test_eps_that_the_code_adds():
     found = find(net, F.cross_entropy, pairs(*ROWS))
     assert found.granularity["0.weight"] == "tensor"
     assert found.cosine_as_is["0.weight"] > 1e-5
+
+
+class KernelNorm(torch.autograd.Function):
+    """What torch's functions can't see into."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        with torch._C.DisableTorchFunction():
+            scale = (x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
+            ctx.save_for_backward(x, scale)
+            return x * scale
+
+    @staticmethod
+    def backward(ctx, g):
+        x, scale = ctx.saved_tensors
+        return scale * (g - scale**2 * x * (g * x).mean(-1, keepdim=True)), None
+
+
+def test_eps_of_a_kernel():
+    class Norm(nn.Module):
+        def __init__(self, name, eps):
+            super().__init__()
+            self.name = name
+            setattr(self, name, eps)
+
+        def forward(self, x):
+            return KernelNorm.apply(x, getattr(self, self.name))
+
+    for name, expected in (("eps", "tensor"), ("layer_norm_epsilon", "tensor"), ("offset", "none")):
+        net = nn.Sequential(nn.Linear(5, 8, bias=False), Norm(name, 1e-5), nn.ReLU(), nn.Linear(8, 4))
+        assert find(net, F.cross_entropy, pairs(*ROWS)).granularity["0.weight"] == expected
+
+
+def test_casts_to_float():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.norm, self.head = nn.Linear(5, 8, bias=False), nn.LayerNorm(8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            y = self.norm(self.a(x).float()).type(torch.float32)
+            return self.head(y.to(dtype=torch.float32) + torch.zeros(8, dtype=torch.float32))
+
+    found = find(Net(), F.cross_entropy, pairs(*ROWS))
+    assert found.dtype == torch.float64
+    assert found.cosine["a.weight"] < 1e-12
 
 
 def test_a_number_that_is_no_eps():

@@ -21,7 +21,7 @@ _EPS_AT = {
 }
 _ADDITIONS = ("__add__", "__radd__", "add", "add_")
 #: What is left of eps.
-_EPS = {torch.float64: 1e-16, torch.float32: 1e-9}
+_EPS = {torch.float64: 1e-20, torch.float32: 1e-9}
 #: A number up to this that is added to a tensor is an eps.
 _LARGEST_EPS = 1e-3
 _REAL = (torch.float16, torch.bfloat16, torch.float32)

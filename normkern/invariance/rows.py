@@ -37,18 +37,12 @@ class Rows:
         self._dots: dict[int, Tensor] = {}
         self._sizes: dict[int, Tensor] = {}
 
-    def add(self, draw: int, products: Tensor, w_sq: Tensor, g_sq: Tensor, change_sq: Tensor) -> None:
-        """One draw: w * g, w^2, g^2 of every entry; and the square of what a tiny step changes g by.
-
-        Rows whose gradient that changes by a hundredth have nothing but rounding, and are left out.
-        """
+    def add(self, draw: int, products: Tensor, w_sq: Tensor, g_sq: Tensor) -> None:
+        """One draw: w * g, w^2 and g^2 of every entry."""
         total = (w_sq.sum(dtype=torch.float64) * g_sq.sum(dtype=torch.float64)).sqrt()
         if total > 0:
-            of_g = self._view.sums(g_sq)
-            told = self._view.sums(change_sq) < 1e-4 * of_g
-            sizes = (self._view.sums(w_sq) * of_g).sqrt() / total
-            self._dots[draw] = (self._view.sums(products) / total).where(told, 0.0).cpu()
-            self._sizes[draw] = sizes.where(told, 0.0).cpu()
+            self._dots[draw] = (self._view.sums(products) / total).cpu()
+            self._sizes[draw] = ((self._view.sums(w_sq) * self._view.sums(g_sq)).sqrt() / total).cpu()
 
     def keep(self, draws: list[int]) -> None:
         """Forgets all draws but these."""

@@ -28,8 +28,10 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-5}
 _MOST = 1e-4
 #: Of the share that a parameter's |w| |g| has of the draw's largest: singular, beside the largest of those shares.
 _SINGULAR = 1e-5
-#: That little way, in relation to each entry.
-_NUDGE = 1e-6
+#: That little way, in relation to each entry: a few of float32's units in the last place.
+_NUDGE = 2e-7
+#: What is changed by more than this share there is nothing but rounding. A deep net changes its gradients by some too.
+_CHANGED = 0.3
 #: Standard deviations of the logarithms: of every entry, and of the scale of a parameter.
 _ENTRIES, _SCALES = 0.3, 0.5
 
@@ -53,8 +55,8 @@ def find(
     A copy of the model is tried, in the mode (training or eval) that the model is in; the model, its gradients, buffers
     and torch's generators stay as they are. Without eps: that of torch's norms, that which modules keep under such a
     name, and any number up to 1e-3 that is added to a tensor, is next to nothing meanwhile, and is otherwise no reason
-    to see a scale. The loss is computed in float64, also where the model casts to less, and in the model's dtype where
-    that fails (which a note tells).
+    to see a scale. The loss is computed in float64 (meanwhile torch's default dtype), also where the model casts to
+    less, and in the model's dtype where that fails (which a note tells). A scripted model keeps its eps and its casts.
 
     Args:
         model: with trainable parameters.
@@ -126,10 +128,11 @@ def _check(model: Any, batches: Any, granularity: Any, draws: Any, dtype: Any) -
 
 @dataclass
 class _Draw:
-    """What one draw has measured: per parameter <w,g> and |w| |g|; NaN where the loss did not use it."""
+    """What one draw has measured, per parameter: <w,g> and |w| |g|; NaN where the loss did not use it."""
 
     dots: Tensor
     sizes: Tensor
+    told: Tensor  # the gradient is more than rounding
 
 
 class _Search:
@@ -253,7 +256,8 @@ class _Search:
             w = self.trial.params[name].detach()
             dots.append(math.nan if g is None else float(_products(w, g).sum(dtype=torch.float64)))
             sizes.append(math.nan if g is None else float(w.norm()) * float(g.norm()))
-        return _Draw(torch.tensor(dots, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64))
+        told = torch.tensor([g is not None for g in grads])
+        return _Draw(torch.tensor(dots, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64), told)
 
     # ---- Single parameters -------------------------------------------------------------------------------------------
 
@@ -262,40 +266,40 @@ class _Search:
         most = 10**9 if most is None else most
         count = min(max(_DRAWS, len(self.batches)), most)
         self.used = dict.fromkeys(self.names, False)
-        seen, told = (torch.zeros(len(self.names), dtype=torch.long) for _ in range(2))  # draws with a gradient
-        rounding = torch.zeros(len(self.names), dtype=torch.long)  # those with <w,g> of rounding, less the others
+        rounding = torch.zeros(len(self.names), dtype=torch.long)  # draws with <w,g> of nothing else, less the others
         if self.by_row:
             for name, p in self.trial.params.items():
                 self.rows[name] = {d: Rows(view) for d, view in views(self.trial.model, name, p).items()}
         while True:
             grads = self._draw(self.names)
+            others, again = self._draw_again(self.names)
             draw = self._record(self.names, grads)
-            others, other_draw = self._draw_again(self.names)
-            # A gradient that so small a step changes by a hundredth is nothing but rounding.
-            pairs = zip(grads, others, strict=True)
-            is_told = torch.tensor([g is not None and h is not None and _relative(g - h, g) < 0.01 for g, h in pairs])
-            seen += draw.sizes > 0
-            told += (draw.sizes > 0) & is_told
-            rounding += torch.where((draw.dots - other_draw.dots).abs() > 0.3 * draw.dots.abs(), 1, -1)
-            self.draws.append(_Draw(draw.dots.where(is_told, 0.0), draw.sizes.where(is_told, 0.0)))
-            for name, g, h, fine in zip(self.names, grads, others, is_told.tolist(), strict=True):
+            self.draws.append(draw)
+            rounding += torch.where((draw.dots - again.dots).abs() > _CHANGED * draw.dots.abs(), 1, -1)
+            for i, (name, g, h) in enumerate(zip(self.names, grads, others, strict=True)):
                 self.used[name] |= g is not None
-                if g is not None and h is not None and fine and self.rows.get(name):
+                if g is None or h is None:
+                    continue
+                draw.told[i] = bool((g - h).norm() < _CHANGED * g.norm())
+                if self.rows.get(name):
                     w = self.trial.params[name].detach()
-                    entries = _products(w, g), _products(w, w), _products(g, g), _products(g - h, g - h)
+                    entries = _products(w, g), _products(w, w), _products(g, g)
                     for rows in self.rows[name].values():
                         rows.add(len(self.draws) - 1, *entries)
-            if self.drawn >= count:
-                regular = self._regular()
-                if len(regular) >= min(count, 4) or self.drawn >= min(3 * count, most):
-                    break
+            if self.drawn < count:
+                continue
+            _, sizes = self._table(list(range(len(self.names))))
+            told = torch.stack([d.told for d in self.draws])
+            # Rounding may be about the same number twice, but not most of the time.
+            self.live = 2 * told.sum(0) > (sizes > 0).sum(0)
+            regular = self._regular()
+            if len(regular) >= min(count, 4) or self.drawn >= min(3 * count, most):
+                break
         self.draws = [self.draws[r] for r in regular]
         for table in self.rows.values():
             for rows in table.values():
                 rows.keep(regular)
         dots, sizes = self._table(list(range(len(self.names))))
-        # Now and then rounding is the same number twice, but not in every draw.
-        self.live = ((told > 1) | ((told == 1) & (seen == 1))) & (sizes > 0).any(0)
         self.worst = torch.where(sizes > 0, dots.abs() / sizes, 0.0).amax(0)
         self.allowed = torch.where((rounding > 0) & (self.worst <= _MOST), _MOST, self.tolerance)
         self.single = self.worst <= self.allowed
@@ -324,8 +328,8 @@ class _Search:
                 )
                 return
             part = self._record(names, self._draw(names))
-            draw = _Draw(torch.zeros(len(self.names)).double(), torch.zeros(len(self.names)).double())
-            draw.dots[self.left], draw.sizes[self.left] = part.dots, part.sizes
+            draw = _Draw(*(torch.zeros(len(self.names)).to(x.dtype) for x in (part.dots, part.sizes, part.told)))
+            draw.dots[self.left], draw.sizes[self.left], draw.told[self.left] = part.dots, part.sizes, part.told
             self.draws.append(draw)
             self.draws = [self.draws[r] for r in self._regular()]
         vectors = nullspace.simplest_basis(space)
@@ -342,13 +346,14 @@ class _Search:
         self.compensating = [{names[i]: x for i, x in enumerate(v) if x} for v in others]
 
     def _regular(self) -> list[int]:
-        """Draws in which no gradient is next to nothing beside what it is in others.
+        """Draws in which no gradient is rounding, or next to nothing, that is not in others.
 
         Those have met a singular point, such as a norm of constants, where rounding and what is left of eps decide.
         """
         _, sizes = self._table(list(range(len(self.names))))
         shares = sizes / sizes.amax(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
-        singular = ((shares > 0) & (shares < _SINGULAR * shares.amax(0))).any(1)
+        told = torch.stack([d.told for d in self.draws]) & (shares >= _SINGULAR * shares.amax(0))
+        singular = (self.live & (shares > 0) & ~told).any(1)
         return [r for r, x in enumerate(singular.tolist()) if not x] or list(range(len(self.draws)))
 
     def _table(self, which: list[int]) -> tuple[Tensor, Tensor]:
@@ -446,11 +451,6 @@ class _Search:
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Of entries, whose sum is the inner product of real numbers."""
     return (a * b.conj()).real if a.is_complex() else a * b
-
-
-def _relative(change: Tensor, x: Tensor) -> float:
-    size = float(x.norm())
-    return float(change.norm()) / size if size else 0.0
 
 
 def _worst(dots: Tensor, sizes: Tensor) -> float:
