@@ -46,7 +46,8 @@ def run(maker: Maker, dtype: torch.dtype, pairs: bool = False) -> tuple[Step, Ar
         before = [w.clone() for w in exact]
         reference.sgd_(exact, grads, buffers, **rule)
         for p, g in zip(given.params, grads, strict=True):
-            p.grad.copy_(g * step.true_scale())  # type: ignore[union-attr]  # some peers add the decay to the user's
+            # Anew at each step: some peers add the decay to the user's gradients.
+            p.grad.copy_(g * step.true_scale())  # type: ignore[union-attr]  # arrays always have one
         step.run()
     step.write_back()
     with torch.no_grad():

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .options import BUFFER, check_decay, check_gauge, place
+from .kinds import has_values
+from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_gauge, place
 
-#: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
-#: norms whose running statistics follow the weights.
-GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"
 #: |<w,g>| / (|w| |g|) above which a loss sees the scale of w.
 _COSINE = 1e-3
 _NO_NORMS: list[tuple[Tensor, Tensor]] = []
@@ -185,16 +183,11 @@ def _sums(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[float
     rows = []
     for p, g in zip(params, grads, strict=True):
         w, g = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (p.detach(), g.detach()))
-        if any(x.is_meta or _is_fake(x) for x in (w, g)):
+        if not has_values(w) or not has_values(g):
             return None
         rows.append(gradient_sums(w, g, "tensor")[0, [0, 2, 3]].tolist())
     dots, w_sq, g_sq = zip(*rows, strict=True)
     return list(dots), list(w_sq), list(g_sq)
-
-
-def _is_fake(x: Tensor) -> bool:
-    loaded = sys.modules.get("torch._subclasses.fake_tensor")
-    return loaded is not None and isinstance(x, loaded.FakeTensor)
 
 
 def _name(options: dict[str, Any], i: int) -> str:

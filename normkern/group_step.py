@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
 from torch.optim.optimizer import _device_dtype_check_for_fused
 from torch.optim.sgd import sgd as torch_sgd
 
 from . import ops
-from .exponential import GAUGE, GroupGauge
-from .options import BUFFER, number, place
+from .exponential import GroupGauge
+from .kinds import has_values, is_a, somebody_watches
+from .options import BUFFER, GAUGE, number, place
 
 _log = logging.getLogger("normkern")
 
@@ -278,22 +276,6 @@ def with_torch_sums(table: Tensor, groups: list[GroupStep]) -> Tensor:
     return table
 
 
-def has_values(x: Tensor) -> bool:
-    """Not a meta or fake tensor, and nobody looks on: there is something to measure."""
-    return not x.is_meta and not somebody_watches() and not _is_a(x, "torch._subclasses.fake_tensor", "FakeTensor")
-
-
-def somebody_watches() -> bool:
-    """A dispatch mode (make_fx, FakeTensorMode) or a torch.func transform wants to see every operation on a tensor."""
-    return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
-
-
-def _is_a(x: Any, module: str, name: str) -> bool:
-    """isinstance, without an import: where nobody imported the module there are no such objects."""
-    loaded = sys.modules.get(module)
-    return loaded is not None and isinstance(x, getattr(loaded, name))
-
-
 def _share_memory(a: Tensor, b: Tensor) -> bool:
     if a is b:
         return True
@@ -311,7 +293,7 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _is_dtensor(x: Any) -> bool:
-    return _is_a(x, "torch.distributed.tensor", "DTensor")
+    return is_a(x, "torch.distributed.tensor", "DTensor")
 
 
 def _shard(x: Any, like: Any) -> Tensor:

@@ -17,9 +17,10 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import ops
-from .exponential import GAUGE, NORM_BUFFERS, SCALE_INVARIANT, norm_buffers, warn_of_norms
-from .group_step import GroupStep, somebody_watches, with_torch_sums
-from .options import BUFFER, check_decay, check_options, check_state
+from .exponential import norm_buffers, warn_of_norms
+from .group_step import GroupStep, with_torch_sums
+from .kinds import somebody_watches
+from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_options, check_state
 from .stats import StepStats
 
 

@@ -12,6 +12,9 @@ from . import ops
 
 #: The entry of an optimizer's state that holds a parameter's momentum buffer; torch's name.
 BUFFER = "momentum_buffer"
+#: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
+#: norms whose running statistics follow the weights.
+GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 
 
@@ -49,10 +52,10 @@ def check_options(group: dict[str, Any], where: str) -> None:
         number(group[name], name, where)
     ops.stats_code(group["stats"], where)
     check_decay(group["decay"], where)
-    if not (isinstance(group.get("scale_invariant"), bool) or group.get("scale_invariant") is None):
-        raise ValueError(f"{where}: scale_invariant expected True, False or None, got {group['scale_invariant']!r}")
-    if "gauge" in group:
-        check_gauge(group["gauge"], where)
+    if not (isinstance(group.get(SCALE_INVARIANT), bool) or group.get(SCALE_INVARIANT) is None):
+        raise ValueError(f"{where}: scale_invariant expected True, False or None, got {group[SCALE_INVARIANT]!r}")
+    if GAUGE in group:
+        check_gauge(group[GAUGE], where)
 
 
 def check_gauge(gauge: Any, where: str) -> None:

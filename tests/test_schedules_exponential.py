@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_weight import SIZE, forms, gradient, one, the
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
@@ -20,7 +21,7 @@ import normkern
 from normkern import EquivalentExponentialLR, ops
 from normkern.theory import exponential_factor
 
-STEPS, SIZE, DECAY = 400, 12, 0.02
+STEPS, DECAY = 400, 0.02
 OPTIMIZERS = {"torch": torch.optim.SGD, "ours": normkern.SGD}
 both = pytest.mark.parametrize("kind", OPTIMIZERS.values(), ids=OPTIMIZERS)
 patient = settings(deadline=None, max_examples=50)
@@ -39,29 +40,6 @@ def unsteady(t):
 
 
 SCHEDULES = {"constant": None, "step": step_decay, "cosine": cosine, "random": unsteady}
-
-
-def forms(steps=STEPS, size=SIZE):
-    """The loss of step t is <v, A_t v> with v = w/|w|."""
-    a = torch.randn(steps, size, size, dtype=torch.float64)
-    return (a + a.mT) / 2
-
-
-def gradient(w, a):
-    norm = w.norm()
-    v = w / norm
-    av = a @ v
-    return 2 * (av - v * (v @ av)) / norm
-
-
-def one(kind=torch.optim.SGD, w=None, dtype=torch.float64, **options):
-    """An optimizer of one parameter."""
-    w = torch.linspace(-1, 2, SIZE, dtype=dtype) if w is None else w
-    return kind([nn.Parameter(w.clone())], **{"lr": 0.1, **options})
-
-
-def the(opt):
-    return opt.param_groups[0]["params"][0]
 
 
 def advance(opt, a, scheduler=None):

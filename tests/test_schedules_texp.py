@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_weight import SIZE, forms, gradient, one, the
 from torch import nn
 from torch.optim import lr_scheduler as lrs
 
@@ -15,31 +16,9 @@ import normkern
 from normkern import TEXP, EquivalentExponentialLR, SvagSchedule
 from normkern.theory import exponential_factor
 
-STEPS, SIZE, DECAY, MILESTONES = 400, 12, 0.01, [130, 265]
+STEPS, DECAY, MILESTONES = 400, 0.01, [130, 265]
 MOMENTUM = {"momentum": 0.9}
 BUFFER = "momentum_buffer"
-
-
-def forms(steps=STEPS):
-    a = torch.randn(steps, SIZE, SIZE, dtype=torch.float64)
-    return (a + a.mT) / 2
-
-
-def gradient(w, a):
-    """Of <v, a v>, v = w/|w|."""
-    norm = w.norm()
-    v = w / norm
-    av = a @ v
-    return 2 * (av - v * (v @ av)) / norm
-
-
-def one(kind=torch.optim.SGD, w=None, dtype=torch.float64, **options):
-    w = torch.linspace(-1, 2, SIZE, dtype=dtype) if w is None else w
-    return kind([nn.Parameter(w.clone())], **{"lr": 0.1, **options})
-
-
-def the(opt):
-    return opt.param_groups[0]["params"][0]
 
 
 def step_decay(t):

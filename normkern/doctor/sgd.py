@@ -110,7 +110,7 @@ def compare(options: dict[str, Any], dtype: torch.dtype, written: Written, allow
 
     stored = written.tensors["w"].double()
     exact, off = step_sums(
-        scale * w, exact_g / scale, after * stored, size_g / scale, scale * w.abs() + 2 * size_w / gauge_keep(gauge)
+        scale * w, exact_g / scale, after * stored, size_g / scale, scale * w.abs() + 2 * size_w / _keep(gauge)
     )
     if l is None:
         found.append(sums_difference(ops.SUMS, written.sums, exact, off))
@@ -154,7 +154,7 @@ def _values(options: dict[str, Any], dtype: torch.dtype) -> list[Tensor]:
     return [x.nan_to_num(nan=1.0, posinf=1.0, neginf=-1.0) for x in given]
 
 
-def gauge_keep(gauge: ops.GaugeStep | None) -> float:
+def _keep(gauge: ops.GaugeStep | None) -> float:
     return 1.0 if gauge is None else gauge.keep
 
 

@@ -1,0 +1,26 @@
+"""What a tensor is besides a tensor: one with values, one that somebody watches, one of a class nobody imported."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+
+
+def has_values(x: Tensor) -> bool:
+    """Not a meta or fake tensor, and nobody looks on: there is something to measure."""
+    return not x.is_meta and not somebody_watches() and not is_a(x, "torch._subclasses.fake_tensor", "FakeTensor")
+
+
+def somebody_watches() -> bool:
+    """A dispatch mode (make_fx, FakeTensorMode) or a torch.func transform wants to see every operation on a tensor."""
+    return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
+
+
+def is_a(x: Any, module: str, name: str) -> bool:
+    """isinstance, without an import: where nobody imported the module there are no such objects."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(x, getattr(loaded, name))
