@@ -38,6 +38,7 @@ try:
     from .moments import RunningMoments
     from .noise import Noise, noise_from_pair
     from .optim import SGD
+    from .persample import GradientNoise, GradientNoiseResult
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
     from .stats import StepStats
     from .svag import SVAG, svag_combine_
@@ -57,6 +58,8 @@ __all__ = [
     "AutoRateMonitor",
     "EquilibriumMonitor",
     "EquivalentExponentialLR",
+    "GradientNoise",
+    "GradientNoiseResult",
     "InvarianceMonitor",
     "Noise",
     "PowerDecayLR",
