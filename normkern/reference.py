@@ -151,6 +151,20 @@ def welford_(
     return torch.cat(table) if stats else None
 
 
+@torch.no_grad()
+def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`ops.outer_moments`."""
+    real = _real_dtype(a)
+    return contribution_sums(torch.einsum("bto,bti->boi", g.to(real), a.to(real)), squares)
+
+
+def contribution_sums(c: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Total, sum of squared deviations and squared norms of contributions c (B, ...)."""
+    total = c.sum(0)
+    centred = (c - total / max(len(c), 1)).square().sum(0) if squares else None
+    return total, centred, c.double().flatten(1).square().sum(1)
+
+
 def gradient_sums(g1: Tensor, g2: Tensor, stats: Stats) -> Tensor:
     """<g1,g2>, |g1-g2|^2, |g1|^2, |g2|^2 over the tensor or each row: (slots, 4) float64."""
     shape = (_slots(g1, stats), -1) if g1.numel() else (_slots(g1, stats), 0)

@@ -5,6 +5,9 @@
 #include "simd.h"
 
 namespace nk::cpu::NK_ISA {
+
+void outer(const Outer&, const Block&);  // outer.cpp
+
 namespace {
 
 using Lanes = Eight<double>;
@@ -292,6 +295,7 @@ template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<St
   (fill_row<All>(isa.run[r++], StorageTypes{}), ...);
   r = 0;
   (fill_pair_row<Steps>(isa.run_pair[r++], StorageTypes{}), ...);
+  isa.outer = outer;
   return isa;
 }
 
