@@ -76,6 +76,17 @@ struct Outer {
   SampleSums sums;
 };
 
+// c_b[o, i, k] = sum_h g_b[o, h] x_b[i, h stride + k dilation - padding] within each of `groups` groups, x being zero
+// outside. Three space dimensions, the first ones 1 where there are fewer; the last one is dense.
+struct Conv {
+  DType dtype;
+  int64_t batch, groups, outputs, inputs;  // channels of one group
+  int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
+  const void *x, *g;
+  int64_t x_sample, x_channel, x_space[2], g_sample, g_channel, g_space[2];
+  SampleSums sums;  // (groups outputs, inputs, *kernel)
+};
+
 namespace cpu {
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*),
                             void* context);
@@ -89,6 +100,7 @@ bool select_isa(const char* name);            // false: not one of them
 void run(const Chunk* chunks, int64_t count, int64_t coordinates);
 
 void outer_moments(const Outer&);
+void conv_moments(const Conv&);
 }  // namespace cpu
 
 }  // namespace nk

@@ -14,7 +14,7 @@ View taken(const char* op, const char* name, const py::object& argument, const c
   if (!v)
     throw py::type_error(std::string(op) + ": " + name + " is " + describe(argument.ptr()) +
                          "; expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu");
-  if (v->ndim != ndim)
+  if (ndim && v->ndim != ndim)
     throw py::value_error(std::string(op) + ": " + name + " expected shape " + shape + ", got " + shape_text(*v));
   return *v;
 }
@@ -36,6 +36,54 @@ OuterViews outer_views(const py::object& a, const py::object& g) {
   if (v.a.shape[0] != v.g.shape[0] || v.a.shape[1] != v.g.shape[1])
     throw py::value_error(std::string(op) + ": g has shape " + shape_text(v.g) + " but a has " + shape_text(v.a) +
                           "; expected the same (B, T)");
+  return v;
+}
+
+// Dimensions that there are not have size 1.
+struct ConvViews {
+  View x, g;
+  int64_t kernel[3] = {1, 1, 1}, stride[3] = {1, 1, 1}, padding[3] = {0, 0, 0}, dilation[3] = {1, 1, 1};
+};
+
+std::string text(const py::object& o) { return py::repr(o); }
+
+void read(const char* name, const py::object& from, int dims, int64_t least, int64_t* to) {
+  const bool is_tuple = py::isinstance<py::tuple>(from) || py::isinstance<py::list>(from);
+  bool fits = is_tuple && (int)py::len(from) == dims;
+  for (int d = 0; fits && d < dims; d++) {
+    const py::object one = from[py::int_(d)];
+    fits = PyLong_Check(one.ptr()) && !PyBool_Check(one.ptr());
+    const long long value = fits ? PyLong_AsLongLong(one.ptr()) : 0;
+    if (PyErr_Occurred()) PyErr_Clear(), fits = false;
+    fits = fits && value >= least;
+    to[3 - dims + d] = value;
+  }
+  if (!fits)
+    throw py::value_error(std::string("conv_moments: ") + name + " expected " + std::to_string(dims) +
+                          " whole numbers" + (least == 1 ? " from 1" : "") + ", one for each space dimension, got " +
+                          text(from));
+}
+
+ConvViews conv_views(const py::object& x, const py::object& g, const ConvNumbers& numbers) {
+  constexpr const char* op = "conv_moments";
+  ConvViews v{taken(op, "x", x, "", 0), {}};
+  if (v.x.ndim < 3 || v.x.ndim > 5)
+    throw py::value_error("conv_moments: x expected shape (B, C, *space) with 1 to 3 space dimensions, got " +
+                          shape_text(v.x));
+  v.g = taken(op, "g", g, v.x.ndim == 3 ? "(B, O, L)" : v.x.ndim == 4 ? "(B, O, H, W)" : "(B, O, D, H, W)", v.x.ndim);
+  check_dtype(op, v.g, g, "g", v.x, x, "x");
+  if (v.x.shape[0] != v.g.shape[0])
+    throw py::value_error("conv_moments: g has shape " + shape_text(v.g) + " but x has " + shape_text(v.x) +
+                          "; expected the same B");
+  const int dims = v.x.ndim - 2;
+  read("kernel_size", numbers.kernel_size, dims, 1, v.kernel);
+  read("stride", numbers.stride, dims, 1, v.stride);
+  read("padding", numbers.padding, dims, INT64_MIN, v.padding);
+  read("dilation", numbers.dilation, dims, 1, v.dilation);
+  if (numbers.groups < 1 || v.x.shape[1] % numbers.groups || v.g.shape[1] % numbers.groups)
+    throw py::value_error("conv_moments: groups expected a divisor of the channels of x and of g, " +
+                          std::to_string(v.x.shape[1]) + " and " + std::to_string(v.g.shape[1]) + ", got " +
+                          std::to_string(numbers.groups));
   return v;
 }
 
@@ -82,6 +130,50 @@ void outer_moments(const py::object& a, const py::object& g, const py::object& t
   std::optional<py::gil_scoped_release> released;
   if (batch * steps * outputs * inputs > kReleaseGil) released.emplace();
   cpu::outer_moments(outer);
+}
+
+std::vector<int64_t> conv_shape(const py::object& x, const py::object& g, const ConvNumbers& numbers) {
+  const ConvViews v = conv_views(x, g, numbers);
+  std::vector<int64_t> shape{v.g.shape[1], v.x.shape[1] / numbers.groups};
+  shape.insert(shape.end(), v.kernel + 5 - v.x.ndim, v.kernel + 3);
+  return shape;
+}
+
+void conv_moments(const py::object& x, const py::object& g, const ConvNumbers& numbers, const py::object& total,
+                  const py::object& centred, const py::object& sq_norms) {
+  const ConvViews v = conv_views(x, g, numbers);
+  const int dims = v.x.ndim - 2;
+  Conv conv{};
+  conv.dtype = v.x.dtype;
+  conv.batch = v.x.shape[0];
+  conv.groups = numbers.groups;
+  conv.outputs = v.g.shape[1] / numbers.groups, conv.inputs = v.x.shape[1] / numbers.groups;
+  std::copy(v.kernel, v.kernel + 3, conv.kernel);
+  std::copy(v.stride, v.stride + 3, conv.stride);
+  std::copy(v.padding, v.padding + 3, conv.padding);
+  std::copy(v.dilation, v.dilation + 3, conv.dilation);
+  conv.x = v.x.data, conv.x_sample = v.x.strides[0], conv.x_channel = v.x.strides[1];
+  conv.g = v.g.data, conv.g_sample = v.g.strides[0], conv.g_channel = v.g.strides[1];
+  for (int d = 0; d < 3; d++) {
+    const int from = d - 3 + v.x.ndim;
+    conv.in[d] = d < 3 - dims ? 1 : v.x.shape[from];
+    conv.out[d] = d < 3 - dims ? 1 : v.g.shape[from];
+    if (d == 2) {
+      for (const View& y : {v.x, v.g})
+        if (y.shape[from] > 1 && y.strides[from] != 1)
+          throw py::value_error(
+              "conv_moments: expected operands that are dense along their last dimension, got a stride of " +
+              std::to_string(y.strides[from]));
+    } else if (d >= 3 - dims) {
+      conv.x_space[d] = v.x.strides[from], conv.g_space[d] = v.g.strides[from];
+    }
+  }
+  int64_t size = v.g.shape[1] * conv.inputs, positions = conv.out[0] * conv.out[1] * conv.out[2];
+  for (int64_t k : conv.kernel) size *= k;
+  conv.sums = sample_sums("conv_moments", conv.dtype, size, conv.batch, total, centred, sq_norms);
+  std::optional<py::gil_scoped_release> released;
+  if (conv.batch * positions * size > kReleaseGil) released.emplace();
+  cpu::conv_moments(conv);
 }
 
 }  // namespace nk

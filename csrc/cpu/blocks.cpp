@@ -6,6 +6,8 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #include "share.h"
@@ -15,6 +17,8 @@ namespace {
 
 // Below this many multiply-adds one thread is faster than waking the pool.
 constexpr int64_t kSerial = 1 << 17;
+constexpr int64_t kMostTileRows = 14;
+constexpr int64_t kRoomBytes = 16 * 64;  // what rounding to cache lines adds
 constexpr int64_t kMostUnitCols = 512 / kUnitCols;
 constexpr int64_t kMostRows = 512;
 constexpr int64_t kChunkSteps = 256;  // rows of the operands per chunk, if they are of several samples
@@ -98,45 +102,161 @@ void set_zero(const SampleSums& sums, int64_t bytes, int64_t batch) {
   std::fill(sums.sq_norms, sums.sq_norms + batch, 0.0);
 }
 
+// ---- The tasks ----------------------------------------------------------------------------------------------------
+
+// What a call sums, whatever it is made of.
+struct Call {
+  DType dtype;
+  int64_t batch, size, work;  // coordinates of the output, multiply-adds
+  const SampleSums& sums;
+};
+
+// `rooms(block, rows, cols)` says how much scratch of its own a block of so many takes, `one(block)` runs it.
+template <class AnyBlock, class Rooms, class One>
+void run_blocks(const Call& call, AnyBlock all, int64_t runs, int64_t cols, int64_t groups, Rooms rooms, One one) {
+  const int64_t row_units = runs * all.units_per_run(), col_units = parts(cols, kUnitCols);
+  const Grid grid = cut(row_units, all.unit_rows, col_units, groups);
+  const int64_t most_rows = all.unit_rows * parts(row_units, grid.rows);
+  const int64_t most_cols = kUnitCols * parts(col_units, grid.cols);
+  rooms(all, most_rows, most_cols);
+  all.tile_room = most_rows * most_cols * (1 + (call.sums.centred != nullptr) + all.is_split);
+  const int64_t bytes = all.own_bytes + 8 * kUnitCols * all.samples + kRoomBytes +
+                        item(call.dtype) * (all.row_room + all.col_room + all.tile_room +
+                                            (kUnitCols + 2) * all.samples + kMostTileRows * kUnitCols);
+  const int64_t blocks = grid.rows * grid.cols, count = blocks * groups;
+  std::vector<double> norms(count * call.batch);
+  share(count, call.work > kSerial, [&](int64_t task) {
+    AnyBlock block = all;
+    const int64_t i = task % grid.rows, j = task / grid.rows % grid.cols;
+    block.group = task / blocks;
+    block.first_unit = i * row_units / grid.rows;
+    block.units = (i + 1) * row_units / grid.rows - block.first_unit;
+    block.col = j * col_units / grid.cols * kUnitCols;
+    block.cols = std::min(cols, (j + 1) * col_units / grid.cols * kUnitCols) - block.col;
+    block.scratch = thread_scratch(bytes);
+    block.sq_norms = norms.data() + task * call.batch;
+    one(block);
+  });
+  for (int64_t b = 0; b < call.batch; b++) {
+    double sum = 0;
+    for (int64_t task = 0; task < count; task++) sum += norms[task * call.batch + b];
+    call.sums.sq_norms[b] = sum;
+  }
+}
+
+// ---- Convolutions -------------------------------------------------------------------------------------------------
+
+bool is_pointwise(const Conv& conv) {
+  for (int d = 0; d < 3; d++)
+    if (conv.kernel[d] != 1 || conv.stride[d] != 1 || conv.padding[d] != 0 || conv.in[d] != conv.out[d]) return false;
+  return true;
+}
+
+// Without a window x and g are the same kind of thing: what there is more of fills the columns.
+Conv swapped(const Conv& conv) {
+  Conv other = conv;
+  std::swap(other.x, other.g);
+  std::swap(other.x_sample, other.g_sample);
+  std::swap(other.x_channel, other.g_channel);
+  std::swap(other.x_space, other.g_space);
+  std::swap(other.inputs, other.outputs);
+  return other;
+}
+
+// Registers of multiply-adds per position. Where rows are as wide as columns every one of them loads a register, and
+// runs half as fast; so does a tile of a few rows.
+Columns best_columns(const Conv& conv, int64_t taps) {
+  const int64_t inputs = conv.inputs, outputs = conv.outputs, groups = conv.groups;
+  const int64_t by_outputs = groups * inputs * taps * parts(outputs, kUnitCols);
+  const int64_t by_groups = 2 * outputs * inputs * taps * parts(groups, kUnitCols);
+  const int64_t by_inputs = 2 * groups * outputs * std::max<int64_t>(taps, 4) * parts(inputs, kUnitCols);
+  if (by_outputs <= std::min(by_groups, by_inputs)) return Columns::outputs;
+  return by_groups <= by_inputs ? Columns::groups : Columns::inputs;
+}
+
+void set_window(const Conv& conv, ConvBlock& block) {
+  for (int d = 0; d < 3; d++) {
+    const int64_t step = conv.kernel[d] > 1 ? std::gcd(conv.stride[d], conv.dilation[d]) : conv.stride[d];
+    block.step[d] = step;
+    block.stride[d] = conv.stride[d] / step;
+    block.dilation[d] = conv.kernel[d] > 1 ? conv.dilation[d] / step : 1;
+  }
+}
+
 }  // namespace
 
 void outer_moments(const Outer& outer) {
   const int64_t size = outer.outputs * outer.inputs, work = outer.batch * outer.steps * size;
   if (work == 0) return set_zero(outer.sums, size * item(outer.dtype), outer.batch);
-  Block all{};
+  Block block{};
   const int64_t extent[3] = {1, 1, outer.steps};
-  cut_steps(extent, outer.batch, all);
-  all.unit_rows = kUnitRows;
-  all.run_rows = outer.outputs;
-  const int64_t row_units = all.units_per_run(), col_units = parts(outer.inputs, kUnitCols);
-  const Grid grid = cut(row_units, kUnitRows, col_units, 1);
-  const int64_t rows = kUnitRows * parts(row_units, grid.rows), cols = kUnitCols * parts(col_units, grid.cols);
-  const int64_t chunk = all.samples * all.box[2], count = grid.rows * grid.cols;
-  all.row_room = rows * chunk;
-  all.col_room = cols * chunk;
-  all.tile_room = rows * cols * (1 + (outer.sums.centred != nullptr) + all.is_split);
-
-  const int64_t fixed =
-      8 * kUnitCols * all.samples + item(outer.dtype) * ((kUnitCols + 2) * all.samples + 14 * kUnitCols);
-  const int64_t bytes = fixed + item(outer.dtype) * (all.row_room + all.col_room + all.tile_room) + 8 * 64;
-  std::vector<double> norms(count * outer.batch);
+  cut_steps(extent, outer.batch, block);
+  block.unit_rows = kUnitRows;
+  block.run_rows = outer.outputs;
   const Isa& isa = table();
-  share(count, work > kSerial, [&](int64_t task) {
-    Block block = all;
-    const int64_t i = task % grid.rows, j = task / grid.rows;
-    block.first_unit = i * row_units / grid.rows;
-    block.units = (i + 1) * row_units / grid.rows - block.first_unit;
-    block.col = j * col_units / grid.cols * kUnitCols;
-    block.cols = std::min(outer.inputs, (j + 1) * col_units / grid.cols * kUnitCols) - block.col;
-    block.scratch = thread_scratch(bytes);
-    block.sq_norms = norms.data() + task * outer.batch;
-    isa.outer(outer, block);
-  });
-  for (int64_t b = 0; b < outer.batch; b++) {
-    double sum = 0;
-    for (int64_t task = 0; task < count; task++) sum += norms[task * outer.batch + b];
-    outer.sums.sq_norms[b] = sum;
+  run_blocks(
+      {outer.dtype, outer.batch, size, work, outer.sums}, block, 1, outer.inputs, 1,
+      [](Block& block, int64_t rows, int64_t cols) {
+        block.row_room = rows * block.samples * block.box[2];
+        block.col_room = cols * block.samples * block.box[2];
+      },
+      [&](const Block& block) { isa.outer(outer, block); });
+}
+
+void conv_moments(const Conv& asked) {
+  int64_t taps = 1, positions = 1;
+  for (int d = 0; d < 3; d++) taps *= asked.kernel[d], positions *= asked.out[d];
+  const int64_t size = asked.groups * asked.outputs * asked.inputs * taps, work = asked.batch * positions * size;
+  if (work == 0 || asked.in[0] * asked.in[1] * asked.in[2] == 0)
+    return set_zero(asked.sums, size * item(asked.dtype), asked.batch);
+  const bool swaps = is_pointwise(asked) &&
+                     asked.outputs * parts(asked.inputs, kUnitCols) < asked.inputs * parts(asked.outputs, kUnitCols);
+  const Conv conv = swaps ? swapped(asked) : asked;
+
+  ConvBlock block{};
+  cut_steps(conv.out, conv.batch, block);
+  set_window(conv, block);
+  block.columns = best_columns(conv, taps);
+  block.taps = taps;
+  block.unit_rows = kUnitLines;
+  // Of the output as asked for: (groups, outputs, inputs, taps).
+  const int64_t of_input = taps, of_output = asked.inputs * taps, of_group = asked.outputs * of_output;
+  const int64_t to_input = swaps ? of_output : of_input, to_output = swaps ? of_input : of_output;
+  block.out_group = of_group;
+  int64_t runs = conv.outputs, cols = 0, groups = conv.groups;
+  switch (block.columns) {
+    case Columns::outputs:
+      runs = 1, cols = conv.outputs;
+      block.run_rows = conv.inputs * taps;
+      block.out_row = taps == 1 ? to_input : 1, block.out_col = to_output;
+      break;
+    case Columns::groups:
+      cols = conv.groups, groups = 1;
+      block.run_rows = conv.inputs * taps;
+      block.out_run = to_output, block.out_row = taps == 1 ? to_input : 1, block.out_col = of_group;
+      break;
+    case Columns::inputs:
+      cols = conv.inputs;
+      block.run_rows = taps;
+      block.out_run = to_output, block.out_row = 1, block.out_col = to_input;
+      break;
   }
+  const Isa& isa = table();
+  run_blocks(
+      {conv.dtype, conv.batch, size, work, conv.sums}, block, runs, cols, groups,
+      [&](ConvBlock& block, int64_t rows, int64_t cols) {
+        int64_t steps = 1, window = 1;
+        for (int d = 0; d < 3; d++) steps *= block.box[d], window *= block.window(d, block.box[d], conv.kernel);
+        const bool wide_rows = block.columns != Columns::outputs, wide_cols = block.columns != Columns::inputs;
+        const int64_t run_rows = runs == 1 ? std::min(rows, block.run_rows) : block.run_rows;
+        const int64_t channels = std::min((run_rows - 1) / taps + 2, parts(block.run_rows, taps));
+        block.row_room = (wide_rows ? cols : 1) * block.samples * channels * window;
+        block.col_room = (wide_cols ? cols : 1) * std::min(runs, rows / block.unit_rows) * block.samples * steps;
+        block.plane_room = wide_rows ? kUnitCols * window : 0;
+        block.offset_room = run_rows;
+        block.own_bytes = item(conv.dtype) * block.plane_room + 8 * block.offset_room;
+      },
+      [&](const ConvBlock& block) { isa.conv(conv, block); });
 }
 
 }  // namespace nk::cpu

@@ -6,11 +6,13 @@
 namespace nk::cpu {
 
 struct Block;
+struct ConvBlock;
 
 struct Isa {
   void (*run[Rules::size][StorageTypes::size])(const Chunk&);
   void (*run_pair[StepRules::size][StorageTypes::size])(const Chunk&);
   void (*outer)(const Outer&, const Block&);
+  void (*conv)(const Conv&, const ConvBlock&);
 };
 
 #if defined(__x86_64__)

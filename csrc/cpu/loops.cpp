@@ -6,7 +6,8 @@
 
 namespace nk::cpu::NK_ISA {
 
-void outer(const Outer&, const Block&);  // outer.cpp
+void outer(const Outer&, const Block&);    // outer.cpp
+void conv(const Conv&, const ConvBlock&);  // conv.cpp
 
 namespace {
 
@@ -296,6 +297,7 @@ template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<St
   r = 0;
   (fill_pair_row<Steps>(isa.run_pair[r++], StorageTypes{}), ...);
   isa.outer = outer;
+  isa.conv = conv;
   return isa;
 }
 

@@ -47,9 +47,9 @@ template <class T> struct Matrices {
     return all_zero(tile.rows, steps * kRows) || all_zero(tile.cols, steps * kCols);
   }
 
-  void write(const R* from, int64_t n, R* out, int64_t unit, int64_t row, int64_t panel) const {
-    __builtin_memcpy(out + (first_row() + unit * kUnitRows + row) * outer.inputs + block.col + panel * kCols, from,
-                     n * sizeof(R));
+  void write(const R* from, int64_t n, int64_t width, R* out, int64_t unit, int64_t row, int64_t panel) const {
+    out += (first_row() + unit * kUnitRows + row) * outer.inputs + block.col + panel * kCols;
+    for (int64_t i = 0; i < n; i++) __builtin_memcpy(out + i * outer.inputs, from + i * kCols, width * sizeof(R));
   }
 };
 

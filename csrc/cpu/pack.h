@@ -1,7 +1,7 @@
 // pack.h - operands as the register tile reads them: panels [t][width], widened to the real type, zeros where there is
 // nothing.
 #pragma once
-#include "simd.h"
+#include "tile.h"
 
 namespace nk::cpu::NK_ISA {
 namespace {
@@ -58,6 +58,73 @@ void pack_rows(const T* from, int64_t sample, int64_t step, int64_t samples, int
         for (int64_t i = rest; i < P; i++) last[i] = 0;
       }
   }
+}
+
+// ---- What lies [column][t] in memory ------------------------------------------------------------------------------
+
+template <class V, int... I> NK_HD V zip_low(V a, V b, Numbers<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 * (int)sizeof...(I) + I / 2)...);
+}
+template <class V, int... I> NK_HD V zip_high(V a, V b, Numbers<I...>) {
+  return __builtin_shufflevector(a, b, (I % 2 * (int)sizeof...(I) + (int)sizeof...(I) / 2 + I / 2)...);
+}
+
+// A square of registers. Each round halves the distance between what must become neighbours.
+template <class R> NK_HD void transpose(Part<R> (&x)[kLane<R>]) {
+  constexpr int N = kLane<R>;
+  constexpr CountTo<N> lanes;
+#pragma GCC unroll 4
+  for (int round = 1; round < N; round *= 2) {
+    Part<R> y[N];
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; i++) {
+      y[2 * i] = zip_low(x[i], x[i + N / 2], lanes);
+      y[2 * i + 1] = zip_high(x[i], x[i + N / 2], lanes);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < N; i++) x[i] = y[i];
+  }
+}
+
+template <class T> NK_HD Part<Real<T>> load_part(const T* p) {
+  constexpr int N = kLane<Real<T>>;
+  Part<Real<T>> x;
+  if constexpr (sizeof(T) == sizeof(Real<T>)) {
+    __builtin_memcpy(&x, p, sizeof x);
+  } else if constexpr (N < kLanes) {
+    for (int i = 0; i < N; i++) x[i] = widened(p[i]);
+  } else {
+    x = load(p, Width<N>{}).part[0];
+  }
+  return x;
+}
+
+// A box of positions of up to kTileCols columns: [t][kTileCols].
+template <class T>
+void pack_planes(const T* from, int64_t column, int64_t columns, const int64_t (&box)[3], const int64_t (&space)[2],
+                 Real<T>* to) {
+  using R = Real<T>;
+  constexpr int N = kLane<R>, P = kTileCols<R>;
+  int64_t n[3] = {box[0], box[1], box[2]};
+  if (space[1] == n[2] || n[1] == 1) {  // as one long row, so that whole squares are more
+    n[2] *= n[1], n[1] = 1;
+    if (space[0] == n[2] || n[0] == 1) n[2] *= n[0], n[0] = 1;
+  }
+  for (int64_t d = 0; d < n[0]; d++)
+    for (int64_t h = 0; h < n[1]; h++) {
+      const T* row = from + d * space[0] + h * space[1];
+      int64_t w = 0;
+      for (; w + N <= n[2]; w += N)
+        for (int half = 0; half < P; half += N) {
+          Part<R> x[N];
+          for (int i = 0; i < N; i++) x[i] = half + i < columns ? load_part(row + (half + i) * column + w) : Part<R>{};
+          transpose<R>(x);
+          for (int i = 0; i < N; i++) __builtin_memcpy(to + (w + i) * P + half, &x[i], sizeof x[i]);
+        }
+      for (; w < n[2]; w++)
+        for (int i = 0; i < P; i++) to[w * P + i] = i < columns ? widened(row[i * column + w]) : 0;
+      to += n[2] * P;
+    }
 }
 
 }  // namespace

@@ -29,9 +29,9 @@ struct Box {
   int64_t steps() const { return n[0] * n[1] * n[2]; }
 };
 
-// Operands: kRows, the rows of its tiles; extent(d), the output positions; pack(b, samples, box); place(tile, row index
-// of the tile, its unit, its first row in the unit, column panel), which sets rows and cols; run(tile, rows);
-// is_zero(tile), of one sample of it; out(unit, row in the unit, column), where the element lies in the output.
+// Operands: kRows, the rows of its tiles; extent(d), the output positions; pack(b, samples, box); place(tile, its
+// index, its unit, its first row in the unit, its panel of columns), which sets rows and cols; run(tile, rows);
+// is_zero(tile), of the first sample of it; write(sums, rows, columns, to, unit, row, panel).
 template <class R, class Operands> class Sweep {
   static constexpr int kRows = Operands::kRows, kCols = kTileCols<R>;
 
@@ -148,12 +148,11 @@ template <class R, class Operands> class Sweep {
   void write(int64_t skip, R* out) {
     for (int64_t u = 0; u < block_.units; u++) {
       const int64_t rows = block_.rows_of_unit(block_.first_unit + u);
-      for (int64_t row = 0; row < rows; row++)
-        for (int64_t p = 0; p < panels_; p++) {
-          const int64_t i = p * block_.units * tiles_per_unit_ + u * tiles_per_unit_ + row / kRows;
-          const R* from = tiles_ + i * tile_size_ + skip + row % kRows * kCols;
+      for (int64_t p = 0; p < panels_; p++)
+        for (int64_t row = 0, i = u * tiles_per_unit_; row < rows; row += kRows, i++) {
+          const R* from = tiles_ + (p * block_.units * tiles_per_unit_ + i) * tile_size_ + skip;
           const int64_t n = block_.cols - p * kCols < kCols ? block_.cols - p * kCols : kCols;
-          operands_.write(from, n, out, u, row, p);
+          operands_.write(from, rows - row < kRows ? rows - row : kRows, n, out, u, row, p);
         }
     }
   }

@@ -15,7 +15,10 @@ template <class R> constexpr int kTileCols = 2 * kLane<R>;
 template <class R> using Register = Side<R, kLane<R>>;
 template <class R> using Part = typename Register<R>::Part;
 
-static_assert(kUnitRows % kTileRows == 0 && kUnitCols % kTileCols<float> == 0);
+// Of rows that are read where they lie each needs an address of its own, and there are 16 registers for those.
+constexpr int kTileLines = kRegister == 64 ? 9 : 6;
+
+static_assert(kUnitRows % kTileRows == 0 && kUnitLines % kTileLines == 0 && kUnitCols % kTileCols<float> == 0);
 
 // 0, 1, ..., N-1, for a table with a kernel for every number of rows.
 template <int... I> struct Numbers {};
@@ -118,6 +121,47 @@ template <class R, int M> void packed(const Tile<R>& tile) {
         c[i][1] = fma_part(x, y[1], c[i][1]);
       }
     }
+    close(tile, b, c);
+  }
+}
+
+// A box of positions, walked in row-major order, and what a step along each dimension adds to the address of a row.
+struct Walk {
+  int64_t n[3], row[3];
+};
+
+// c_b[i][j] = sum over the box of rows[i] cols[j]. Row i lies at rows + at[i]. Rows and columns are either numbers side
+// by side, or one that stands for all.
+template <class R, int M, bool kWideRows, bool kWideCols>
+void lines(const Tile<R>& tile, const int64_t* offsets, const Walk& walk) {
+  constexpr int64_t kCols = kTileCols<R>, kColStep = kWideCols ? kCols : 1;
+  int64_t at[M];
+  for (int i = 0; i < M; i++) at[i] = offsets[i];
+  for (int64_t b = 0; b < tile.samples; b++) {
+    Part<R> c[M][2];
+    open(tile, c);
+    const R *rows = tile.rows + b * tile.row_sample, *col = tile.cols + b * tile.col_sample;
+    for (int64_t d = 0; d < walk.n[0]; d++)
+      for (int64_t h = 0; h < walk.n[1]; h++) {
+        const R* row = rows + d * walk.row[0] + h * walk.row[1];
+        for (int64_t w = 0; w < walk.n[2]; w++, row += walk.row[2], col += kColStep) {
+          Part<R> y[2];
+          if constexpr (kWideCols)
+            __builtin_memcpy(y, col, sizeof y);
+          else
+            y[0] = y[1] = *col - Part<R>{};
+#pragma GCC unroll 16
+          for (int i = 0; i < M; i++) {
+            Part<R> x[2];
+            if constexpr (kWideRows)
+              __builtin_memcpy(x, row + at[i], sizeof x);
+            else
+              x[0] = x[1] = row[at[i]] - Part<R>{};
+            c[i][0] = fma_part(x[0], y[0], c[i][0]);
+            c[i][1] = fma_part(x[1], y[1], c[i][1]);
+          }
+        }
+      }
     close(tile, b, c);
   }
 }
