@@ -222,6 +222,17 @@ struct Welford {
   }
 };
 
+// Of the n-th sample c, with the sum of all n and 1/(n (n-1)) as share (0 for n = 1):
+//     total' = total + c,  centred' = centred + (n c - total')^2 / (n (n-1))
+// Youngs and Cramer 1971, Technometrics 13(3). Welford's sum without a division, and on the sum instead of the mean.
+struct YoungsCramer {
+  template <class R> static NK_HD void add(R& total, R& centred, R c, R minus_n, R share) {
+    total = total + c;
+    const R deviation = fma(minus_n, c, total);
+    centred = fma(share * deviation, deviation, centred);
+  }
+};
+
 // ---- What a step sums ---------------------------------------------------------------------------------------------
 //
 // w and g before the step, w_new as stored (after its rounding), u = w_new - w:

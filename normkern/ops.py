@@ -342,6 +342,96 @@ def welford_(
     return _run(step, measured=stats is not None)
 
 
+def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    r"""A linear layer's weight gradient and its spread over the samples, without any sample's gradient in memory.
+
+    .. math::
+        c_b = g_b^\top a_b, \quad t = \sum_b c_b, \quad s = \sum_b (c_b - t/B)^2, \quad n_b = |c_b|^2
+
+    Args:
+        a: (B, T, I), what went into the layer; float64, float32, bfloat16 or float16 on the CPU, any strides.
+        g: (B, T, O) of the same dtype, the gradient of what came out.
+        squares: whether s is wanted.
+
+    Returns:
+        t and s (or None), (O, I) in float64 for float64 and else float32; n, (B,) float64. Formed in that type, an
+        element of a sample as one chain of multiply-adds; s by Youngs and Cramer's update, and where it is below the
+        smallest normal float32 it is lost; n is right wherever float64 can hold it. The same to the bit on all levels
+        with FMA hardware, for any number of threads. Nothing is synchronised.
+
+    Raises:
+        TypeError: not a plain CPU tensor of these dtypes, or dtypes differ.
+        ValueError: shapes do not fit.
+
+    Reference: Youngs and Cramer 1971, Technometrics 13(3).
+
+    >>> a, g = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), torch.tensor([[[1.0]], [[2.0]]])
+    >>> outer_moments(a, g, squares=True)  # contributions [[1, 2]] and [[6, 8]]
+    (tensor([[ 7., 10.]]), tensor([[12.5000, 18.0000]]), tensor([  5., 100.], dtype=torch.float64))
+    """
+    shape = _C.outer_shape(a, g)
+    total, centred, sq_norms = _sample_sums(shape, a, squares)
+    _C.outer_moments(_dense_last(a), _dense_last(g), total, centred, sq_norms)
+    return total, centred, sq_norms
+
+
+def conv_moments(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: tuple[int, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    squares: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    r"""A convolution's weight gradient and its spread over the samples, without any sample's gradient in memory.
+
+    .. math::
+        c_b[o, i, k] = \sum_h g_b[o, h]\, x_b[i, h \cdot \mathrm{stride} + k \cdot \mathrm{dilation} -
+        \mathrm{padding}]
+
+    with i counted within the group of o, and of :math:`c_b` what `outer_moments` returns.
+
+    Args:
+        x: (B, C, *space), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or float16
+            on the CPU, any strides (the last dimension is copied if it is not dense).
+        g: (B, O, *out) of the same dtype, the gradient of what came out. A transposed convolution is the same call with
+            x and g swapped.
+        kernel_size, stride, dilation: a number for each space dimension.
+        padding: what was added on the left of each; zero is read outside x. The right follows from the size of g.
+        groups: divides C and O.
+
+    Returns:
+        Total and centred (or None), (O, C/groups, *kernel_size), and sq_norms (B,), as `outer_moments` has them.
+
+    Raises:
+        TypeError: not a plain CPU tensor of these dtypes, or dtypes differ.
+        ValueError: shapes do not fit, or numbers of space dimensions.
+
+    >>> x, g = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 10.0]]])
+    >>> conv_moments(x, g, (2,), stride=(1,), padding=(0,), dilation=(1,), groups=1, squares=False)
+    (tensor([[[21., 32.]]]), None, tensor([1465.], dtype=torch.float64))
+    """
+    numbers = _C.ConvNumbers(kernel_size, stride, padding, dilation, groups)
+    total, centred, sq_norms = _sample_sums(_C.conv_shape(x, g, numbers), x, squares)
+    _C.conv_moments(_dense_last(x), _dense_last(g), numbers, total, centred, sq_norms)
+    return total, centred, sq_norms
+
+
+def _sample_sums(shape: Sequence[int], of: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Unwritten results of the kernels that own dW."""
+    real = torch.float64 if of.dtype == torch.float64 else torch.float32
+    total = torch.empty(shape, dtype=real, device="cpu")
+    sq_norms = torch.empty(of.shape[0], dtype=torch.float64, device="cpu")
+    return total, torch.empty_like(total) if squares else None, sq_norms
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.detach().contiguous()
+
+
 def check_l(l: object, where: str) -> float:
     """SVAG's l, a number of at least 1/2."""
     if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l < float("inf"):

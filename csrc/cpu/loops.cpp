@@ -5,6 +5,10 @@
 #include "simd.h"
 
 namespace nk::cpu::NK_ISA {
+
+void outer(const Outer&, const Block&);    // outer.cpp
+void conv(const Conv&, const ConvBlock&);  // conv.cpp
+
 namespace {
 
 using Lanes = Eight<double>;
@@ -292,6 +296,8 @@ template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<St
   (fill_row<All>(isa.run[r++], StorageTypes{}), ...);
   r = 0;
   (fill_pair_row<Steps>(isa.run_pair[r++], StorageTypes{}), ...);
+  isa.outer = outer;
+  isa.conv = conv;
   return isa;
 }
 

@@ -1,5 +1,5 @@
-// simd.h - eight or sixteen numbers side by side, however many registers that takes. Included by loops.cpp only, once
-// per ISA level.
+// simd.h - eight or sixteen numbers side by side, however many registers that takes. Included by loops.cpp and its
+// neighbours, once per ISA level.
 //
 // Sums are eight doubles wide on every level, so that all add in the same order; five of those are what AVX2's sixteen
 // registers can hold. Everything before the sums is as wide as a register of floats is. GCC's and Clang's vector types
