@@ -35,9 +35,9 @@ try:
     from .equilibrium import EquilibriumMonitor
     from .halves import halves
     from .invariance import InvarianceMonitor
-    from .moments import RunningMoments
     from .noise import Noise, noise_from_pair
     from .optim import SGD
+    from .running_moments import RunningMoments
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
     from .stats import StepStats
     from .svag import SVAG, svag_combine_

@@ -8,8 +8,8 @@ from memory import same_bits
 from torch import nn
 
 from normkern import ops, reference
-from normkern.moments import RunningMoments
 from normkern.noise import noise_from_pair
+from normkern.running_moments import RunningMoments
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(40, 3, 3, 3), (7,), (5, ops.CHUNK + 3), (), (2, 3), (0, 4), (1,)]
