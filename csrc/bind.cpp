@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "gather.h"
+#include "moments.h"
 #include "pass.h"
 
 namespace nk {
@@ -77,6 +78,8 @@ PYBIND11_MODULE(_C, m) {
       "stats"_a);
   m.def("gather", Gather::lists, "params"_a, "state"_a, "key"_a);
   m.attr("CHUNK") = kChunk;
+
+  m.def("moments", moments, "samples"_a, "means"_a, "centred"_a, "row_sq"_a, "totals"_a);
 
   m.def("most_decay", most_decay, "momentum"_a);
   m.def("gauge_step", take_gauge_step, "gauge"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,

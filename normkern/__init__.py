@@ -35,6 +35,7 @@ try:
     from .equilibrium import EquilibriumMonitor
     from .halves import halves
     from .invariance import InvarianceMonitor
+    from .moments import Moments, moments
     from .noise import Noise, noise_from_pair
     from .optim import SGD
     from .running_moments import RunningMoments
@@ -58,6 +59,7 @@ __all__ = [
     "EquilibriumMonitor",
     "EquivalentExponentialLR",
     "InvarianceMonitor",
+    "Moments",
     "Noise",
     "PowerDecayLR",
     "RunningMoments",
@@ -66,6 +68,7 @@ __all__ = [
     "__version__",
     "halves",
     "invariance",
+    "moments",
     "noise_from_pair",
     "ops",
     "reference",

@@ -1,9 +1,9 @@
-// cpu.cpp - who runs the loops: picks the ISA table once, spreads chunks over torch's thread pool.
+// cpu.cpp - who runs the loops: picks the ISA table once, spreads tasks over torch's thread pool.
 #include <atomic>
 #include <cstring>
 #include <memory>
 
-#include "isa.h"
+#include "tasks.h"
 
 namespace nk::cpu {
 namespace {
@@ -65,35 +65,41 @@ bool select_isa(const char* name) {
   return false;
 }
 
-void run(const Chunk* chunks, int64_t count, int64_t coordinates) {
+const Isa& loops() { return *chosen->table; }
+
+void each(int64_t tasks, int64_t work, void (*one)(int64_t, const void*), const void* self) {
   struct Work {
-    const Chunk* chunks;
-    int64_t count;
-    const Isa* isa;
+    int64_t tasks;
+    void (*one)(int64_t, const void*);
+    const void* self;
     std::unique_ptr<std::atomic<bool>[]> taken;
 
-    void one(int64_t i) const {
-      const Chunk& c = chunks[i];
-      (c.h ? isa->run_pair : isa->run)[(int)c.rule][(int)c.dtype](c);
-    }
-
     // Every thread begins with the range that the pool gives it, the same at every step, so that what fits into its
-    // cache is found there again; then it helps the others, for chunks differ in length (ranges alone lose up to a
-    // third on lists like ResNet-50's).
-    static void share(int64_t begin, int64_t, void* self) {
-      const Work& work = *static_cast<const Work*>(self);
-      for (int64_t k = 0, i = begin; k < work.count; k++, i = i + 1 == work.count ? 0 : i + 1)
+    // cache is found there again; then it helps the others, for tasks differ in length (ranges alone lose up to a
+    // third on lists of chunks like ResNet-50's).
+    static void share(int64_t begin, int64_t, void* context) {
+      const Work& work = *static_cast<const Work*>(context);
+      for (int64_t k = 0, i = begin; k < work.tasks; k++, i = i + 1 == work.tasks ? 0 : i + 1)
         if (!work.taken[i].load(std::memory_order_relaxed) && !work.taken[i].exchange(true, std::memory_order_relaxed))
-          work.one(i);
+          work.one(i, work.self);
     }
-  } work{chunks, count, chosen->table, nullptr};
+  } shared{tasks, one, self, nullptr};
 
-  if (coordinates > kSerial && count > 1 && parallel_for) {
-    work.taken = std::make_unique<std::atomic<bool>[]>(count);
-    if (parallel_for(0, count, 1, Work::share, &work) != 0) Work::share(0, count, &work);  // what the pool did not take
+  if (work > kSerial && tasks > 1 && parallel_for) {
+    shared.taken = std::make_unique<std::atomic<bool>[]>(tasks);
+    if (parallel_for(0, tasks, 1, Work::share, &shared) != 0)
+      Work::share(0, tasks, &shared);  // what the pool did not take
   } else {
-    for (int64_t i = 0; i < count; i++) work.one(i);
+    for (int64_t i = 0; i < tasks; i++) one(i, self);
   }
+}
+
+void run(const Chunk* chunks, int64_t count, int64_t coordinates) {
+  const Isa& isa = loops();
+  each(count, coordinates, [&](int64_t i) {
+    const Chunk& c = chunks[i];
+    (c.h ? isa.run_pair : isa.run)[(int)c.rule][(int)c.dtype](c);
+  });
 }
 
 }  // namespace nk::cpu
