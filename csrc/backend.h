@@ -87,6 +87,26 @@ struct Conv {
   SampleSums sums;  // (groups outputs, inputs, *kernel)
 };
 
+// The samples of one tensor as a matrix: row b begins row_stride elements after row b-1. Its columns are the
+// coordinates of `mean`, in the order of their memory.
+struct Samples {
+  const void* x;
+  int64_t row_stride, columns;
+  int ndim;  // 0: a row's columns lie side by side; else they are counted in these dimensions, the last one fastest
+  const int64_t *shape, *strides;
+  void *mean, *centred;  // in the arithmetic type
+};
+
+// Mean and sum of squared deviations of every column, and |row|^2 over all tensors.
+struct Moments {
+  const Samples* samples;
+  int64_t count, rows;
+  bool squares;    // else `centred` is not written
+  double* row_sq;  // (rows)
+  double* totals;  // |mean|^2, sum of all squared deviations (NaN without squares)
+  DType dtype;
+};
+
 namespace cpu {
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*),
                             void* context);
@@ -101,6 +121,7 @@ void run(const Chunk* chunks, int64_t count, int64_t coordinates);
 
 void outer_moments(const Outer&);
 void conv_moments(const Conv&);
+void moments(const Moments&);
 }  // namespace cpu
 
 }  // namespace nk

@@ -4,6 +4,7 @@
 
 #include "gather.h"
 #include "outer.h"
+#include "moments.h"
 #include "pass.h"
 
 namespace nk {
@@ -85,6 +86,8 @@ PYBIND11_MODULE(_C, m) {
            "padding"_a, "dilation"_a, "groups"_a);
   m.def("conv_shape", conv_shape, "x"_a, "g"_a, "numbers"_a);
   m.def("conv_moments", conv_moments, "x"_a, "g"_a, "numbers"_a, "total"_a, "centred"_a, "sq_norms"_a);
+
+  m.def("moments", moments, "samples"_a, "means"_a, "centred"_a, "row_sq"_a, "totals"_a);
 
   m.def("most_decay", most_decay, "momentum"_a);
   m.def("gauge_step", take_gauge_step, "gauge"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,

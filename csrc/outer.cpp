@@ -6,7 +6,7 @@
 namespace nk {
 namespace {
 
-constexpr int64_t kReleaseGil = 1 << 17;  // multiply-adds; below, to release it takes longer than to finish
+constexpr int64_t kReleaseGilWork = 1 << 17;  // multiply-adds; below, to release it takes longer than to finish
 
 // An argument that kernels take, of a given number of dimensions.
 View taken(const char* op, const char* name, const py::object& argument, const char* shape, int ndim) {
@@ -128,7 +128,7 @@ void outer_moments(const py::object& a, const py::object& g, const py::object& t
       v.a.strides[1], v.g.strides[0],
       v.g.strides[1], sample_sums("outer_moments", v.a.dtype, outputs * inputs, batch, total, centred, sq_norms)};
   std::optional<py::gil_scoped_release> released;
-  if (batch * steps * outputs * inputs > kReleaseGil) released.emplace();
+  if (batch * steps * outputs * inputs > kReleaseGilWork) released.emplace();
   cpu::outer_moments(outer);
 }
 
@@ -172,7 +172,7 @@ void conv_moments(const py::object& x, const py::object& g, const ConvNumbers& n
   for (int64_t k : conv.kernel) size *= k;
   conv.sums = sample_sums("conv_moments", conv.dtype, size, conv.batch, total, centred, sq_norms);
   std::optional<py::gil_scoped_release> released;
-  if (conv.batch * positions * size > kReleaseGil) released.emplace();
+  if (conv.batch * positions * size > kReleaseGilWork) released.emplace();
   cpu::conv_moments(conv);
 }
 

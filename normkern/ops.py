@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -432,6 +432,87 @@ def _dense_last(x: Tensor) -> Tensor:
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.detach().contiguous()
 
 
+@overload
+def moments(
+    x: Tensor, *, squares: bool = True, totals: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]: ...
+@overload
+def moments(
+    x: Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor]: ...
+def moments(
+    x: Tensor | Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+) -> tuple[Any, Any, Tensor]:
+    r"""Means and squared deviations down the first dimension, and the norms of the samples, in one pass over memory.
+
+    .. math::
+        m = \frac1B \sum_b x_b, \qquad c = \sum_b (x_b - m)^2, \qquad n_b = |x_b|^2
+
+    elementwise but for the norms. Deviations are from a shift near the mean and in float32 (float64 for float64) for
+    128 rows at a time, and joined in float64: a large mean drowns nothing but what its own rounding has.
+
+    Args:
+        x: a CPU tensor (B, P) of float64, float32, bfloat16 or float16, any strides; or several of (B, \*shape), of one
+            dtype, as one problem. Read only.
+        squares: without, c is None.
+        totals: float64 (2,) on the CPU, contiguous; becomes :math:`|m|^2` and the sum of all c, before those are
+            rounded (NaN without `squares`).
+
+    Returns:
+        m, c and (B,) float64 norms on the CPU; m and c of shape (P,), or lists of \*shape; float64 for float64, else
+        float32. NaN and infinities flow through. Nothing is synchronised.
+
+    Raises:
+        TypeError: not plain CPU tensors of these dtypes, or of more than one. ValueError: no tensors or no samples; the
+            tensors differ in B.
+
+    Reference: groups of rows are joined as in Chan, Golub and LeVeque 1983, Am. Stat. 37(3).
+
+    >>> moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    (tensor([2., 5.]), tensor([2., 0.]), tensor([26., 34.], dtype=torch.float64))
+    """
+    tensors: list[Any] = list(x) if isinstance(x, (list, tuple)) else [x]
+    names = [f"x[{i}]" for i in range(len(tensors))] if isinstance(x, (list, tuple)) else ["x"]
+    rows = check_samples("moments", tensors, names)
+    for name, entry in zip(names, tensors, strict=True):
+        if not kernel_takes(entry):
+            raise TypeError(_not_taken("moments", name, entry))
+    real = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        means = [torch.empty_like(entry[0], dtype=real) for entry in tensors]
+        centred = [torch.empty_like(mean) for mean in means] if squares else None
+    row_sq = torch.empty(rows, dtype=torch.float64, device="cpu")
+    _C.moments(tensors, means, centred, row_sq, _new_totals() if totals is None else totals)
+    if isinstance(x, (list, tuple)):
+        return means, centred, row_sq
+    return means[0], None if centred is None else centred[0], row_sq
+
+
+def _new_totals() -> Tensor:
+    """Unwritten `totals` for `moments`."""
+    return torch.empty(2, dtype=torch.float64, device="cpu")
+
+
+def check_samples(op: str, tensors: Sequence[Tensor], names: Sequence[str]) -> int:
+    """B, if `tensors` are of one dtype and device and have one, not zero."""
+    if not tensors:
+        raise ValueError(f"{op}: x is an empty list; expected at least one tensor")
+    first, of_first = tensors[0], names[0]
+    for name, entry in zip(names, tensors, strict=True):
+        if not isinstance(entry, Tensor):
+            raise TypeError(f"{op}: {name} is {describe(entry)}; expected a torch.Tensor (B, *shape)")
+        if entry.ndim == 0 or entry.shape[0] == 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(entry.shape)}; expected (B, *shape) with B > 0")
+        if entry.dtype != first.dtype or entry.device != first.device:
+            raise TypeError(
+                f"{op}: {name} is {describe(entry)} but {of_first} is {describe(first)}; "
+                "expected one dtype and one device"
+            )
+        if entry.shape[0] != first.shape[0]:
+            raise ValueError(f"{op}: {name} has {entry.shape[0]} samples but {of_first} has {first.shape[0]}")
+    return first.shape[0]
+
+
 def check_l(l: object, where: str) -> float:
     """SVAG's l, a number of at least 1/2."""
     if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l < float("inf"):
@@ -478,10 +559,11 @@ def _why_refused(op: str, i: int, lists: dict[str, Any]) -> str:
     named = {name: x[i] for name, x in lists.items() if x is not None and x[i] is not None}
     for name, tensor in named.items():
         if not kernel_takes(tensor):
-            return (
-                f"{op}: {name}[{i}] is {describe(tensor)}; "
-                "expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu"
-            )
+            return _not_taken(op, f"{name}[{i}]", tensor)
     (first, model), *others = named.items()
     name, tensor = next((n, t) for n, t in others if t.dtype != model.dtype)
     return f"{op}: {name}[{i}] is {describe(tensor)} but {first}[{i}] is {describe(model)}; expected one dtype"
+
+
+def _not_taken(op: str, name: str, x: object) -> str:
+    return f"{op}: {name} is {describe(x)}; expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu"

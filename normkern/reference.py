@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -193,6 +194,24 @@ def contribution_sums(c: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, 
     total = c.sum(0)
     centred = (c - total / max(len(c), 1)).square().sum(0) if squares else None
     return total, centred, c.double().flatten(1).square().sum(1)
+
+
+@torch.no_grad()
+def moments(
+    x: Tensor | Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+) -> tuple[Any, Any, Tensor]:
+    """`ops.moments`."""
+    tensors: list[Any] = list(x) if isinstance(x, (list, tuple)) else [x]
+    real = [entry.to(_real_dtype(entry)) for entry in tensors]
+    means = [entry.mean(0) for entry in real]
+    deviations = [(entry - mean).square().sum(0) for entry, mean in zip(real, means, strict=True)]
+    row_sq = torch.stack([entry.double().square().unsqueeze(1).flatten(1).sum(1) for entry in real]).sum(0)
+    if totals is not None:
+        totals[0] = torch.stack([mean.double().square().sum() for mean in means]).sum()
+        totals[1] = torch.stack([c.double().sum() for c in deviations]).sum() if squares else torch.nan
+    if isinstance(x, (list, tuple)):
+        return means, deviations if squares else None, row_sq
+    return means[0], deviations[0] if squares else None, row_sq
 
 
 def gradient_sums(g1: Tensor, g2: Tensor, stats: Stats) -> Tensor:

@@ -9,10 +9,6 @@
 namespace nk::cpu {
 namespace {
 
-// Below this many coordinates one thread is faster: waking the pool costs 1 to 5 us (measured, hot caches, 2 threads:
-// ties at 25k to 40k coordinates, in 8 tensors or in 160).
-constexpr int64_t kSerial = 32768;
-
 struct Level {
   const char* name;
   const Isa* table;
@@ -96,7 +92,7 @@ void share(int64_t count, bool on_pool, void (*one)(int64_t, const void*), const
 
 void run(const Chunk* chunks, int64_t count, int64_t coordinates) {
   const Isa& isa = table();
-  share(count, coordinates > kSerial, [&](int64_t i) {
+  share(count, coordinates > kSerialCoordinates, [&](int64_t i) {
     const Chunk& c = chunks[i];
     (c.h ? isa.run_pair : isa.run)[(int)c.rule][(int)c.dtype](c);
   });
