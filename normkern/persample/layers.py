@@ -6,6 +6,7 @@ what the parameters' gradients are, for those come out of the same pass as their
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ class Linear(Arithmetic):
 
     def __init__(self, batch: int, block: int, swapped: bool, shapes: Sequence[torch.Size]) -> None:
         self.batch, self.block, self.swapped, self.shapes = batch, block, swapped, shapes
+        self._norms: Callable[[], Tensor] | None = None
 
     def forward(self, x: Tensor, *params: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         weight, *rest = params
@@ -103,14 +105,20 @@ class Linear(Arithmetic):
 
     def part(self, i: int, g: Tensor, *kept: Any) -> parts.Part:
         x = kept[0]
-        block = self.block // x.shape[-1]
-        g_ = rows.by_sample(g, block * g.shape[-1], self.batch, g.shape[-1])
+        g_ = rows.by_sample(g, self.block // x.shape[-1] * g.shape[-1], self.batch, g.shape[-1])
         assert g_ is not None
+        norms = None
+        if g_.shape[1] == 1 and x.dtype == g.dtype:  # of the weight and of the bias
+            if self._norms is None:
+                self._norms = functools.cache(functools.partial(kernels.row_sq_norms, g_[:, 0]))
+            norms = self._norms
         if i == 1:
-            return parts.Matrix(g_[:, 0] if g_.shape[1] == 1 else g_.sum(1), self.shapes[1])
+            return parts.Matrix(g_[:, 0] if g_.shape[1] == 1 else g_.sum(1), self.shapes[1], norms)
         x_ = rows.by_sample(x, self.block, self.batch, x.shape[-1])
         assert x_ is not None
-        return parts.Outer(g_, x_, self.shapes[0]) if self.swapped else parts.Outer(x_, g_, self.shapes[0])
+        if self.swapped:
+            return parts.Outer(g_, x_, self.shapes[0])
+        return parts.Outer(x_, g_, self.shapes[0], norms)
 
 
 class Convolution(Arithmetic):

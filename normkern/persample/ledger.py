@@ -13,7 +13,7 @@ from torch import Tensor
 from .derived import Through, as_matrix, disjoint
 from .parts import Matrix, Outer, Part
 from .signs import Contrast
-from .sums import Sums, of_matrix, one_by_one, real, sq_norm
+from .sums import Sums, of_matrix, one_by_one, plain_sum, real, sq_norm
 
 if TYPE_CHECKING:
     from .capture import Capture, Use
@@ -64,6 +64,39 @@ class Record:
                 "and before clipping"
             )
         return grad.detach()
+
+    @property
+    def used(self) -> bool:
+        """A gradient came."""
+        return self.total is not None or self.in_grad is not None
+
+    def square(self) -> Tensor:
+        """|sum_b c_b|^2, float64."""
+        if self.total_sq is None:
+            return torch.zeros((), dtype=torch.float64, device=self.param.device)
+        return self.total_sq
+
+    def spread(self, batch: int) -> Tensor:
+        """sum_b |c_b - mean|^2, float64."""
+        if self.centred is not None:
+            return plain_sum(self.centred)
+        if not self.used or self.status != "exact":
+            return torch.zeros((), dtype=torch.float64, device=self.param.device)
+        norms = self.sq_norms[0] if len(self.sq_norms) == 1 else torch.cat(self.sq_norms)
+        return (norms.sum() - self.square() / batch).clamp_(min=0)
+
+    def variance(self, factor: float) -> Tensor:
+        """sum_b (c_b - mean)^2 times a factor, of the parameter's shape."""
+        if self.centred is None:
+            return torch.zeros(self.param.shape, dtype=real(self.param.dtype), device=self.param.device)
+        return self.centred.reshape(self.param.shape) * factor
+
+    def mean(self, factor: float) -> Tensor:
+        """sum_b c_b times a factor, of the parameter's shape."""
+        total = self.read_total()
+        if total is None:
+            return torch.zeros(self.param.shape, dtype=real(self.param.dtype), device=self.param.device)
+        return total.to(real(total.dtype)).reshape(self.param.shape) * factor
 
     def drop_backward(self) -> None:
         """Forgets the backward on its way."""
@@ -274,7 +307,7 @@ class Ledger:
                 "a loss that is a sum over samples"
             )
 
-    def accumulated(self, r: Record) -> None:
+    def accumulated(self, r: Record, param: Tensor) -> None:
         """.grad has it."""
         if not self.open or self.estimating:
             return
@@ -282,8 +315,8 @@ class Ledger:
         if r.status == "exact" and r.sums is None and not r.pending:
             self._unexplained(r)
         if r.fresh:
-            assert r.param.grad is not None
-            r.in_grad = weakref.ref(r.param.grad), r.param.grad._version
+            assert param.grad is not None
+            r.in_grad = weakref.ref(param.grad), param.grad._version
 
     def _unexplained(self, r: Record) -> None:
         if self.uncovered_is == "exclude":
