@@ -299,6 +299,34 @@ struct GroupMoments {
   }
 };
 
+// Of contributions that come one after another, elementwise (Youngs and Cramer 1971, Technometrics 13(3)): their sum t
+// and the sum of squared deviations c from their mean, by the n-th one x:
+//     t' = t + x,   c' = c + (n x - t')^2 / (n(n-1))
+struct Spread {
+  template <class R> static NK_HD void first(R& total, R& centred, R x) {
+    total = x;
+    centred = x - x;
+  }
+  // inverse = 1/(n(n-1)), n > 1
+  template <class R> static NK_HD void add(R& total, R& centred, R x, R n, R inverse) {
+    total = total + x;
+    const R e = fma(n, x, -total);
+    centred = fma(inverse * e, e, centred);
+  }
+  // As many contributions of zero more that there are B instead of k: by = 1/k - 1/B.
+  template <class R> static NK_HD void add_zeros(R total, R& centred, R by) {
+    centred = fma(by * total, total, centred);
+  }
+};
+
+// What a normalisation layer's weight and bias get of one coordinate: g times the normalised x, and g.
+struct NormSums {
+  template <class R> static NK_HD void add(R& of_weight, R& of_bias, R g, R x, R mean, R rstd) {
+    of_weight = fma(g, (x - mean) * rstd, of_weight);
+    of_bias = of_bias + g;
+  }
+};
+
 // ---- The lists that back ends instantiate their loops over ----------------------------------------------------------
 
 template <class... Members> struct List {
