@@ -349,7 +349,8 @@ def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tenso
         c_b = g_b^\top a_b, \quad t = \sum_b c_b, \quad s = \sum_b (c_b - t/B)^2, \quad n_b = |c_b|^2
 
     Args:
-        a: (B, T, I), what went into the layer; float64, float32, bfloat16 or float16 on the CPU, any strides.
+        a: (B, T, I), what went into the layer; float64, float32, bfloat16 or float16 on the CPU, any strides (a copy is
+            made if the last dimension is not dense).
         g: (B, T, O) of the same dtype, the gradient of what came out.
         squares: whether s is wanted.
 
@@ -395,8 +396,8 @@ def conv_moments(
     with i counted within the group of o, and of :math:`c_b` what `outer_moments` returns.
 
     Args:
-        x: (B, C, *space), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or float16
-            on the CPU, any strides (the last dimension is copied if it is not dense).
+        x: (B, C, *space), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or
+            float16 on the CPU, any strides (a copy is made if the last dimension is not dense).
         g: (B, O, *out) of the same dtype, the gradient of what came out. A transposed convolution is the same call with
             x and g swapped.
         kernel_size, stride, dilation: a number for each space dimension.
