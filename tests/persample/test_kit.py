@@ -54,6 +54,8 @@ def test_statistics(name, dtype):
         if refused:
             break
         assert_says(result, told(name, dtype), stats, budget)
+        assert not result.coverage.estimated
+        assert not result.coverage.excluded
         assert_gradients(problem.model, gradient(case.problem(), dtype), told(name, dtype), budget)
     assert not refused or case.answer == "exact or refused", refused
     if refused:
@@ -69,13 +71,19 @@ def assert_gradients(model, plain, told, budget):
 
 
 @pytest.mark.parametrize("uncovered", ["raise", "estimate", "exclude"])
-@pytest.mark.parametrize("name", NONE)
+@pytest.mark.parametrize("name", [name for name in NONE if name != "embedding_scaled_by_frequency"])
 def test_samples_without_gradients_of_their_own_are_refused(name, uncovered):
     problem = NONE[name].problem().to(torch.float64)
     before = anatomy(problem.model)
     result, refused = attempt(problem, uncovered=uncovered)
     assert refused, f"{result.nsr} of samples that have no gradient"
     assert_nothing_left(problem.model, before)
+
+
+@pytest.mark.parametrize("uncovered", ["raise", "estimate"])
+def test_gradients_divided_by_counts_of_the_batch_are_refused(uncovered):
+    result, refused = attempt(NONE["embedding_scaled_by_frequency"].problem(), uncovered=uncovered)
+    assert "'0.weight'" in refused, result
 
 
 @pytest.mark.parametrize("name", UNCOVERED)
@@ -86,7 +94,7 @@ def test_what_has_no_exact_answer_is_refused(name):
     result, refused = attempt(problem)
     assert_nothing_left(problem.model, before)
     if refused:
-        assert "uncovered=" in refused
+        assert any(f"'{parameter}'" in refused for parameter, _ in problem.model.named_parameters())
     else:
         assert case.answer == "exact or refused"
         assert_says(result, told(name, torch.float64), TIERS, BUDGET[torch.float64])
