@@ -555,6 +555,12 @@ def two_losses():
 
 
 @SHARED()
+def two_losses_of_six():
+    """The same of an even number of samples."""
+    return Problem(Several(), (torch.randn(6, 6),), (torch.randint(4, (6,)), torch.randn(6, 1)), two_heads)
+
+
+@SHARED()
 def frozen():
     """A frozen body between trained ends, a frozen bias, a trained bias on a frozen weight."""
     net = stack(

@@ -9,6 +9,8 @@ from .budgets import BUDGET, TIERS, assert_says
 from .models import SEPARABLE
 from .reference import contributions, expected
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
+
 WRONG = {
     "": lambda c: c,
     "samples exchanged": lambda c: {n: x.flip(0) for n, x in c.items()},

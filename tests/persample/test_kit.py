@@ -5,10 +5,9 @@ import functools
 import pytest
 import torch
 
-import normkern
-
 from .budgets import BUDGET, TIERS, assert_says, close, gradient_size
 from .left_behind import anatomy, assert_nothing_left
+from .measuring import REFUSED, measured
 from .models import NONE, SEPARABLE, UNCOVERED
 from .reference import contributions, expected, gradient
 
@@ -24,18 +23,11 @@ def told(name, dtype):
     return expected(contributions((SEPARABLE | UNCOVERED)[name].problem().to(dtype)))
 
 
-def measured(problem, stats=TIERS, check=True, **options):
-    noise = normkern.GradientNoise(problem.model, stats, batch_size=problem.batch_size, check=check, **options)
-    with noise:
-        problem.value().backward()
-    return noise.result()
-
-
 def attempt(problem, stats=TIERS, **options):
     """The result, or the sentence of a refusal. Whatever else is raised is a fault."""
     try:
         return measured(problem, stats, **options), ""
-    except (RuntimeError, TypeError, ValueError) as error:
+    except REFUSED as error:
         if "GradientNoise" not in str(error):
             raise
         return None, str(error)
