@@ -11,6 +11,9 @@
 namespace nk {
 namespace py = pybind11;
 
+// Coordinates worth letting other Python threads run for.
+constexpr int64_t kReleaseGil = 16384;
+
 // What torch gave us at import: see ops.py.
 struct Torch {
   const DLPackExchangeAPI* exchange = nullptr;

@@ -1,10 +1,14 @@
 // loops.cpp - the coordinate loops, compiled once for each ISA level, in a namespace of its own (NK_ISA).
 //
 // No torch, no STL: formulas.h applied to several coordinates at a time (simd.h).
-#include "isa.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace nk::cpu::NK_ISA {
+
+void outer(const Outer&, const Block&);    // outer.cpp
+void conv(const Conv&, const ConvBlock&);  // conv.cpp
+
 namespace {
 
 using Lanes = Eight<double>;
@@ -19,17 +23,16 @@ template <int N> struct Sums {
   }
 
   void flush(double* out, double inverse_scale, const GaugeStep* gauge) {
-    double total[N];
+    double sums[N];
     for (int j = 0; j < N; j++) {
-      const Lanes& x = s[j];
-      total[j] = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+      sums[j] = total(s[j]);
       s[j] = Lanes::all(0.0);
     }
-    StepSums::unscale(total, inverse_scale);
-    if (gauge) StepSums::to_true_scale(total, gauge->scale, gauge->moved, gauge->drift);
+    StepSums::unscale(sums, inverse_scale);
+    if (gauge) StepSums::to_true_scale(sums, gauge->scale, gauge->moved, gauge->drift);
     if constexpr (N > StepSums::count)
-      if (gauge) PairSums::to_true_scale(total + StepSums::count, gauge->scale);
-    for (int j = 0; j < N; j++) out[j] = total[j];
+      if (gauge) PairSums::to_true_scale(sums + StepSums::count, gauge->scale);
+    for (int j = 0; j < N; j++) out[j] = sums[j];
   }
 };
 
@@ -286,12 +289,19 @@ template <class Rule, class... Types> constexpr void fill_row(Loop* row, List<Ty
 template <class Rule, class... Types> constexpr void fill_pair_row(Loop* row, List<Types...>) {
   ((*row++ = pair<Rule, Types>), ...);
 }
+template <class... Types> constexpr void fill_kernels(Isa& isa, List<Types...>) {
+  int t = 0;
+  ((isa.moments[t++] = moments<Types>), ...);
+}
 template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<Steps...>) {
   Isa isa{};
+  fill_kernels(isa, StorageTypes{});
   int r = 0;
   (fill_row<All>(isa.run[r++], StorageTypes{}), ...);
   r = 0;
   (fill_pair_row<Steps>(isa.run_pair[r++], StorageTypes{}), ...);
+  isa.outer = outer;
+  isa.conv = conv;
   return isa;
 }
 
