@@ -316,6 +316,14 @@ struct GroupMoments {
   }
 };
 
+// What a normalisation layer's weight and bias get of one coordinate: g times the normalised x, and g.
+struct NormSums {
+  template <class R> static NK_HD void add(R& of_weight, R& of_bias, R g, R x, R mean, R rstd) {
+    of_weight = fma(g, (x - mean) * rstd, of_weight);
+    of_bias = of_bias + g;
+  }
+};
+
 // ---- The lists that back ends instantiate their loops over ----------------------------------------------------------
 
 template <class... Members> struct List {

@@ -15,12 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import Self
 
 from ..kinds import is_a
-from . import rows, signs
+from . import processes, rows, signs
 from .anatomy import Anatomy, batch_norms
 from .capture import Capture
 from .ledger import Ledger, Record, Uncovered
 from .result import Coverage, GradientNoiseResult, NoiseScalars, scalars
-from .rows import Rows
+from .rows import Lost, Rows
 
 TIERS = ("nsr", "norms", "variance", "projections")
 _open = threading.local()
@@ -138,24 +138,29 @@ class GradientNoise:
         ledger, capture = self._ledger, self._capture
         with torch._C.DisableTorchFunction():
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not ledger.knows(t)]
-            new = [t for t in tensors if not capture.known(t)]
-            if new and (module is self.model or ledger.batch is None):
-                batch = new[0].shape[0]
-                if self.batch_size is not None and batch != self.batch_size:
-                    raise ValueError(
-                        f"GradientNoise: batch_size is {self.batch_size}, but the first tensor passed to the model has "
-                        f"{batch} samples, its shape is {tuple(new[0].shape)}"
-                    )
-                if batch < 2:
-                    raise ValueError(
-                        f"GradientNoise: expected a batch of at least 2 samples, got {batch}: the first tensor passed "
-                        f"to the model has shape {tuple(new[0].shape)}"
-                    )
-                ledger.batch = batch
+            states = [capture.state(t) for t in tensors]
+            new = [not (isinstance(s, Lost) or (isinstance(s, Rows) and s.certain)) for s in states]
+            if new and new[0] and (module is self.model or ledger.batch is None):
+                ledger.batch = self._batch_of(tensors[0])
             ledger.new_call()
-            for i, t in enumerate(new):  # the first is the batch; others yield where they do not fit
-                if ledger.batch is not None and t.shape[0] == ledger.batch and t.numel():
+            for i, t in enumerate(tensors):  # the first is the batch; others yield where they do not fit
+                if new[i] and ledger.batch is not None and t.shape[0] == ledger.batch and t.numel():
                     capture.mark(t, rows.leading(t.shape, ledger.batch, certain=i == 0))
+
+    def _batch_of(self, x: Tensor) -> int:
+        """B, of the first tensor that the model is given."""
+        batch = x.shape[0]
+        if self.batch_size is not None and batch != self.batch_size:
+            raise ValueError(
+                f"GradientNoise: batch_size is {self.batch_size}, but the first tensor passed to the model has {batch} "
+                f"samples, its shape is {tuple(x.shape)}"
+            )
+        if batch < 2:
+            raise ValueError(
+                f"GradientNoise: expected a batch of at least 2 samples, got {batch}: the first tensor passed to the "
+                f"model has shape {tuple(x.shape)}"
+            )
+        return batch
 
     def _returned(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """After every module's forward."""
@@ -179,7 +184,15 @@ class GradientNoise:
     # ---- What was measured
 
     def result(self, *, sync: bool = True) -> GradientNoiseResult:
-        """Of the context entered last."""
+        """Of the context entered last; it can be asked for again until the next entry.
+
+        Args:
+            sync: of a `DistributedDataParallel` model, whether the numbers are of all processes' samples: then every
+                process must call this. What is per sample (`sq_norms`) stays that of its own.
+
+        Raises:
+            RuntimeError: nothing was measured, or not what was asked for.
+        """
         ledger = self._ledger
         if ledger is None or not ledger.batches:
             raise RuntimeError(
@@ -193,7 +206,11 @@ class GradientNoise:
             )
         batch = sum(ledger.batches)
         unit = float(batch) if self.reduction == "mean" else 1.0
-        measured = [r for r in ledger.records if r.status != "excluded"]
+        measured: list[Record] = [r for r in ledger.records if r.status != "excluded"]
+        if sync and _is_ddp(self.model):
+            joined = processes.join(measured, batch, ledger.squares)
+            unit *= joined.batch / batch if self.reduction == "mean" else 1.0
+            measured, batch = joined.records, joined.batch
         if not measured:
             raise RuntimeError("GradientNoise.result: all parameters are excluded; expected one that is covered")
         device = measured[0].param.device

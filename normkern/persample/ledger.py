@@ -49,6 +49,7 @@ class Record:
     total_sq: Tensor | None = None
     centred: Tensor | None = None
     sq_norms: list[Tensor] = field(default_factory=list)
+    all_norms: Tensor | None = None  #: their sum, where it goes over more samples than they do
     all_projections: Tensor | None = None
     estimated_trace: Tensor | None = None  #: sum_b |c_b - mean|^2
 
@@ -82,8 +83,8 @@ class Record:
             return plain_sum(self.centred)
         if not self.used or self.status != "exact":
             return torch.zeros((), dtype=torch.float64, device=self.param.device)
-        norms = self.sq_norms[0] if len(self.sq_norms) == 1 else torch.cat(self.sq_norms)
-        return (norms.sum() - self.square() / batch).clamp_(min=0)
+        norms = self.all_norms if self.all_norms is not None else torch.cat(self.sq_norms).sum()
+        return (norms - self.square() / batch).clamp_(min=0)
 
     def variance(self, factor: float) -> Tensor:
         """sum_b (c_b - mean)^2 times a factor, of the parameter's shape."""
@@ -271,6 +272,8 @@ class Ledger:
             return
         if r.pending and len(r.pending) >= r.expected:
             self._settle(r, r.pending)
+        if r.status == "exact" and r.sums is None and not r.pending and self.uncovered_is == "exclude":
+            r.status = "excluded"  # it came from where nobody saw it used
         if r.status != "exact" or r.pending or r.incoming is not None:
             # What came is needed later: .grad must not take over its memory.
             r.incoming = grad.clone() if r.incoming is None else r.incoming + grad
@@ -319,9 +322,6 @@ class Ledger:
             r.in_grad = weakref.ref(param.grad), param.grad._version
 
     def _unexplained(self, r: Record) -> None:
-        if self.uncovered_is == "exclude":
-            r.status = "excluded"
-            return
         if not any(x.expected for x in self.records) and not self.batches:
             raise RuntimeError(
                 "GradientNoise: a backward without a forward inside the context; expected both in one `with`"
