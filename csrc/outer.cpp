@@ -91,8 +91,10 @@ ConvViews conv_views(const py::object& x, const py::object& g, const ConvNumbers
     reach *= (double)(v.g.shape[2 + d] - 1) * v.stride[at] + (double)(v.kernel[at] - 1) * v.dilation[at] + 1;
   }
   if (reach > kMostReach)
-    throw py::value_error("conv_moments: kernel_size, stride and dilation expected to reach over at most 2^40 positions"
-                          " of x, got " + text(py::float_(reach)));
+    throw py::value_error(
+        "conv_moments: kernel_size, stride and dilation expected to reach over at most 2^40 positions"
+        " of x, got " +
+        text(py::float_(reach)));
   if (numbers.groups < 1 || v.x.shape[1] % numbers.groups || v.g.shape[1] % numbers.groups)
     throw py::value_error("conv_moments: groups expected a divisor of the channels of x and of g, " +
                           std::to_string(v.x.shape[1]) + " and " + std::to_string(v.g.shape[1]) + ", got " +

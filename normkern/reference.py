@@ -175,7 +175,8 @@ def conv_moments(
     """`ops.conv_moments`, one tap of the kernel at a time."""
     real = _real_dtype(x)
     padded = torch.nn.functional.pad(x.to(real), [0, 1] * len(kernel_size))  # the last of each dimension is "outside"
-    outputs = g.to(real).flatten(2).unflatten(1, (groups, -1))
+    batch, channels, *size = g.shape
+    outputs = g.to(real).reshape(batch, groups, channels // groups, math.prod(size))
     taps = []
     for tap in itertools.product(*(range(k) for k in kernel_size)):
         seen = padded
@@ -183,10 +184,10 @@ def conv_moments(
             at = torch.arange(g.shape[dim + 2], device=x.device) * stride[dim] + k * dilation[dim] - padding[dim]
             outside = (at < 0) | (at >= x.shape[dim + 2])
             seen = seen.index_select(dim + 2, at.masked_fill(outside, x.shape[dim + 2]))
-        inputs = seen.flatten(2).unflatten(1, (groups, -1))
+        inputs = seen.reshape(batch, groups, x.shape[1] // groups, math.prod(size))
         taps.append(torch.einsum("bgoh,bgih->bgoi", outputs, inputs).flatten(1, 2))
-    c = torch.stack(taps, dim=-1).unflatten(-1, kernel_size)
-    return contribution_sums(c, squares)
+    c = torch.stack(taps, dim=-1)
+    return contribution_sums(c.reshape(*c.shape[:-1], *kernel_size), squares)
 
 
 def contribution_sums(c: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
