@@ -3,8 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "gather.h"
-#include "outer.h"
 #include "moments.h"
+#include "outer.h"
 #include "pass.h"
 
 namespace nk {

@@ -240,7 +240,9 @@ struct YoungsCramer {
     centred = fma(share * deviation, deviation, centred);
   }
   // As many contributions of zero more that there are B instead of n: by = 1/n - 1/B.
-  template <class R> static NK_HD void add_zeros(R total, R& centred, R by) { centred = fma(by * total, total, centred); }
+  template <class R> static NK_HD void add_zeros(R total, R& centred, R by) {
+    centred = fma(by * total, total, centred);
+  }
 };
 
 // ---- What a step sums ---------------------------------------------------------------------------------------------

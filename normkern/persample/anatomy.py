@@ -44,13 +44,13 @@ def _refuse_compiled(path: str, module: nn.Module) -> None:
     who = path or "the model"
     if module._compiled_call_impl is not None or is_a(module, "torch._dynamo.eval_frame", "OptimizedModule"):
         raise RuntimeError(
-            f"GradientNoise: {who} is compiled (torch.compile), so that its operations cannot be seen; expected the model "
-            "as it was before, which shares its parameters (compiled._orig_mod)"
+            f"GradientNoise: {who} is compiled (torch.compile), so that its operations cannot be seen; expected the "
+            "model as it was before, which shares its parameters (compiled._orig_mod)"
         )
     if isinstance(module, torch.jit.ScriptModule):
         raise RuntimeError(
-            f"GradientNoise: {who} is scripted or traced (torch.jit), so that its operations cannot be seen; expected the "
-            "module that it was made of"
+            f"GradientNoise: {who} is scripted or traced (torch.jit), so that its operations cannot be seen; expected "
+            "the module that it was made of"
         )
 
 

@@ -99,8 +99,8 @@ class GradientNoise:
             raise ValueError("GradientNoise: model has no parameter that requires a gradient")
         checking = self.check if self.check != "first" else (False if self._checked else "first")
         self._ledger = Ledger(
-            records, anatomy.constants, frozenset(self.stats), self.uncovered, checking, _is_ddp(self.model), self.batch_size,
-            lambda: batch_norms(self.model),
+            records, anatomy.constants, frozenset(self.stats), self.uncovered, checking, _is_ddp(self.model),
+            self.batch_size, lambda: batch_norms(self.model),
         )  # fmt: skip
         self._capture = self._ledger.capture = Capture(self._ledger)
         self._depth = 0
@@ -118,7 +118,8 @@ class GradientNoise:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._capture is not None and self._ledger is not None
+        assert self._capture is not None
+        assert self._ledger is not None
         self._capture.__exit__(kind, error, trace)
         _open.noise = None
         for handle in self._handles:
@@ -134,10 +135,13 @@ class GradientNoise:
         self._depth += 1
         if self._depth > 1 or torch._C._current_graph_task_id() != -1:
             return
-        assert self._ledger is not None and self._capture is not None
+        assert self._ledger is not None
+        assert self._capture is not None
         ledger, capture = self._ledger, self._capture
         with torch._C.DisableTorchFunction():
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not ledger.knows(t)]
+            tensors = [
+                t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not ledger.knows(t)
+            ]
             states = [capture.state(t) for t in tensors]
             new = [not (isinstance(s, Lost) or (isinstance(s, Rows) and s.certain)) for s in states]
             if new and new[0] and (module is self.model or ledger.batch is None):
@@ -167,7 +171,8 @@ class GradientNoise:
         self._depth = max(self._depth - 1, 0)
         if self._depth or self.uncovered != "estimate" or torch._C._current_graph_task_id() != -1:
             return None
-        assert self._ledger is not None and self._capture is not None
+        assert self._ledger is not None
+        assert self._capture is not None
         capture, ledger = self._capture, self._ledger
 
         def tapped(x: Any) -> Any:
@@ -201,8 +206,8 @@ class GradientNoise:
             )
         if any(r.status == "estimated" for r in ledger.records) and {"norms", "projections"} & set(self.stats):
             raise RuntimeError(
-                'GradientNoise.result: stats "norms" and "projections" are of single samples, which estimated parameters '
-                'do not have; expected "nsr" or "variance" with uncovered="estimate", or uncovered="exclude"'
+                'GradientNoise.result: stats "norms" and "projections" are of single samples, which estimated '
+                'parameters do not have; expected "nsr" or "variance" with uncovered="estimate", or uncovered="exclude"'
             )
         batch = sum(ledger.batches)
         unit = float(batch) if self.reduction == "mean" else 1.0

@@ -15,19 +15,20 @@ from torch import Tensor
 
 from .parts import Matrix, Part
 from .sums import Sums, of_matrix
+from .words import words
 
 #: Every entry of the result is one entry of one operand, and none appears twice.
-SELECTS = frozenset(
-    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T mT H mH
-    permute movedim moveaxis select narrow flip roll chunk split split_with_sizes tensor_split unbind cat concat
-    concatenate stack hstack vstack contiguous clone to float double half bfloat16 type __iter__""".split()
+SELECTS = words(
+    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T mT H
+    mH permute movedim moveaxis select narrow flip roll chunk split split_with_sizes tensor_split unbind cat concat
+    concatenate stack hstack vstack contiguous clone to float double half bfloat16 type __iter__"""
 )
 #: Every entry of the result depends on one entry of the parameter.
-ELEMENTWISE = frozenset(
+ELEMENTWISE = words(
     """add sub mul div true_divide __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ rsub neg
-    __neg__ negative positive exp expm1 log log1p sqrt rsqrt square abs absolute sigmoid tanh relu softplus silu gelu
-    elu leaky_relu clamp clip clamp_min clamp_max pow __pow__ float_power reciprocal erf sin cos sign where masked_fill
-    hardtanh logit""".split()
+    __neg__ negative positive exp expm1 log log1p sqrt rsqrt square abs absolute sigmoid tanh relu softplus silu
+    gelu elu leaky_relu clamp clip clamp_min clamp_max pow __pow__ float_power reciprocal erf sin cos sign where
+    masked_fill hardtanh logit"""
 )
 
 

@@ -15,51 +15,52 @@ from torch import Tensor
 
 from . import rows
 from .rows import Lost, Rows, State
+from .words import words
 
 #: Reorder, select or repeat elements, and compute nothing. Of the first argument, or of a list of tensors.
-MOVES = frozenset(
-    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T mT H mH
-    adjoint permute movedim moveaxis expand expand_as broadcast_to repeat tile repeat_interleave __getitem__ select
-    narrow index_select gather take_along_dim flip fliplr flipud rot90 roll chunk split split_with_sizes tensor_split
-    unbind hsplit vsplit dsplit cat concat concatenate stack hstack vstack dstack column_stack diagonal unfold
-    atleast_1d atleast_2d atleast_3d __iter__ as_strided""".split()
+MOVES = words(
+    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T mT H
+    mH adjoint permute movedim moveaxis expand expand_as broadcast_to repeat tile repeat_interleave __getitem__
+    select narrow index_select gather take_along_dim flip fliplr flipud rot90 roll chunk split split_with_sizes
+    tensor_split unbind hsplit vsplit dsplit cat concat concatenate stack hstack vstack dstack column_stack diagonal
+    unfold atleast_1d atleast_2d atleast_3d __iter__ as_strided"""
 )
 #: With a `dim` that may be the samples'.
-REDUCES = frozenset(
+REDUCES = words(
     """sum nansum mean nanmean prod max min amax amin median nanmedian mode argmax argmin any all norm std var std_mean
-    var_mean logsumexp count_nonzero quantile nanquantile vector_norm kthvalue aminmax cosine_similarity""".split()
+    var_mean logsumexp count_nonzero quantile nanquantile vector_norm kthvalue aminmax cosine_similarity"""
 )
 #: Mix along a `dim`, the last one unless they say so.
-MIXES = frozenset(
+MIXES = words(
     """softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort argsort topk normalize renorm msort
     gumbel_softmax cross layer_norm rms_norm glu index_add index_copy index_fill scatter scatter_add scatter_reduce
-    diff fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft""".split()
+    diff fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"""
 )
 #: Make tensors of a given shape.
-MAKES = frozenset("zeros ones full empty rand randn new_zeros new_ones new_full new_empty".split())
-PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ mm bmm mv addmm baddbmm".split())
+MAKES = words("zeros ones full empty rand randn new_zeros new_ones new_full new_empty")
+PRODUCTS = words("matmul __matmul__ __rmatmul__ mm bmm mv addmm baddbmm")
 #: Element by element, with broadcasting.
-POINTWISE = frozenset(
-    """abs absolute acos arccos acosh arccosh add addcdiv addcmul alias alpha_dropout angle asin arcsin asinh arcsinh atan
-    arctan atan2 arctan2 atanh arctanh bernoulli bfloat16 bitwise_and bitwise_not bitwise_or bitwise_xor bool byte
-    bitwise_left_shift bitwise_right_shift cauchy ceil celu char clamp clamp_max clamp_min clip clone conj conj_physical
-    contiguous copysign cos cosh cpu cuda data deg2rad detach digamma div divide double dropout dropout1d dropout2d
-    dropout3d elu empty_like eq erf erfc erfinv exp exp2 expm1 exponential feature_alpha_dropout feature_dropout fill
-    fill_diagonal float float_power floor floor_divide fmax fmin fmod frac full_like gcd ge gelu geometric greater
-    greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 int isclose isfinite isinf
-    isnan isneginf isposinf isreal lcm ldexp le leaky_relu lerp less less_equal lgamma log log10 log1p log2 log_normal
-    log_sigmoid logsigmoid logaddexp logaddexp2 logical_and logical_not logical_or logical_xor logit long lt masked_fill
-    maximum minimum mish mul multiply nan_to_num ne neg negative nextafter normal not_equal ones_like polygamma
-    positive pow prelu quantize_per_tensor fake_quantize_per_tensor_affine rad2deg rand_like randint_like randn_like
-    random real reciprocal relu relu6 remainder resolve_conj resolve_neg round rrelu rsqrt rsub selu sgn short sigmoid
-    sign signbit silu sin sinc sinh softplus softshrink softsign special_expit special_erf special_entr special_gammaln
-    special_i0 special_i1 special_log_ndtr special_ndtr special_ndtri special_xlog1py special_xlogy sqrt square sub
-    subtract tan tanh tanhshrink threshold to to_dense to_sparse tril triu true_divide trunc type type_as uniform where
-    xlogy xpu zero zeros_like mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy kl_div
-    binary_cross_entropy_with_logits __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__
-    __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__ __and__ __rand__ __or__ __ror__ __xor__ __rxor__
-    __invert__ __neg__ __pos__ __abs__ __eq__ __ne__ __lt__ __le__ __gt__ __ge__ __lshift__ __rshift__
-    __deepcopy__""".split()
+POINTWISE = words(
+    """abs absolute acos arccos acosh arccosh add addcdiv addcmul alias alpha_dropout angle asin arcsin asinh arcsinh
+    atan arctan atan2 arctan2 atanh arctanh bernoulli bfloat16 bitwise_and bitwise_not bitwise_or bitwise_xor bool
+    byte bitwise_left_shift bitwise_right_shift cauchy ceil celu char clamp clamp_max clamp_min clip clone conj
+    conj_physical contiguous copysign cos cosh cpu cuda data deg2rad detach digamma div divide double dropout
+    dropout1d dropout2d dropout3d elu empty_like eq erf erfc erfinv exp exp2 expm1 exponential feature_alpha_dropout
+    feature_dropout fill fill_diagonal float float_power floor floor_divide fmax fmin fmod frac full_like gcd ge
+    gelu geometric greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 int
+    isclose isfinite isinf isnan isneginf isposinf isreal lcm ldexp le leaky_relu lerp less less_equal lgamma log
+    log10 log1p log2 log_normal log_sigmoid logsigmoid logaddexp logaddexp2 logical_and logical_not logical_or
+    logical_xor logit long lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative nextafter
+    normal not_equal ones_like polygamma positive pow prelu quantize_per_tensor fake_quantize_per_tensor_affine
+    rad2deg rand_like randint_like randn_like random real reciprocal relu relu6 remainder resolve_conj resolve_neg
+    round rrelu rsqrt rsub selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign
+    special_expit special_erf special_entr special_gammaln special_i0 special_i1 special_log_ndtr special_ndtr
+    special_ndtri special_xlog1py special_xlogy sqrt square sub subtract tan tanh tanhshrink threshold to to_dense
+    to_sparse tril triu true_divide trunc type type_as uniform where xlogy xpu zero zeros_like mse_loss l1_loss
+    smooth_l1_loss huber_loss binary_cross_entropy kl_div binary_cross_entropy_with_logits __add__ __radd__ __sub__
+    __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__
+    __and__ __rand__ __or__ __ror__ __xor__ __rxor__ __invert__ __neg__ __pos__ __abs__ __eq__ __ne__ __lt__ __le__
+    __gt__ __ge__ __lshift__ __rshift__ __deepcopy__"""
 )
 #: Work on so many of the last dimensions, and on everything before them alike.
 ON_LAST: dict[str, int] = {
@@ -74,11 +75,11 @@ ON_LAST: dict[str, int] = {
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), 3),
 }
 #: Of samples in the first dimension.
-ON_FIRST = frozenset(
+ON_FIRST = words(
     """group_norm instance_norm batch_norm local_response_norm grid_sample affine_grid fold unfold embedding_bag
-    interpolate upsample upsample_nearest upsample_bilinear native_group_norm""".split()
+    interpolate upsample upsample_nearest upsample_bilinear native_group_norm"""
 )
-RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
+RECURRENT = words("lstm gru rnn_tanh rnn_relu")
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
@@ -177,8 +178,8 @@ class Follower:
     def knows(name: str) -> bool:
         """Whether there is a rule."""
         return (
-            name in MOVES or name in REDUCES or name in PRODUCTS or name in POINTWISE or name in MIXES or name in ON_LAST
-            or name in ON_FIRST or name in RECURRENT
+            name in MOVES or name in REDUCES or name in PRODUCTS or name in POINTWISE or name in MIXES
+            or name in ON_LAST or name in ON_FIRST or name in RECURRENT
             or name in ("tensordot", "einsum", "copy", "embedding", "one_hot", "pad")
         )  # fmt: skip
 
@@ -193,8 +194,8 @@ class Follower:
     ) -> list[State] | None:
         """None: it cannot be done to the numbers (torch.nn.functional.unfold, for one)."""
         certain = any(r.certain for _, r in operands)
-        (x, r), *others = operands
-        if not others and name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"):
+        x, r = operands[0]
+        if len(operands) == 1 and name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"):
             same = len(results) == 1 and results[0].numel() == x.numel()
             if same and not any(isinstance(a, torch.dtype) for a in args):
                 return [r]
@@ -238,7 +239,7 @@ class Follower:
         second = args[1] if len(args) > 1 else kwargs.get("other")
         if isinstance(second, Tensor) and name != "cosine_similarity":  # max(a, b)
             return [self._pointwise(name, operands, y) for y in results]
-        x, r = operands[0]
+        x = operands[0][0]
         at = {"norm": 2, "quantile": 2, "nanquantile": 2, "vector_norm": 2, "kthvalue": 2, "cosine_similarity": 2}
         dims = dims_of(args, kwargs, x.dim(), at.get(name, 1))
         if dims is None and name in ("cosine_similarity", "kthvalue"):
@@ -349,7 +350,7 @@ class Follower:
 
 
 def letters_of(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str] | None:
-    """The operands' and the result's dimensions of an einsum, a letter for each, also of those that "..." stands for."""
+    """The operands' and the result's dimensions of an einsum, a letter for each, also of those in "..."."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
     terms = []

@@ -1,4 +1,4 @@
-"""Which kernel sums a layer's contributions: the fastest that is right for the shape, the reference where none can run."""
+"""Which kernel sums a layer's contributions: the fastest that is right for its shape, or the reference."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _one_step(a: Tensor, g: Tensor, squares: bool, g_norms: Callable[[], Tensor]
     raw = g.square().t() @ a.square()
     centred = torch.addcmul(raw, total, total, value=-1 / len(a))
     if bool((centred < CANCELLED * raw).any()) and kind == torch.float32:
-        return _kernels(a, g).outer_moments(a[:, None], g[:, None], squares=True)  # type: ignore[no-any-return]
+        return _kernels(a, g).outer_moments(a[:, None], g[:, None], squares=True)
     return total, centred.clamp_(min=0), sq_norms
 
 
@@ -75,12 +75,18 @@ def _gram(a: Tensor, g: Tensor) -> Triple:
 
 def row_sq_norms(x: Tensor) -> Tensor:
     """|x_b|^2 of every row of a matrix, in float64."""
-    return _kernels(x).moments(x, squares=False)[2]  # type: ignore[no-any-return]
+    return _kernels(x).moments(x, squares=False)[2]
 
 
 def conv(
-    x: Tensor, g: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-    dilation: tuple[int, ...], groups: int, squares: bool,
+    x: Tensor,
+    g: Tensor,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    squares: bool,
 ) -> Triple:
     """Total, centred squares and norms of a convolution's weight gradient; x (B, C, ...), g (B, O, ...)."""
     if x.dtype != g.dtype:
@@ -93,9 +99,7 @@ def conv(
 
 def embedding(ids: Tensor, g: Tensor, count: int, padding_idx: int | None, squares: bool) -> Triple:
     """Total, centred squares and norms of an embedding's gradient; ids (B, T), g (B, T, D)."""
-    total, centred, sq_norms = _kernels(g).embedding_moments(
-        ids, g, count, padding_idx=padding_idx, squares=squares
-    )
+    total, centred, sq_norms = _kernels(g).embedding_moments(ids, g, count, padding_idx=padding_idx, squares=squares)
     return total, centred, sq_norms
 
 

@@ -34,6 +34,7 @@ class Layer(torch.autograd.Function):
             out, kept = layer.forward(x, *params)
             if out._is_view() or out is x:  # an in-place operation on a view that leaves a function is refused
                 out = torch.ops.aten._unsafe_view(out, out.shape)
+        ctx.again = Again(layer, x, params) if use.ledger.checking else None
         ctx.save_for_backward(*kept)
         ctx.set_materialize_grads(False)
         return out
@@ -52,7 +53,30 @@ class Layer(torch.autograd.Function):
             grads = []
             for i, needed in enumerate(needs):
                 grads.append(use.measure(i, lambda i=i: layer.part(i, g, *kept)) if needed else None)
+            if ctx.again is not None and not use.ledger.estimating:
+                ctx.again.compare(use, g, grads)
             return (None, None, dx, *grads)
+
+
+class Again:
+    """A layer once more, the gradients of its parameters by autograd: what the contributions must add up to."""
+
+    def __init__(self, layer: Arithmetic, x: Tensor, params: Sequence[Tensor | None]) -> None:
+        self.layer, self.x, self.params = layer, x.detach(), params
+        self.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+
+    def compare(self, use: Use, g: Tensor, grads: Sequence[Tensor | None]) -> None:
+        """RuntimeError: they do not."""
+        wanted = [i for i, d in enumerate(grads) if d is not None]
+        if not wanted:
+            return
+        enabled, dtype = self.autocast
+        with torch.enable_grad(), torch.autocast(g.device.type, dtype, enabled=enabled):
+            leaves = {i: p.detach().requires_grad_() for i, p in enumerate(self.params) if p is not None}
+            out, _ = self.layer.forward(self.x, *(leaves.get(i) for i in range(len(self.params))))
+            plain = torch.autograd.grad(out, [leaves[i] for i in wanted], g.to(out.dtype))
+        for i, d in zip(wanted, plain, strict=True):
+            use.compare(i, grads[i], d, g, self.x)
 
 
 class Arithmetic:
@@ -93,7 +117,8 @@ class Linear(Arithmetic):
         weight, *rest = params
         assert weight is not None
         x_, w, b = autocast(x, weight, rest[0] if rest else None)
-        assert x_ is not None and w is not None
+        assert x_ is not None
+        assert w is not None
         if w.dim() == 1:
             w = w[None]
         elif self.swapped:
@@ -125,8 +150,16 @@ class Convolution(Arithmetic):
     """Convolutions of one to three dimensions, and transposed ones."""
 
     def __init__(
-        self, batch: int, inner: int, stride: list[int], padding: list[int], dilation: list[int],
-        transposed: bool, output_padding: list[int], groups: int, shapes: Sequence[torch.Size],
+        self,
+        batch: int,
+        inner: int,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+        shapes: Sequence[torch.Size],
     ) -> None:
         self.batch, self.inner = batch, inner
         self.stride, self.padding, self.dilation = stride, padding, dilation
@@ -136,6 +169,8 @@ class Convolution(Arithmetic):
     def forward(self, x: Tensor, *params: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         weight, *rest = params
         x_, w, b = autocast(x, weight, rest[0] if rest else None)
+        assert x_ is not None
+        assert w is not None
         out = torch.convolution(
             x_, w, b, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
         )
@@ -144,7 +179,16 @@ class Convolution(Arithmetic):
     def input_grad(self, g: Tensor, *kept: Any) -> Tensor:
         x, w = kept
         grad: Tensor = torch.ops.aten.convolution_backward(
-            g, x, w, None, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups,
+            g,
+            x,
+            w,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
             [True, False, False],
         )[0]
         return grad
@@ -178,8 +222,17 @@ class Convolution(Arithmetic):
 
         def one(b: int) -> Tensor:
             grad: Tensor = torch.ops.aten.convolution_backward(
-                images(g, b), images(x, b), w, None, self.stride, self.padding, self.dilation, self.transposed,
-                self.output_padding, self.groups, [False, True, False],
+                images(g, b),
+                images(x, b),
+                w,
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.transposed,
+                self.output_padding,
+                self.groups,
+                [False, True, False],
             )[1]
             return grad.reshape(self.shapes[0])
 
@@ -193,13 +246,14 @@ class Embedding(Arithmetic):
         self.batch, self.block, self.padding_idx, self.shape = batch, block, padding_idx, shape
 
     def forward(self, x: Tensor, *params: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        return F.embedding(x, params[0]), (x,)  # type: ignore[arg-type]
+        return F.embedding(x, params[0], self.padding_idx), (x,)  # type: ignore[arg-type]
 
     def part(self, i: int, g: Tensor, *kept: Any) -> parts.Part:
         width = g.shape[-1]
         g_ = rows.by_sample(g, self.block * width, self.batch, width)
         ids = rows.by_sample(kept[0], self.block, self.batch, 1)
-        assert g_ is not None and ids is not None
+        assert g_ is not None
+        assert ids is not None
         return parts.Lookup(ids[..., 0], g_, self.padding_idx, self.shape)
 
 
@@ -281,18 +335,19 @@ class ChannelNorm(Norm):
         kind = torch.promote_types(g.dtype, x.dtype)
         real = torch.promote_types(kind, torch.float32)
 
-        def of_channels(t: Tensor | None) -> Tensor | None:
+        def of_channels(t: Tensor) -> Tensor:
             """(images, groups) statistics, or (channels,), for every channel."""
-            if t is None:
-                return None
             t = t.to(real)
             if t.dim() == 1:
                 return t.expand(images, channels)
             return t.repeat_interleave(channels // t.shape[1], 1)
 
         of = kernels.norm_sums(
-            g.to(kind).reshape(images, channels, -1), x.to(kind).reshape(images, channels, -1),
-            of_channels(mean), of_channels(rstd), "first",  # type: ignore[arg-type]
+            g.to(kind).reshape(images, channels, -1),
+            x.to(kind).reshape(images, channels, -1),
+            None if mean is None else of_channels(mean),
+            of_channels(rstd),
+            "first",
         )
         if images == self.batch:
             return of
@@ -431,11 +486,9 @@ class PerSample(torch.autograd.Function):
                     out = ctx.run(*cut, *(leaf if k == i else p.detach() for k, p in enumerate(params)))
                 return torch.autograd.grad(out, leaf, ctx.cut(g, -1, b))[0]
 
+            def part(i: int) -> parts.Part:
+                return parts.Loop(use.batch, params[i].shape, functools.partial(one, i))
+
             use.begin()
-            grads = [
-                use.measure(i, lambda i=i: parts.Loop(use.batch, params[i].shape, lambda b: one(i, b)))
-                if needs[len(data) + i]
-                else None
-                for i in range(count)
-            ]
+            grads = [use.measure(i, functools.partial(part, i)) if needs[len(data) + i] else None for i in range(count)]
             return (None, None, None, *dx, *grads)

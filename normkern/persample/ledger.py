@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .derived import Through, as_matrix, disjoint
-from .parts import Matrix, Outer, Part
+from .parts import Outer, Part
 from .signs import Contrast
 from .sums import Sums, of_matrix, one_by_one, plain_sum, real, sq_norm
 
@@ -178,7 +178,7 @@ class Ledger:
                 raise NotImplementedError(
                     f"GradientNoise: {r.name!r} of {r.module} is used by {operation}"
                     + (f" ({why})" if why else "")
-                    + ', whose contributions sample by sample are not known; expected a layer that is covered, or '
+                    + ", whose contributions sample by sample are not known; expected a layer that is covered, or "
                     'uncovered="estimate" (an extra backward with random signs) or uncovered="exclude"'
                 )
             if r.status == "exact":
@@ -219,8 +219,8 @@ class Ledger:
             return
         if use.done or use.call in self._claimed:
             raise RuntimeError(
-                f"GradientNoise: {use.name} has its second backward after one forward; expected one backward of the sum "
-                "of all losses, or a forward for each"
+                f"GradientNoise: {use.name} has its second backward after one forward; expected one backward of the "
+                "sum of all losses, or a forward for each"
             )
         use.done = True
         if use.call is not None:
@@ -294,6 +294,27 @@ class Ledger:
             if r.fresh:
                 r.sums.total = None  # type: ignore[assignment]
 
+    def first_of(self, target: Tensor) -> Record:
+        """The first parameter in a target."""
+        return self._roots(target)[0]
+
+    def compare(self, r: Record, name: str, measured: Tensor, plain: Tensor, g: Tensor, x: Tensor) -> None:
+        """The sum of a use's contributions against the gradient that autograd has for it."""
+
+        def size(t: Tensor) -> float:
+            return t.detach().to(torch.float64).norm().item()
+
+        kind = min((t.dtype for t in (measured, plain, g)), key=lambda d: torch.finfo(d).bits)
+        terms = size(g) * max(size(x) if x.is_floating_point() else 0.0, x.numel() ** 0.5)
+        allowed = ROUNDING.get(kind, 1e-4) * (size(plain) + 0.1 * terms)
+        difference = size(measured.double() - plain.double())
+        if difference > allowed:
+            raise RuntimeError(
+                f"GradientNoise: the contributions to {r.name!r} of {r.module} through {name} do not add up to the "
+                f"gradient of autograd: they differ by {difference:.3g}, of norm {size(plain):.3g}; this is a fault of "
+                "normkern (please report it)"
+            )
+
     def _compare(self, r: Record, grad: Tensor) -> None:
         """sum_b c_b against the gradient."""
         assert r.sums is not None
@@ -306,8 +327,8 @@ class Ledger:
             raise RuntimeError(
                 f"GradientNoise: the contributions to {r.name!r} of {r.module} do not add up to its gradient: they "
                 f"differ by {difference:.3g}, of norm {scale:.3g}. Something besides the model's layers contributes to "
-                "it (a penalty on the weights in the loss, a forward outside the context) or a hook changed it; expected "
-                "a loss that is a sum over samples"
+                "it (a penalty on the weights in the loss, a forward outside the context) or a hook changed it; "
+                "expected a loss that is a sum over samples"
             )
 
     def accumulated(self, r: Record, param: Tensor) -> None:
@@ -358,8 +379,8 @@ class Ledger:
         if self.projects and self.batches:
             self._reset()
             raise RuntimeError(
-                'GradientNoise: stats "projections" expected one backward in one context, got a second: the projections '
-                "of the first are on another mean"
+                'GradientNoise: stats "projections" expected one backward in one context, got a second: the '
+                "projections of the first are on another mean"
             )
         for r in self.records:
             self._join(r, batch)
@@ -455,5 +476,10 @@ def combined(parts: list[Part], squares: bool) -> Sums:
 
 
 def _alike(p: Part, q: Part) -> bool:
-    assert isinstance(p, Outer) and isinstance(q, Outer)
-    return p.a.shape[2] == q.a.shape[2] and p.g.shape[2] == q.g.shape[2] and p.a.dtype == q.a.dtype == p.g.dtype == q.g.dtype
+    assert isinstance(p, Outer)
+    assert isinstance(q, Outer)
+    return (
+        p.a.shape[2] == q.a.shape[2]
+        and p.g.shape[2] == q.g.shape[2]
+        and p.a.dtype == q.a.dtype == p.g.dtype == q.g.dtype
+    )

@@ -49,8 +49,8 @@ class Coverage:
 
     def __str__(self) -> str:
         return ", ".join(
-            f"{len(getattr(self, kind))} {kind} ({self.parameters[kind]:.1%} of parameters, {self.grad_sq[kind]:.1%} of "
-            "|grad|^2)"
+            f"{len(getattr(self, kind))} {kind} ({self.parameters[kind]:.1%} of parameters, {self.grad_sq[kind]:.1%} "
+            "of |grad|^2)"
             for kind in ("exact", "estimated", "excluded", "unused")
             if getattr(self, kind)
         )

@@ -2,8 +2,8 @@
 
 The samples' elements lie in blocks: element i, counted in row-major order of the tensor's shape, belongs to sample
 ``i // block % B``. A batch in front is one round of B blocks; time in front of the batch, or frames folded into it, are
-several rounds or blocks of several rows. Reshaping changes nothing of it; what moves elements is applied to the samples'
-numbers themselves.
+several rounds or blocks of several rows. Reshaping changes nothing of it; what moves elements is applied to the
+samples' numbers themselves.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def block_where_known(numbers: Tensor, batch: int) -> int | None:
         for inner in range(1, size // batch + 1):
             if size % (inner * batch) == 0:
                 block = inner * after
-                if torch.equal((torch.arange(numbers.numel()).view(numbers.shape) // block % batch)[known].int(), wanted):
+                if torch.equal(
+                    (torch.arange(numbers.numel()).view(numbers.shape) // block % batch)[known].int(), wanted
+                ):
                     fits.append(block)
     return fits[0] if len(fits) == 1 else None
 

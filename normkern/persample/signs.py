@@ -32,7 +32,7 @@ class Contrast:
 
     @classmethod
     def draw(cls, batch: int) -> Contrast:
-        """From a generator of its own, seeded with torch's first seed: the training's random numbers stay as they are."""
+        """From a generator of its own, seeded as torch first was: the training's random numbers stay as they are."""
         global _generator
         if _generator is None:
             _generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)

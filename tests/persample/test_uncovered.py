@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from normkern.persample import signs
 
 import normkern
+from normkern.persample import signs
 
 from .budgets import BUDGET, SCALARS, assert_says, close
 from .left_behind import anatomy, assert_nothing_left
