@@ -489,6 +489,24 @@ def moments(
     return means[0], None if centred is None else centred[0], row_sq
 
 
+def row_sq_norms(x: Tensor) -> Tensor:
+    """|x_b|^2 of every row of a matrix, by the loop of `moments` and without what else that does.
+
+    Args:
+        x: (B, P), as `moments` takes it; it is not checked. Read only.
+
+    Returns:
+        (B,) float64 on the CPU. Nothing is synchronised.
+
+    >>> row_sq_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+    tensor([25.,  4.], dtype=torch.float64)
+    """
+    mean = torch.empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device="cpu")
+    row_sq = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
+    _C.moments([x], [mean], None, row_sq, _new_totals())
+    return row_sq
+
+
 def _new_totals() -> Tensor:
     """Unwritten `totals` for `moments`."""
     return torch.empty(2, dtype=torch.float64, device="cpu")

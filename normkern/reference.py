@@ -245,6 +245,11 @@ def embedding_moments(
     return total, centred if squares else None, torch.stack(row_sq) if row_sq else total.new_zeros(0).double()
 
 
+def row_sq_norms(x: Tensor) -> Tensor:
+    """`ops.row_sq_norms`."""
+    return x.detach().double().square().sum(1)
+
+
 def gradient_sums(g1: Tensor, g2: Tensor, stats: Stats) -> Tensor:
     """<g1,g2>, |g1-g2|^2, |g1|^2, |g2|^2 over the tensor or each row: (slots, 4) float64."""
     shape = (_slots(g1, stats), -1) if g1.numel() else (_slots(g1, stats), 0)

@@ -83,7 +83,9 @@ class Record:
             return plain_sum(self.centred)
         if not self.used or self.status != "exact":
             return torch.zeros((), dtype=torch.float64, device=self.param.device)
-        norms = self.all_norms if self.all_norms is not None else torch.cat(self.sq_norms).sum()
+        norms = self.all_norms
+        if norms is None:
+            norms = (self.sq_norms[0] if len(self.sq_norms) == 1 else torch.cat(self.sq_norms)).sum()
         return (norms - self.square() / batch).clamp_(min=0)
 
     def variance(self, factor: float) -> Tensor:
