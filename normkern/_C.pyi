@@ -37,9 +37,7 @@ def gauge_step(
 ) -> GaugeStep | None: ...
 
 class ConvNumbers:
-    def __init__(
-        self, kernel_size: object, stride: object, padding: object, dilation: object, groups: int
-    ) -> None: ...
+    def __init__(self, kernel_size: object, stride: object, padding: object, dilation: object, groups: int) -> None: ...
 
 class GaugeStep:
     @property

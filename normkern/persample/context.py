@@ -138,7 +138,9 @@ class GradientNoise:
         assert self._ledger is not None and self._capture is not None
         ledger, capture = self._ledger, self._capture
         with torch._C.DisableTorchFunction():
-            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not ledger.knows(t)]
+            tensors = [
+                t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not ledger.knows(t)
+            ]
             new = [t for t in tensors if not capture.known(t)]
             if new and (module is self.model or ledger.batch is None):
                 batch = new[0].shape[0]

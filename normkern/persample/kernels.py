@@ -78,8 +78,14 @@ def row_sq_norms(x: Tensor) -> Tensor:
 
 
 def conv(
-    x: Tensor, g: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
-    dilation: tuple[int, ...], groups: int, squares: bool,
+    x: Tensor,
+    g: Tensor,
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    squares: bool,
 ) -> Triple:
     """Total, centred squares and norms of a convolution's weight gradient; x (B, C, ...), g (B, O, ...)."""
     if x.dtype != g.dtype:
@@ -92,9 +98,7 @@ def conv(
 
 def embedding(ids: Tensor, g: Tensor, count: int, padding_idx: int | None, squares: bool) -> Triple:
     """Total, centred squares and norms of an embedding's gradient; ids (B, T), g (B, T, D)."""
-    total, centred, sq_norms = _kernels(g).embedding_moments(
-        ids, g, count, padding_idx=padding_idx, squares=squares
-    )
+    total, centred, sq_norms = _kernels(g).embedding_moments(ids, g, count, padding_idx=padding_idx, squares=squares)
     return total, centred, sq_norms
 
 

@@ -117,8 +117,16 @@ class Convolution(Arithmetic):
     """Convolutions of one to three dimensions, and transposed ones."""
 
     def __init__(
-        self, batch: int, inner: int, stride: list[int], padding: list[int], dilation: list[int],
-        transposed: bool, output_padding: list[int], groups: int, shapes: Sequence[torch.Size],
+        self,
+        batch: int,
+        inner: int,
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        transposed: bool,
+        output_padding: list[int],
+        groups: int,
+        shapes: Sequence[torch.Size],
     ) -> None:
         self.batch, self.inner = batch, inner
         self.stride, self.padding, self.dilation = stride, padding, dilation
@@ -136,7 +144,16 @@ class Convolution(Arithmetic):
     def input_grad(self, g: Tensor, *kept: Any) -> Tensor:
         x, w = kept
         grad: Tensor = torch.ops.aten.convolution_backward(
-            g, x, w, None, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups,
+            g,
+            x,
+            w,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
             [True, False, False],
         )[0]
         return grad
@@ -170,8 +187,17 @@ class Convolution(Arithmetic):
 
         def one(b: int) -> Tensor:
             grad: Tensor = torch.ops.aten.convolution_backward(
-                images(g, b), images(x, b), w, None, self.stride, self.padding, self.dilation, self.transposed,
-                self.output_padding, self.groups, [False, True, False],
+                images(g, b),
+                images(x, b),
+                w,
+                None,
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.transposed,
+                self.output_padding,
+                self.groups,
+                [False, True, False],
             )[1]
             return grad.reshape(self.shapes[0])
 
@@ -283,8 +309,11 @@ class ChannelNorm(Norm):
             return t.repeat_interleave(channels // t.shape[1], 1)
 
         of = kernels.norm_sums(
-            g.to(kind).reshape(images, channels, -1), x.to(kind).reshape(images, channels, -1),
-            of_channels(mean), of_channels(rstd), "first",  # type: ignore[arg-type]
+            g.to(kind).reshape(images, channels, -1),
+            x.to(kind).reshape(images, channels, -1),
+            of_channels(mean),
+            of_channels(rstd),
+            "first",  # type: ignore[arg-type]
         )
         if images == self.batch:
             return of

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .derived import Through, as_matrix, disjoint
-from .parts import Matrix, Outer, Part
+from .parts import Outer, Part
 from .signs import Contrast
 from .sums import Sums, of_matrix, one_by_one, real, sq_norm
 
@@ -144,7 +144,7 @@ class Ledger:
                 raise NotImplementedError(
                     f"GradientNoise: {r.name!r} of {r.module} is used by {operation}"
                     + (f" ({why})" if why else "")
-                    + ', whose contributions sample by sample are not known; expected a layer that is covered, or '
+                    + ", whose contributions sample by sample are not known; expected a layer that is covered, or "
                     'uncovered="estimate" (an extra backward with random signs) or uncovered="exclude"'
                 )
             if r.status == "exact":
@@ -423,4 +423,8 @@ def combined(parts: list[Part], squares: bool) -> Sums:
 
 def _alike(p: Part, q: Part) -> bool:
     assert isinstance(p, Outer) and isinstance(q, Outer)
-    return p.a.shape[2] == q.a.shape[2] and p.g.shape[2] == q.g.shape[2] and p.a.dtype == q.a.dtype == p.g.dtype == q.g.dtype
+    return (
+        p.a.shape[2] == q.a.shape[2]
+        and p.g.shape[2] == q.g.shape[2]
+        and p.a.dtype == q.a.dtype == p.g.dtype == q.g.dtype
+    )
