@@ -107,6 +107,33 @@ struct Moments {
   DType dtype;
 };
 
+// Of each sample of a normalisation layer: sums down the columns or along the rows of (rows, columns).
+struct NormTensor {
+  const void* x;
+  int64_t sample_stride, row_stride;  // columns lie side by side
+};
+struct NormBatch {
+  NormTensor g, x;
+  int64_t samples, rows, columns;
+  const void *mean, *rstd;  // (samples, rows) in the arithmetic type; mean null: zeros
+  bool along_rows;
+  void *of_weight, *of_bias;  // (samples, columns), along rows (samples, rows), in the arithmetic type
+  DType dtype;
+};
+
+// An embedding's gradients g (samples, positions, columns), of which id says which row of the table they belong to.
+struct EmbeddingBatch {
+  const int64_t* ids;  // (samples, positions), from 0 to table_rows - 1
+  const void* g;
+  int64_t sample_stride, position_stride;  // columns lie side by side
+  int64_t samples, positions, columns, table_rows;
+  int64_t padding;        // an id that counts for nothing, or -1
+  bool squares;           // else `centred` is not written
+  void *total, *centred;  // (table_rows, columns) in the arithmetic type, zeros: rows without an id are left alone
+  double* row_sq;         // (samples)
+  DType dtype;
+};
+
 namespace cpu {
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*),
                             void* context);
@@ -122,6 +149,8 @@ void run(const Chunk* chunks, int64_t count, int64_t coordinates);
 void outer_moments(const Outer&);
 void conv_moments(const Conv&);
 void moments(const Moments&);
+void norm_sums(const NormBatch&);
+void embedding_moments(const EmbeddingBatch&);
 }  // namespace cpu
 
 }  // namespace nk

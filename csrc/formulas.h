@@ -230,11 +230,17 @@ struct Welford {
 //     total' = total + c,  centred' = centred + (n c - total')^2 / (n (n-1))
 // Youngs and Cramer 1971, Technometrics 13(3). Welford's sum without a division, and on the sum instead of the mean.
 struct YoungsCramer {
+  template <class R> static NK_HD void first(R& total, R& centred, R c) {
+    total = c;
+    centred = c - c;  // a NaN or an infinity shows
+  }
   template <class R> static NK_HD void add(R& total, R& centred, R c, R minus_n, R share) {
     total = total + c;
     const R deviation = fma(minus_n, c, total);
     centred = fma(share * deviation, deviation, centred);
   }
+  // As many contributions of zero more that there are B instead of n: by = 1/n - 1/B.
+  template <class R> static NK_HD void add_zeros(R total, R& centred, R by) { centred = fma(by * total, total, centred); }
 };
 
 // ---- What a step sums ---------------------------------------------------------------------------------------------
@@ -307,6 +313,14 @@ struct GroupMoments {
     const D by = share * s, e = (shift - finite_or(mean, shift)) + by;
     centred = centred + fma(-by, s, q) + cross * e * e;
     mean = fma(moved, e, mean);
+  }
+};
+
+// What a normalisation layer's weight and bias get of one coordinate: g times the normalised x, and g.
+struct NormSums {
+  template <class R> static NK_HD void add(R& of_weight, R& of_bias, R g, R x, R mean, R rstd) {
+    of_weight = fma(g, (x - mean) * rstd, of_weight);
+    of_bias = of_bias + g;
   }
 };
 

@@ -9,8 +9,15 @@ namespace {
 
 View take(py::handle tensor) {
   const auto v = view(tensor.ptr());
-  if (!v) throw py::type_error("moments: no kernel takes " + describe(tensor.ptr()));
+  if (!v) throw py::type_error("expected a tensor that a kernel takes, got " + describe(tensor.ptr()));
   return *v;
+}
+void* data_of(const py::object& tensor) { return tensor.is_none() ? nullptr : take(tensor).data; }
+
+template <class Call> void without_gil(int64_t coordinates, Call call) {
+  std::optional<py::gil_scoped_release> released;
+  if (coordinates > kReleaseGil) released.emplace();
+  call();
 }
 
 struct Dimension {
@@ -60,12 +67,54 @@ void moments(const py::list& samples, const py::list& means, const py::object& c
                   (int64_t)count,
                   rows,
                   squares,
-                  static_cast<double*>(take(row_sq).data),
-                  static_cast<double*>(take(totals).data),
+                  static_cast<double*>(data_of(row_sq)),
+                  static_cast<double*>(data_of(totals)),
                   dtype};
-  std::optional<py::gil_scoped_release> released;
-  if (rows * columns > kReleaseGil) released.emplace();
-  cpu::moments(m);
+  without_gil(rows * columns, [&] { cpu::moments(m); });
+}
+
+void norm_sums(const py::object& g, const py::object& x, const py::object& mean, const py::object& rstd,
+               bool along_rows, const py::object& of_weight, const py::object& of_bias) {
+  const View a = take(g), b = take(x);
+  const NormBatch n{{a.data, a.strides[0], a.strides[1]},
+                    {b.data, b.strides[0], b.strides[1]},
+                    a.shape[0],
+                    a.shape[1],
+                    a.shape[2],
+                    data_of(mean),
+                    data_of(rstd),
+                    along_rows,
+                    data_of(of_weight),
+                    data_of(of_bias),
+                    a.dtype};
+  without_gil(a.numel, [&] { cpu::norm_sums(n); });
+}
+
+void embedding_moments(uintptr_t ids, const py::object& g, int64_t padding, const py::object& total,
+                       const py::object& centred, const py::object& row_sq) {
+  const View a = take(g), table = take(total);
+  const int64_t samples = a.shape[0], positions = a.shape[1], rows = table.shape[0];
+  const auto* id = reinterpret_cast<const int64_t*>(ids);
+  for (int64_t i = 0; i < samples * positions; i++)
+    if (id[i] < 0 || id[i] >= rows)
+      throw py::value_error("embedding_moments: ids[" + std::to_string(i / positions) + ", " +
+                            std::to_string(i % positions) + "] is " + std::to_string(id[i]) + "; expected 0 to " +
+                            std::to_string(rows - 1) + ", for num_embeddings is " + std::to_string(rows));
+  const EmbeddingBatch e{id,
+                         a.data,
+                         a.strides[0],
+                         a.strides[1],
+                         samples,
+                         positions,
+                         a.shape[2],
+                         rows,
+                         padding,
+                         !centred.is_none(),
+                         table.data,
+                         data_of(centred),
+                         static_cast<double*>(data_of(row_sq)),
+                         a.dtype};
+  without_gil(a.numel, [&] { cpu::embedding_moments(e); });
 }
 
 }  // namespace nk

@@ -8,6 +8,11 @@ namespace {
 
 constexpr int64_t kReleaseGilWork = 1 << 17;  // multiply-adds; below, to release it takes longer than to finish
 
+// Of a kernel's size, stride, padding and dilation, and of the positions of x that they reach over: sizes in bytes stay
+// far inside 64 bits.
+constexpr int64_t kMostNumber = 1 << 20;
+constexpr double kMostReach = 0x1p40;
+
 // An argument that kernels take, of a given number of dimensions.
 View taken(const char* op, const char* name, const py::object& argument, const char* shape, int ndim) {
   const auto v = view(argument.ptr());
@@ -55,7 +60,7 @@ void read(const char* name, const py::object& from, int dims, int64_t least, int
     fits = PyLong_Check(one.ptr()) && !PyBool_Check(one.ptr());
     const long long value = fits ? PyLong_AsLongLong(one.ptr()) : 0;
     if (PyErr_Occurred()) PyErr_Clear(), fits = false;
-    fits = fits && value >= least;
+    fits = fits && value >= least && value <= kMostNumber;
     to[3 - dims + d] = value;
   }
   if (!fits)
@@ -78,8 +83,18 @@ ConvViews conv_views(const py::object& x, const py::object& g, const ConvNumbers
   const int dims = v.x.ndim - 2;
   read("kernel_size", numbers.kernel_size, dims, 1, v.kernel);
   read("stride", numbers.stride, dims, 1, v.stride);
-  read("padding", numbers.padding, dims, INT64_MIN, v.padding);
+  read("padding", numbers.padding, dims, -kMostNumber, v.padding);
   read("dilation", numbers.dilation, dims, 1, v.dilation);
+  double reach = 1;
+  for (int d = 0; d < dims; d++) {
+    const int at = 3 - dims + d;
+    reach *= (double)(v.g.shape[2 + d] - 1) * v.stride[at] + (double)(v.kernel[at] - 1) * v.dilation[at] + 1;
+  }
+  if (reach > kMostReach)
+    throw py::value_error(
+        "conv_moments: kernel_size, stride and dilation expected to reach over at most 2^40 positions"
+        " of x, got " +
+        text(py::float_(reach)));
   if (numbers.groups < 1 || v.x.shape[1] % numbers.groups || v.g.shape[1] % numbers.groups)
     throw py::value_error("conv_moments: groups expected a divisor of the channels of x and of g, " +
                           std::to_string(v.x.shape[1]) + " and " + std::to_string(v.g.shape[1]) + ", got " +

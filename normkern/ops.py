@@ -349,7 +349,8 @@ def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tenso
         c_b = g_b^\top a_b, \quad t = \sum_b c_b, \quad s = \sum_b (c_b - t/B)^2, \quad n_b = |c_b|^2
 
     Args:
-        a: (B, T, I), what went into the layer; float64, float32, bfloat16 or float16 on the CPU, any strides.
+        a: (B, T, I), what went into the layer; float64, float32, bfloat16 or float16 on the CPU, any strides (a copy is
+            made if the last dimension is not dense).
         g: (B, T, O) of the same dtype, the gradient of what came out.
         squares: whether s is wanted.
 
@@ -395,8 +396,8 @@ def conv_moments(
     with i counted within the group of o, and of :math:`c_b` what `outer_moments` returns.
 
     Args:
-        x: (B, C, *space), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or float16
-            on the CPU, any strides (the last dimension is copied if it is not dense).
+        x: (B, C, *space), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or
+            float16 on the CPU, any strides (a copy is made if the last dimension is not dense).
         g: (B, O, *out) of the same dtype, the gradient of what came out. A transposed convolution is the same call with
             x and g swapped.
         kernel_size, stride, dilation: a number for each space dimension.
@@ -491,6 +492,133 @@ def moments(
 def _new_totals() -> Tensor:
     """Unwritten `totals` for `moments`."""
     return torch.empty(2, dtype=torch.float64, device="cpu")
+
+
+def norm_sums(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    channels: Literal["last", "first"],
+) -> tuple[Tensor, Tensor]:
+    r"""What each sample adds to the gradients of a normalisation layer's weight and bias, in one pass over g and x.
+
+    .. math::
+        w_{bd} = \sum_t g_{btd}\,(x_{btd} - m_{bt})\, r_{bt}, \qquad \beta_{bd} = \sum_t g_{btd}
+        \qquad \text{(last)}
+
+    .. math::
+        w_{bc} = \sum_l g_{bcl}\,(x_{bcl} - m_{bc})\, r_{bc}, \qquad \beta_{bc} = \sum_l g_{bcl}
+        \qquad \text{(first)}
+
+    Args:
+        g, x: the output's gradient and the input, (B, T, D) or (B, C, L), CPU tensors of one dtype: float64, float32,
+            bfloat16 or float16. Where the last dimension does not lie side by side, a copy is read.
+        mean, rstd: (B, T) or (B, C), float64 for float64, else float32. Without mean (RMSNorm) it is 0.
+        channels: "last" (LayerNorm, RMSNorm) or "first" (GroupNorm, InstanceNorm, BatchNorm).
+
+    Returns:
+        w and beta, (B, D) or (B, C), float64 for float64, else float32, on the CPU. Nothing is synchronised.
+
+    Raises:
+        TypeError: not plain CPU tensors of these dtypes. ValueError: shapes do not fit, or `channels` is neither.
+
+    >>> g, x = torch.ones(1, 2, 2), torch.tensor([[[1.0, 2.0], [5.0, 3.0]]])
+    >>> norm_sums(g, x, torch.ones(1, 2), torch.full((1, 2), 0.5), channels="last")
+    (tensor([[2.0000, 1.5000]]), tensor([[2., 2.]]))
+    """
+    if channels not in ("last", "first"):
+        raise ValueError(f'norm_sums: channels expected "last" or "first", got {channels!r}')
+    of_rows = {"rstd": rstd} if mean is None else {"mean": mean, "rstd": rstd}
+    for name, entry in {"g": g, "x": x, **of_rows}.items():
+        if not kernel_takes(entry):
+            raise TypeError(_not_taken("norm_sums", name, entry))
+    real = torch.float64 if g.dtype == torch.float64 else torch.float32
+    if g.ndim != 3:
+        raise ValueError(f"norm_sums: g has shape {tuple(g.shape)}; expected three dimensions")
+    fits = {"x": (x, g.dtype, g.shape)} | {name: (entry, real, g.shape[:2]) for name, entry in of_rows.items()}
+    for name, (entry, dtype, shape) in fits.items():
+        if entry.dtype != dtype:
+            raise TypeError(f"norm_sums: {name} is {describe(entry)} but g is {describe(g)}; expected {dtype}")
+        if entry.shape != shape:
+            raise ValueError(
+                f"norm_sums: {name} has shape {tuple(entry.shape)} but g {tuple(g.shape)}; expected {tuple(shape)}"
+            )
+    along = channels == "first"
+    of_weight, of_bias = (g.new_empty((g.shape[0], g.shape[1 if along else 2]), dtype=real) for _ in range(2))
+    _C.norm_sums(
+        _side_by_side(g), _side_by_side(x), None if mean is None else _dense(mean), _dense(rstd), along, of_weight,
+        of_bias,
+    )  # fmt: skip
+    return of_weight, of_bias
+
+
+def embedding_moments(
+    ids: Tensor, g: Tensor, num_embeddings: int, *, padding_idx: int | None = None, squares: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    r"""What the samples add to the gradient of an embedding's table: sum, squared deviations, norms; by sorting.
+
+    .. math::
+        c_b[v] = \sum_{t:\,ids_{bt} = v} g_{bt}, \quad s = \sum_b c_b, \quad
+        q = \sum_b (c_b - s/B)^2, \quad n_b = |c_b|^2
+
+    Nothing of the size of B tables is made: for each row v the samples that have it are added by Youngs and Cramer's
+    update, and the others as zeros. In float64, rounded once.
+
+    Args:
+        ids: (B, T) int64 or int32 on the CPU, from 0 to num_embeddings - 1.
+        g: (B, T, D), the gradient of what the table gave, a CPU tensor of float64, float32, bfloat16 or float16. Where
+            the last dimension does not lie side by side, a copy is read.
+        num_embeddings: V, rows of the table.
+        padding_idx: an id that adds nothing, from -V to V - 1, or None.
+        squares: without, q is None.
+
+    Returns:
+        s and q (V, D), float64 for float64, else float32, and n (B,) float64, on the CPU. Nothing is synchronised.
+
+    Raises:
+        TypeError: not plain CPU tensors of these dtypes. ValueError: shapes do not fit; an id or `padding_idx` is none
+            of the table's.
+
+    Reference: Youngs and Cramer 1971, Technometrics 13(3); zeros are joined as in Chan, Golub and LeVeque 1983.
+
+    >>> embedding_moments(torch.tensor([[0, 0], [2, 0]]), torch.ones(2, 2, 1), 3, squares=True)
+    (tensor([[3.], [0.], [1.]]), tensor([[0.5000], [0.0000], [0.5000]]), tensor([4., 2.], dtype=torch.float64))
+    """
+    op = "embedding_moments"
+    if isinstance(num_embeddings, bool) or not isinstance(num_embeddings, int) or num_embeddings < 1:
+        raise ValueError(f"{op}: num_embeddings expected a whole number from 1, got {num_embeddings!r}")
+    if not kernel_takes(g):
+        raise TypeError(_not_taken(op, "g", g))
+    plain = type(ids) is Tensor and ids.device.type == "cpu" and ids.layout == torch.strided
+    if not plain or ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: ids is {describe(ids)}; expected a torch.Tensor of int64 or int32 on cpu")
+    if ids.ndim != 2 or g.ndim != 3 or g.shape[:2] != ids.shape:
+        raise ValueError(
+            f"{op}: ids has shape {tuple(ids.shape)} and g {tuple(g.shape)}; expected (B, T) and (B, T, D)"
+        )
+    if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+        raise ValueError(
+            f"{op}: padding_idx expected None or {-num_embeddings} to {num_embeddings - 1}, got {padding_idx!r}"
+        )
+    real = torch.float64 if g.dtype == torch.float64 else torch.float32
+    total = g.new_zeros((num_embeddings, g.shape[2]), dtype=real)
+    centred = torch.zeros_like(total) if squares else None
+    row_sq = g.new_empty(len(g), dtype=torch.float64)
+    ids = ids.to(torch.int64).contiguous()
+    padding = -1 if padding_idx is None else padding_idx % num_embeddings
+    _C.embedding_moments(ids.data_ptr(), _side_by_side(g), padding, total, centred, row_sq)
+    return total, centred, row_sq
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """`x`, or a copy in which the last dimension lies side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.detach().contiguous()
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.detach().contiguous()
 
 
 def check_samples(op: str, tensors: Sequence[Tensor], names: Sequence[str]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -175,7 +175,8 @@ def conv_moments(
     """`ops.conv_moments`, one tap of the kernel at a time."""
     real = _real_dtype(x)
     padded = torch.nn.functional.pad(x.to(real), [0, 1] * len(kernel_size))  # the last of each dimension is "outside"
-    outputs = g.to(real).flatten(2).unflatten(1, (groups, -1))
+    batch, channels, *size = g.shape
+    outputs = g.to(real).reshape(batch, groups, channels // groups, math.prod(size))
     taps = []
     for tap in itertools.product(*(range(k) for k in kernel_size)):
         seen = padded
@@ -183,10 +184,10 @@ def conv_moments(
             at = torch.arange(g.shape[dim + 2], device=x.device) * stride[dim] + k * dilation[dim] - padding[dim]
             outside = (at < 0) | (at >= x.shape[dim + 2])
             seen = seen.index_select(dim + 2, at.masked_fill(outside, x.shape[dim + 2]))
-        inputs = seen.flatten(2).unflatten(1, (groups, -1))
+        inputs = seen.reshape(batch, groups, x.shape[1] // groups, math.prod(size))
         taps.append(torch.einsum("bgoh,bgih->bgoi", outputs, inputs).flatten(1, 2))
-    c = torch.stack(taps, dim=-1).unflatten(-1, kernel_size)
-    return contribution_sums(c, squares)
+    c = torch.stack(taps, dim=-1)
+    return contribution_sums(c.reshape(*c.shape[:-1], *kernel_size), squares)
 
 
 def contribution_sums(c: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -212,6 +213,36 @@ def moments(
     if isinstance(x, (list, tuple)):
         return means, deviations if squares else None, row_sq
     return means[0], deviations[0] if squares else None, row_sq
+
+
+@torch.no_grad()
+def norm_sums(
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, *, channels: Literal["last", "first"]
+) -> tuple[Tensor, Tensor]:
+    """`ops.norm_sums`."""
+    real = _real_dtype(g)
+    over = 1 if channels == "last" else 2
+    normalised = (x.to(real) - (0 if mean is None else mean.unsqueeze(2))) * rstd.unsqueeze(2)
+    return (g.to(real) * normalised).sum(over), g.to(real).sum(over)
+
+
+@torch.no_grad()
+def embedding_moments(
+    ids: Tensor, g: Tensor, num_embeddings: int, *, padding_idx: int | None = None, squares: bool
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`ops.embedding_moments`, a table per sample."""
+    real = _real_dtype(g)
+    total = torch.zeros((num_embeddings, g.shape[2]), dtype=real, device=g.device)
+    centred, row_sq = torch.zeros_like(total), []
+    for n, (row, grad) in enumerate(zip(ids, g.to(real), strict=True), start=1):
+        table = torch.zeros_like(total).index_add_(0, row.long(), grad)
+        if padding_idx is not None:
+            table[padding_idx] = 0
+        total += table
+        if n > 1:
+            centred += (n * table - total).square() / (n * (n - 1))
+        row_sq.append(table.double().square().sum())
+    return total, centred if squares else None, torch.stack(row_sq) if row_sq else total.new_zeros(0).double()
 
 
 def gradient_sums(g1: Tensor, g2: Tensor, stats: Stats) -> Tensor:

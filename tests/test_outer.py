@@ -1,13 +1,13 @@
-"""The kernels that own dW against a float64 loop over samples, with a budget of errors."""
+"""outer_moments against float64, with a budget of errors."""
 
 import pytest
 import torch
+from contributions import WITH_FMA, assert_all_same, assert_right, on_all_levels, real_of
 from memory import Fenced, same_bits
 
 from normkern import ops, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-WITH_FMA = [name for name in ops.supported_isas() if name not in ("v2", "portable")]
 # (B, T, I, O): a tile is 14 x 32 or 6 x 16, a unit 42 x 32, a block 504 x 512, a chunk 256 rows, at most 512 of a sample.
 SIZES = [
     (1, 1, 1, 1),
@@ -29,46 +29,6 @@ SIZES = [
     (3, 2, 130, 515),
     (2, 3, 515, 130),
 ]
-
-
-def real_of(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def allowed_errors(c, size_of_c, steps, dtype, isa):
-    """What rounding may do to total, centred and sq_norms of contributions c (B, ...), sums of terms of size_of_c.
-
-    Every rounding is half a unit of what is rounded; without FMA hardware a multiply-add has two.
-    """
-    u = torch.finfo(real_of(dtype)).eps / 2 * (1 if isa in WITH_FMA else 2)
-    if dtype == torch.float64:
-        u *= 2  # the oracle's own
-    of_c = (steps + 1) * u * size_of_c
-    total_size = c.abs().cumsum(0)
-    of_total = of_c.cumsum(0) + u * total_size.cumsum(0)
-    sums, centred = c.cumsum(0), torch.zeros_like(c[0])
-    of_centred = torch.zeros_like(centred)
-    for i in range(1, len(c)):
-        n = i + 1
-        deviation, share = (n * c[i] - sums[i]).abs(), 1 / (n * (n - 1))
-        off = n * of_c[i] + of_total[i] + 2 * u * (deviation + n * c[i].abs())
-        centred = centred + share * (deviation + off) ** 2
-        of_centred = of_centred + share * (2 * deviation * off + off**2) + 4 * u * centred
-    of_norms = (2 * c.abs() * of_c + of_c**2).flatten(1).sum(1) + 60 * u * c.square().flatten(1).sum(1)
-    return of_total[-1], of_centred, of_norms
-
-
-def assert_right(got, c, size_of_c, steps, dtype, isa, what):
-    exact = reference.contribution_sums(c, squares=True)
-    budget = allowed_errors(c, size_of_c, steps, dtype, isa)
-    for name, x, y, allowed in zip(("total", "centred", "sq_norms"), got, exact, budget, strict=True):
-        if x is None:
-            continue
-        assert x.shape == y.shape, f"{what} {name}"
-        assert x.dtype == (torch.float64 if name == "sq_norms" else real_of(dtype)), f"{what} {name}"
-        over = (x.double() - y).abs() - allowed
-        assert not over.isnan().any(), f"{what} {name}: NaN"
-        assert over.numel() == 0 or over.max() <= 0, f"{what} {name}: over its budget by {over.max():.3e}"
 
 
 def operands(batch, steps, inputs, outputs, dtype=torch.float32, seed=0):
@@ -183,12 +143,6 @@ def several(dtype):
     ]
 
 
-def assert_all_same(results):
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert all(same_bits(x, y) for x, y in zip(a, b, strict=True))
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outer_is_the_same_for_any_number_of_threads(isa, dtype):
     results = []
@@ -201,14 +155,7 @@ def test_outer_is_the_same_for_any_number_of_threads(isa, dtype):
 @pytest.mark.skipif(len(WITH_FMA) < 2, reason="this machine runs one level with FMA hardware; two are needed")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outer_is_the_same_on_all_levels(dtype):
-    chosen, results = ops.isa(), []
-    try:
-        for name in WITH_FMA:
-            ops.select_isa(name)
-            results.append(several(dtype))
-    finally:
-        ops.select_isa(chosen)
-    assert_all_same(results)
+    assert_all_same(on_all_levels(lambda: several(dtype)))
 
 
 # ---- Numbers that are hard --------------------------------------------------------------------------------------------

@@ -52,24 +52,25 @@ struct Grid {
   int64_t rows, cols;  // blocks, of row units and of column units
 };
 
-// So many blocks that each fits, and that 2 and 8 threads alike are busy to the end. A block of r x c packs r + c
-// operands; that one costs as much as kPacking multiply-adds is measured.
-Grid cut(int64_t row_units, int64_t unit_rows, int64_t col_units, int64_t groups) {
-  constexpr double kPacking = 32;
+// What it costs to bring one number of one position to where the tile reads it, in multiply-adds. Measured: rows copied
+// with zeros around them or packed cost this much, what lies there already or is transposed a quarter.
+constexpr double kPackOne = 32;
+
+// So many blocks that each fits, and that 2 and 8 threads alike are busy to the end; smaller blocks pack more, which
+// hurts the few threads for the sake of the many. `cost(rows, cols)` of a block.
+template <class Cost>
+Grid cut(int64_t row_units, int64_t unit_rows, int64_t col_units, int64_t groups, const Cost& cost) {
   const int64_t least_rows = parts(row_units, std::max<int64_t>(1, kMostRows / unit_rows));
   const int64_t least_cols = parts(col_units, kMostUnitCols);
   Grid best{least_rows, least_cols};
   double least = 0;
   for (int64_t i = least_rows; i <= std::min(row_units, least_rows + 8); i++)
     for (int64_t j = least_cols; j <= std::min(col_units, least_cols + 8); j++) {
-      const double rows = (double)unit_rows * row_units / i, cols = (double)kUnitCols * col_units / j;
-      const double most_rows = (double)unit_rows * parts(row_units, i),
-                   most_cols = (double)kUnitCols * parts(col_units, j);
-      auto cost = [](double r, double c) { return r * c + kPacking * (r + c); };
-      double time = 0;
-      for (int64_t threads : {2, 8})
-        time += threads * ((parts(i * j * groups, threads) - 1) * cost(rows, cols) + cost(most_rows, most_cols));
-      if (least == 0 || time < least) least = time, best = {i, j};
+      const double mean = cost((double)unit_rows * row_units / i, (double)kUnitCols * col_units / j);
+      const double most = cost((double)unit_rows * parts(row_units, i), (double)kUnitCols * parts(col_units, j));
+      auto time = [&](int64_t threads) { return threads * ((parts(i * j * groups, threads) - 1) * mean + most); };
+      const double weighed = 3 * time(2) + time(8);
+      if (least == 0 || weighed < least) least = weighed, best = {i, j};
     }
   return best;
 }
@@ -111,11 +112,13 @@ struct Call {
   const SampleSums& sums;
 };
 
-// `rooms(block, rows, cols)` says how much scratch of its own a block of so many takes, `one(block)` runs it.
-template <class AnyBlock, class Rooms, class One>
-void run_blocks(const Call& call, AnyBlock all, int64_t runs, int64_t cols, int64_t groups, Rooms rooms, One one) {
+// `cost(rows, cols)` of a block, `rooms(block, rows, cols)` sets how much scratch of its own it takes, `one(block)`
+// runs it.
+template <class AnyBlock, class Cost, class Rooms, class One>
+void run_blocks(const Call& call, AnyBlock all, int64_t runs, int64_t cols, int64_t groups, const Cost& cost,
+                const Rooms& rooms, const One& one) {
   const int64_t row_units = runs * all.units_per_run(), col_units = parts(cols, kUnitCols);
-  const Grid grid = cut(row_units, all.unit_rows, col_units, groups);
+  const Grid grid = cut(row_units, all.unit_rows, col_units, groups, cost);
   const int64_t most_rows = all.unit_rows * parts(row_units, grid.rows);
   const int64_t most_cols = kUnitCols * parts(col_units, grid.cols);
   rooms(all, most_rows, most_cols);
@@ -196,6 +199,7 @@ void outer_moments(const Outer& outer) {
   const Isa& isa = table();
   run_blocks(
       {outer.dtype, outer.batch, size, work, outer.sums}, block, 1, outer.inputs, 1,
+      [](double rows, double cols) { return rows * cols + kPackOne * (rows + cols); },
       [](Block& block, int64_t rows, int64_t cols) {
         block.row_room = rows * block.samples * block.box[2];
         block.col_room = cols * block.samples * block.box[2];
@@ -241,9 +245,30 @@ void conv_moments(const Conv& asked) {
       block.out_run = to_output, block.out_row = 1, block.out_col = to_input;
       break;
   }
+  double spread = 1;  // what is copied of x per position and channel
+  bool in_place = conv.dtype == DType::f64 || conv.dtype == DType::f32;
+  for (int d = 0; d < 3; d++) {
+    const int64_t reach = (conv.out[d] - 1) * conv.stride[d] + (conv.kernel[d] - 1) * conv.dilation[d];
+    in_place = in_place && conv.padding[d] <= 0 && reach - conv.padding[d] < conv.in[d];
+    spread *= (double)block.window(d, block.box[d], conv.kernel) / block.box[d];
+  }
+  if (in_place) spread = 0.25;
   const Isa& isa = table();
   run_blocks(
       {conv.dtype, conv.batch, size, work, conv.sums}, block, runs, cols, groups,
+      [&](double rows, double cols) {
+        const double channels = std::max(1.0, std::min<double>(rows, block.run_rows) / taps);
+        const double block_runs = std::max(1.0, rows / block.run_rows);
+        switch (block.columns) {
+          case Columns::outputs:
+            return rows * cols + kPackOne * (channels * spread + cols / 4);
+          case Columns::groups:
+            return 2 * rows * cols + kPackOne * cols * (2 * channels * spread + block_runs / 4);
+          case Columns::inputs:
+            return 2 * rows * cols + kPackOne * cols * 2 * spread;
+        }
+        return 0.0;
+      },
       [&](ConvBlock& block, int64_t rows, int64_t cols) {
         int64_t steps = 1, window = 1;
         for (int d = 0; d < 3; d++) steps *= block.box[d], window *= block.window(d, block.box[d], conv.kernel);

@@ -18,6 +18,8 @@ NK_HD void run_lines(const Tile<R>& tile, int rows, const int64_t* offsets, cons
   kernels[rows - 1](tile, offsets, walk);
 }
 
+template <class R> void set_zero(R* x, int64_t n) { __builtin_memset(x, 0, n * sizeof(R)); }
+
 template <class T> class Windows {
  public:
   using R = Real<T>;
@@ -43,9 +45,8 @@ template <class T> class Windows {
   int64_t extent(int d) const { return conv_.out[d]; }
 
   void pack(int64_t b, int64_t samples, const Box& box) {
-    samples_ = samples, steps_ = box.steps();
-    size_ = 1;
-    for (int d = 0; d < 3; d++) size_ *= window_[d] = block_.window(d, box.n[d], conv_.kernel);
+    first_sample_ = b, samples_ = samples, steps_ = box.steps();
+    set_window(box);
     set_walk(box);
     set_offsets();
     for (int64_t i = 0; i < samples; i++) {
@@ -62,9 +63,10 @@ template <class T> class Windows {
     const int64_t run = (block_.first_unit + unit) / block_.units_per_run() - first_run_;
     tile_offsets_ = offsets_ + row_in_run(unit, row) - first_row_;
     const bool wide_rows = block_.columns != Columns::outputs, wide_cols = block_.columns != Columns::inputs;
-    tile.row_sample = channels_ * size_ * (wide_rows ? kCols : 1);
+    tile.row_sample = in_place_ ? conv_.x_sample : channels_ * size_ * (wide_rows ? kCols : 1);
     tile.col_sample = steps_ * (wide_cols ? kCols : 1);
-    tile.rows = rows_ + (wide_rows ? panel * samples_ * tile.row_sample : 0);
+    tile.rows = in_place_ ? in_place_ + first_sample_ * conv_.x_sample
+                          : rows_ + (wide_rows ? panel * samples_ * tile.row_sample : 0);
     tile.cols = cols_ + ((wide_cols ? panel * runs_ : 0) + run) * samples_ * tile.col_sample;
   }
 
@@ -95,30 +97,65 @@ template <class T> class Windows {
     return (block_.first_unit + unit) % block_.units_per_run() * block_.unit_rows + row;
   }
 
-  void set_walk(const Box& box) {
+  // Where the rows of the tiles lie: in a copy of x with its zeros around it, or, where none are read and nothing is
+  // widened, in x itself.
+  void set_window(const Box& box) {
+    const Window before = window_;
+    size_ = 1;
+    int64_t first = (block_.group * conv_.inputs + first_channel_) * conv_.x_channel;
+    const int64_t in_x[3] = {conv_.x_space[0], conv_.x_space[1], 1};
+    bool inside = block_.columns == Columns::outputs;
+    for (int d = 0; d < 3; d++) {
+      window_.n[d] = block_.window(d, box.n[d], conv_.kernel);
+      size_ *= window_.n[d];
+      const int64_t begin = box.first[d] * conv_.stride[d] - conv_.padding[d], step = block_.step[d];
+      auto inside_x = [&](int64_t upto) {  // window positions that lie before this one of x
+        const int64_t n = (upto - begin + step - 1) / step;
+        return upto <= begin ? 0 : n < window_.n[d] ? n : window_.n[d];
+      };
+      first_[d] = begin, window_.begin[d] = inside_x(0), window_.end[d] = inside_x(conv_.in[d]);
+      inside = inside && window_.begin[d] == 0 && window_.end[d] == window_.n[d];
+      first += begin * in_x[d];
+    }
+    in_place_ = nullptr;
+    if constexpr (sizeof(T) == sizeof(R))
+      if (inside) in_place_ = (const R*)conv_.x + first;
     const int64_t wide = block_.columns == Columns::outputs ? 1 : kCols;
-    walk_ = {{box.n[0], box.n[1], box.n[2]},
-             {block_.stride[0] * window_[1] * window_[2] * wide, block_.stride[1] * window_[2] * wide,
-              block_.stride[2] * wide}};
+    const int64_t in_copy[3] = {window_.n[1] * window_.n[2] * wide, window_.n[2] * wide, wide};
+    for (int d = 0; d < 3; d++) space_[d] = in_place_ ? in_x[d] * block_.step[d] : in_copy[d];
+    channel_ = in_place_ ? conv_.x_channel : size_ * wide;
+    if (in_place_ || __builtin_memcmp(&window_, &before, sizeof window_) == 0) return;
+    if (block_.columns == Columns::outputs)
+      set_zero(rows_, block_.samples * channels_ * size_);
+    else
+      set_zero(plane_, kCols * size_);
+  }
+
+  void set_walk(const Box& box) {
+    for (int d = 0; d < 3; d++) {
+      walk_.n[d] = box.n[d];
+      walk_.row[d] = block_.stride[d] * space_[d];
+    }
     // Longer rows: fewer of them to begin.
-    if (walk_.row[1] == walk_.n[2] * walk_.row[2]) walk_.n[2] *= walk_.n[1], walk_.n[1] = 1;
+    if (walk_.n[1] == 1 || walk_.row[1] == walk_.n[2] * walk_.row[2]) walk_.n[2] *= walk_.n[1], walk_.n[1] = 1;
     if (walk_.n[1] == 1 && walk_.row[0] == walk_.n[2] * walk_.row[2]) walk_.n[2] *= walk_.n[0], walk_.n[0] = 1;
   }
 
   void set_offsets() {
-    const int64_t wide = block_.columns == Columns::outputs ? 1 : kCols, *kernel = conv_.kernel;
+    const int64_t* kernel = conv_.kernel;
     for (int64_t row = first_row_; row < last_row_; row++) {
-      const int64_t channel = row / block_.taps - first_channel_, tap = row % block_.taps;
-      const int64_t d = tap / (kernel[1] * kernel[2]), h = tap / kernel[2] % kernel[1], w = tap % kernel[2];
-      const int64_t at = (d * block_.dilation[0] * window_[1] + h * block_.dilation[1]) * window_[2];
-      offsets_[row - first_row_] = (channel * size_ + at + w * block_.dilation[2]) * wide;
+      const int64_t tap = row % block_.taps;
+      const int64_t k[3] = {tap / (kernel[1] * kernel[2]), tap / kernel[2] % kernel[1], tap % kernel[2]};
+      int64_t at = (row / block_.taps - first_channel_) * channel_;
+      for (int d = 0; d < 3; d++) at += k[d] * block_.dilation[d] * space_[d];
+      offsets_[row - first_row_] = at;
     }
   }
 
   void pack_outputs(int64_t i, const T* x, const T* g, const Box& box) {
     x += (block_.group * conv_.inputs + first_channel_) * conv_.x_channel;
-    for (int64_t c = 0; c < channels_; c++)
-      copy_window(x + c * conv_.x_channel, box, rows_ + (i * channels_ + c) * size_);
+    for (int64_t c = 0; c < channels_ && !in_place_; c++)
+      copy_window(x + c * conv_.x_channel, rows_ + (i * channels_ + c) * size_);
     g += (block_.group * conv_.outputs + block_.col) * conv_.g_channel;
     each_panel([&](int64_t p, int64_t n) {
       pack_planes(g + p * kCols * conv_.g_channel, conv_.g_channel, n, box.n, conv_.g_space,
@@ -131,7 +168,7 @@ template <class T> class Windows {
       const int64_t group = block_.col + p * kCols;
       for (int64_t c = 0; c < channels_; c++)
         pack_side_by_side(x + (group * conv_.inputs + first_channel_ + c) * conv_.x_channel,
-                          conv_.inputs * conv_.x_channel, n, box,
+                          conv_.inputs * conv_.x_channel, n,
                           rows_ + ((p * samples_ + i) * channels_ + c) * size_ * kCols);
       for (int64_t r = 0; r < runs_; r++)
         pack_planes(g + (group * conv_.outputs + first_run_ + r) * conv_.g_channel, conv_.outputs * conv_.g_channel, n,
@@ -142,7 +179,7 @@ template <class T> class Windows {
   void pack_inputs(int64_t i, const T* x, const T* g, const Box& box) {
     x += (block_.group * conv_.inputs + block_.col) * conv_.x_channel;
     each_panel([&](int64_t p, int64_t n) {
-      pack_side_by_side(x + p * kCols * conv_.x_channel, conv_.x_channel, n, box,
+      pack_side_by_side(x + p * kCols * conv_.x_channel, conv_.x_channel, n,
                         rows_ + (p * samples_ + i) * size_ * kCols);
     });
     for (int64_t r = 0; r < runs_; r++) {
@@ -160,36 +197,24 @@ template <class T> class Windows {
   }
 
   // The windows of `n` channels: [position][kCols].
-  void pack_side_by_side(const T* x, int64_t channel, int64_t n, const Box& box, R* to) {
-    for (int64_t c = 0; c < n; c++) copy_window(x + c * channel, box, plane_ + c * size_);
+  void pack_side_by_side(const T* x, int64_t channel, int64_t n, R* to) {
+    for (int64_t c = 0; c < n; c++) copy_window(x + c * channel, plane_ + c * size_);
     const int64_t one_row[3] = {1, 1, size_}, space[2] = {0, 0};
     pack_planes(plane_, size_, n, one_row, space, to);
   }
 
-  void copy_window(const T* x, const Box& box, R* to) const {
-    int64_t first[3];
-    for (int d = 0; d < 3; d++) first[d] = box.first[d] * conv_.stride[d] - conv_.padding[d];
-    for (int64_t i = 0; i < window_[0]; i++)
-      for (int64_t j = 0; j < window_[1]; j++, to += window_[2]) {
-        const int64_t d = first[0] + i * block_.step[0], h = first[1] + j * block_.step[1];
-        if (d < 0 || d >= conv_.in[0] || h < 0 || h >= conv_.in[1])
-          __builtin_memset(to, 0, window_[2] * sizeof(R));
+  // Of the window the part that lies inside x; the zeros around it are there already.
+  void copy_window(const T* x, R* to) const {
+    for (int64_t i = window_.begin[0]; i < window_.end[0]; i++)
+      for (int64_t j = window_.begin[1]; j < window_.end[1]; j++) {
+        const T* row = x + (first_[0] + i * block_.step[0]) * conv_.x_space[0] +
+                       (first_[1] + j * block_.step[1]) * conv_.x_space[1] + first_[2];
+        R* out = to + (i * window_.n[1] + j) * window_.n[2];
+        if (block_.step[2] == 1)
+          widen_some(row + window_.begin[2], window_.end[2] - window_.begin[2], out + window_.begin[2]);
         else
-          copy_row(x + d * conv_.x_space[0] + h * conv_.x_space[1], first[2], to);
+          for (int64_t k = window_.begin[2]; k < window_.end[2]; k++) out[k] = widened(row[k * block_.step[2]]);
       }
-  }
-
-  void copy_row(const T* x, int64_t first, R* to) const {
-    const int64_t n = window_[2], step = block_.step[2], in = conv_.in[2];
-    auto clamp = [n](int64_t k) { return k < 0 ? 0 : k > n ? n : k; };
-    const int64_t begin = first < 0 ? clamp((-first + step - 1) / step) : 0;
-    const int64_t end = in > first ? clamp((in - first + step - 1) / step) : 0;
-    for (int64_t k = 0; k < begin; k++) to[k] = 0;
-    if (step == 1 && end > begin)
-      widen_some(x + first + begin, end - begin, to + begin);
-    else
-      for (int64_t k = begin; k < end; k++) to[k] = widened(x[first + k * step]);
-    for (int64_t k = end > begin ? end : begin; k < n; k++) to[k] = 0;
   }
 
   const Conv& conv_;
@@ -197,7 +222,14 @@ template <class T> class Windows {
   R *rows_, *cols_, *plane_;
   int64_t *offsets_, *tile_offsets_ = nullptr;
   int64_t first_run_, runs_, first_row_, last_row_, first_channel_, channels_;
-  int64_t samples_ = 0, steps_ = 0, size_ = 0, window_[3] = {};
+  int64_t first_sample_ = 0, samples_ = 0, steps_ = 0;
+  // Positions of the window in each dimension, and which of them lie inside x.
+  struct Window {
+    int64_t n[3], begin[3], end[3];
+  } window_{};
+  int64_t first_[3] = {}, size_ = 0;     // its first position in x; all its positions
+  int64_t space_[3] = {}, channel_ = 0;  // from one position, one channel to the next
+  const R* in_place_ = nullptr;
   Walk walk_{};
 };
 

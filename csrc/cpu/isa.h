@@ -21,12 +21,38 @@ struct SampleTile {
   double *row_sq, *totals;  // as in `Moments`; added to
 };
 
+// Of one sample of a normalisation layer: some of its rows and columns.
+struct NormPart {
+  const void *g, *x;
+  int64_t rows, columns, g_stride, x_stride;
+  const void *mean, *rstd;    // of the rows; mean null: zeros
+  void *of_weight, *of_bias;  // of the columns, or of the rows
+};
+
+// The gradients of one row of an embedding's table, a stretch of its columns.
+constexpr int64_t kStretch = 256;
+struct Position {
+  int64_t sample, offset;  // of its gradient, in elements
+};
+struct EmbeddingRow {
+  const void* g;
+  const Position* at;  // sample by sample
+  int64_t count, size;
+  int64_t samples;  // of the batch
+  bool squares;
+  void *total, *centred;
+  double* row_sq;  // (samples): added to
+};
+
 struct Isa {
   void (*run[Rules::size][StorageTypes::size])(const Chunk&);
   void (*run_pair[StepRules::size][StorageTypes::size])(const Chunk&);
   void (*outer)(const Outer&, const Block&);
   void (*conv)(const Conv&, const ConvBlock&);
   void (*moments[StorageTypes::size])(const SampleTile&);
+  void (*norm_columns[StorageTypes::size])(const NormPart&);
+  void (*norm_rows[StorageTypes::size])(const NormPart&);
+  void (*embedding_row[StorageTypes::size])(const EmbeddingRow&);
 };
 
 #if defined(__x86_64__)

@@ -5,5 +5,8 @@
 namespace nk::cpu::NK_ISA {
 
 template <class T> void moments(const SampleTile&);
+template <class T> void norm_columns(const NormPart&);
+template <class T> void norm_rows(const NormPart&);
+template <class T> void embedding_row(const EmbeddingRow&);
 
 }  // namespace nk::cpu::NK_ISA

@@ -4,18 +4,15 @@
 // Several rows at a time, one register's width of columns after another: the columns' sums are in registers over those
 // rows, the rows' norms over all columns. Sixteen floats or eight doubles side by side on every level, and every sum in
 // the order of its rows or columns: the same bits everywhere.
+#include "columns.h"
 #include "kernels.h"
-#include "simd.h"
 
 namespace nk::cpu::NK_ISA {
 namespace {
 
-using Lanes = Eight<double>;
-
 constexpr int kRows = 8;     // at a time
 constexpr int kFirst = 8;    // rows whose mean is the first shift
 constexpr int kGroup = 128;  // rows that are summed in the arithmetic type before their sums are joined in double
-template <class R> constexpr int kSide = sizeof(R) == 4 ? 16 : 8;
 
 // A sum of n squares of floats in float arithmetic is right if it is at least n times this: whatever the squares lost
 // below float's smallest normal number (2^-126; flushed to zero, all of it) is less than its last digit.
@@ -28,28 +25,6 @@ template <class R> struct Kept {
   alignas(64) double mean[kColumns], centred[kColumns];
   double all_sq = 0;  // of all rows
 };
-
-template <class R, class T> NK_HD Side<R, kSide<R>> load_as(const T* p) {
-  if constexpr (sizeof(Real<T>) == sizeof(R))
-    return load(p, Width<kSide<R>>{});
-  else
-    return eight_doubles(load(p, Width<kLanes>{}), 0);
-}
-
-// The columns that are left over, padded with zeros.
-template <class T, int N> struct Rest {
-  T x[N] = {};
-  Rest(const T* from, int64_t size) {
-    for (int64_t k = 0; k < size; k++) x[k] = from[k];
-  }
-};
-
-template <class R, class T, class Each> NK_HD void every_side(int64_t size, Each each) {
-  constexpr int N = kSide<R>;
-  int64_t j = 0;
-  for (; j + N <= size; j += N) each(j, [&](const T* row) { return load_as<R>(row + j); });
-  if (j < size) each(j, [&](const T* row) { return load_as<R>(Rest<T, N>(row + j, size - j).x); });
-}
 
 // Rows one after another: in place, or gathered into a block that stays in L1.
 template <class T> struct Rows {
@@ -114,7 +89,7 @@ template <class R, class T> void start(const Rows<T>& rows, int count, int64_t s
     store(kept.shift + j, finite_or(fma(share, sum, first), zero));
   });
   for (int64_t j = 0; j < size; j += kLanes) {
-    store(kept.mean + j, eight_doubles(load(kept.shift + j, Width<kLanes>{}), 0));
+    store(kept.mean + j, load_as<double>(kept.shift + j));
     store(kept.centred + j, Lanes::all(0));
   }
 }
@@ -122,23 +97,14 @@ template <class R, class T> void start(const Rows<T>& rows, int count, int64_t s
 template <bool kSquares, class R> void join(int64_t before, int64_t rows, int64_t size, Kept<R>& kept) {
   const double n0 = (double)before, n1 = (double)rows;
   const Lanes share = Lanes::all(1 / n1), moved = Lanes::all(n1 / (n0 + n1)), cross = Lanes::all(n0 * n1 / (n0 + n1));
-  const auto doubles = [](const R* p) { return eight_doubles(load(p, Width<kLanes>{}), 0); };
   for (int64_t j = 0; j < size; j += kLanes) {
     Lanes mean = load(kept.mean + j, Width<kLanes>{}), centred = load(kept.centred + j, Width<kLanes>{});
-    GroupMoments::join(mean, centred, doubles(kept.shift + j), doubles(kept.s + j), doubles(kept.q + j), share, moved,
-                       cross);
+    GroupMoments::join(mean, centred, load_as<double>(kept.shift + j), load_as<double>(kept.s + j),
+                       load_as<double>(kept.q + j), share, moved, cross);
     store(kept.mean + j, mean);
     if constexpr (kSquares) store(kept.centred + j, centred);
     store_as(kept.shift + j, finite_or(mean, Lanes::all(0)));
   }
-}
-
-template <class Out> void put(void* to, int64_t j, int64_t size, const Lanes& x) {
-  Out* out = (Out*)to + j;
-  if (size - j >= kLanes)
-    store_as(out, x);
-  else
-    for (int64_t k = 0; k < size - j; k++) out[k] = (Out)x[(int)k];
 }
 
 // False: float arithmetic cannot hold what came up, and nothing is right but the rows' norms.

@@ -10,14 +10,10 @@ NK_HD float widened(float x) { return x; }
 NK_HD double widened(double x) { return x; }
 template <class T> NK_HD float widened(T x) { return widen(x); }
 
-template <class T> void widen_some(const T* from, int64_t n, Real<T>* to) {
-  if constexpr (sizeof(T) == sizeof(Real<T>)) {
-    __builtin_memcpy(to, from, n * sizeof(T));
-  } else {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i, Width<kLanes>{}));
-    for (; i < n; i++) to[i] = widened(from[i]);
-  }
+template <class T> NK_HD void widen_some(const T* from, int64_t n, Real<T>* to) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i, Width<kLanes>{}));
+  for (; i < n; i++) to[i] = widened(from[i]);
 }
 
 // A panel's row of P numbers.

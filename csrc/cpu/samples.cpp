@@ -19,6 +19,17 @@ int64_t task_count(int64_t pieces, int64_t rows) {
   return std::min({pieces, kTasks, std::max<int64_t>(16, (int64_t{1} << 22) / rows)});
 }
 
+// What the tasks summed, `sums` numbers each, in their order.
+std::vector<double> add_up(const std::vector<double>& partials, int64_t sums) {
+  std::vector<double> all(sums);
+  for (size_t i = 0; i < partials.size(); i += sums)
+    for (int64_t k = 0; k < sums; k++) all[k] += partials[i + k];
+  return all;
+}
+
+int item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+int real_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
 // Where the columns from `begin` on are, in elements from the row's start.
 void find_columns(const Samples& s, int64_t begin, int64_t size, int64_t* offsets) {
   int64_t index[64], at = 0;  // torch's own limit on dimensions
@@ -48,7 +59,7 @@ void moments(const Moments& m) {
     columns += m.samples[i].columns;
   }
   const int64_t tiles = first_tile.back(), tasks = task_count(tiles, m.rows), sums = m.rows + 2;
-  const int item = m.dtype == DType::f64 ? 8 : m.dtype == DType::f32 ? 4 : 2, real = m.dtype == DType::f64 ? 8 : 4;
+  const int item = item_size(m.dtype), real = real_size(m.dtype);
   const auto run = table().moments[(int)m.dtype];
   std::vector<double> partials(tasks * sums);
 
@@ -69,14 +80,79 @@ void moments(const Moments& m) {
     }
   });
 
-  std::fill_n(m.row_sq, m.rows, 0.0);
-  std::fill_n(m.totals, 2, 0.0);
-  for (int64_t task = 0; task < tasks; task++) {
-    const double* partial = partials.data() + task * sums;
-    for (int64_t b = 0; b < m.rows; b++) m.row_sq[b] += partial[b];
-    for (int k = 0; k < 2; k++) m.totals[k] += partial[m.rows + k];
-  }
+  const auto all = add_up(partials, sums);
+  std::copy_n(all.begin(), m.rows, m.row_sq);
+  std::copy_n(all.begin() + m.rows, 2, m.totals);
   if (!m.squares) m.totals[1] = std::numeric_limits<double>::quiet_NaN();
+}
+
+void norm_sums(const NormBatch& n) {
+  const int item = item_size(n.dtype), real = real_size(n.dtype);
+  const auto run = (n.along_rows ? table().norm_rows : table().norm_columns)[(int)n.dtype];
+  const auto at = [&](const void* p, int64_t i) { return p ? static_cast<const char*>(p) + i * real : nullptr; };
+  const auto out = [&](void* p, int64_t i) { return static_cast<char*>(p) + i * real; };
+  const auto in = [&](const NormTensor& t, int64_t sample, int64_t row, int64_t column) {
+    return static_cast<const char*>(t.x) + (sample * t.sample_stride + row * t.row_stride + column) * item;
+  };
+  // A sample's rows, or its columns, in parts; small samples together.
+  const int64_t length = n.along_rows ? n.rows : n.columns;
+  const int64_t part = n.along_rows ? std::max<int64_t>(1, kChunk / std::max<int64_t>(1, n.columns)) : kColumns;
+  const int64_t parts = pieces(length, part), work = n.rows * n.columns;
+  const int64_t together = std::max<int64_t>(1, kChunk * parts / std::max<int64_t>(1, work)), all = n.samples * parts;
+
+  share(pieces(all, together), n.samples * work > kSerialCoordinates, [&](int64_t task) {
+    for (int64_t k = task * together; k < std::min(all, (task + 1) * together); k++) {
+      const int64_t b = k / parts, begin = k % parts * part, size = std::min(part, length - begin);
+      const int64_t row = n.along_rows ? begin : 0, column = n.along_rows ? 0 : begin, to = b * length + begin;
+      run({in(n.g, b, row, column), in(n.x, b, row, column), n.along_rows ? size : n.rows,
+           n.along_rows ? n.columns : size, n.g.row_stride, n.x.row_stride, at(n.mean, b * n.rows + row),
+           at(n.rstd, b * n.rows + row), out(n.of_weight, to), out(n.of_bias, to)});
+    }
+  });
+}
+
+void embedding_moments(const EmbeddingBatch& e) {
+  const int item = item_size(e.dtype), real = real_size(e.dtype);
+  const auto run = table().embedding_row[(int)e.dtype];
+  // Positions by id, and in their order within one.
+  std::vector<int64_t> begin(e.table_rows + 1);
+  for (int64_t i = 0; i < e.samples * e.positions; i++)
+    if (e.ids[i] != e.padding) begin[e.ids[i] + 1]++;
+  std::vector<int64_t> touched;
+  for (int64_t v = 0; v < e.table_rows; v++) {
+    if (begin[v + 1]) touched.push_back(v);
+    begin[v + 1] += begin[v];
+  }
+  std::vector<Position> at(begin[e.table_rows]);
+  const int64_t* id = e.ids;
+  for (int64_t b = 0; b < e.samples; b++)
+    for (int64_t t = 0; t < e.positions; t++, id++)  // afterwards begin[v] is where v ends
+      if (*id != e.padding) at[begin[*id]++] = {b, b * e.sample_stride + t * e.position_stride};
+  const auto first = [&](int64_t v) { return v ? begin[v - 1] : 0; };
+
+  std::fill_n(e.row_sq, e.samples, 0.0);
+  if (at.empty() || !e.columns) return;
+  // Ranges of rows of about as many positions each, times stretches of columns.
+  const int64_t stretches = pieces(e.columns, kStretch), counted = (int64_t)at.size();
+  const int64_t ranges = pieces(task_count((int64_t)touched.size() * stretches, e.samples), stretches);
+  std::vector<double> partials(ranges * stretches * e.samples);
+  share(ranges * stretches, counted * e.columns > kSerialCoordinates, [&](int64_t task) {
+    const int64_t range = task / stretches, column = task % stretches * kStretch;
+    const int64_t size = std::min(kStretch, e.columns - column);
+    const auto row_after = [&](int64_t position) {
+      return std::lower_bound(touched.begin(), touched.end(), position,
+                              [&](int64_t v, int64_t p) { return first(v) < p; });
+    };
+    const auto end = row_after(counted * (range + 1) / ranges);
+    for (auto v = row_after(counted * range / ranges); v != end; v++) {
+      const int64_t to = (*v * e.columns + column) * real;
+      run({static_cast<const char*>(e.g) + column * item, at.data() + first(*v), begin[*v] - first(*v), size, e.samples,
+           e.squares, static_cast<char*>(e.total) + to, e.squares ? static_cast<char*>(e.centred) + to : nullptr,
+           partials.data() + task * e.samples});
+    }
+  });
+  const auto all = add_up(partials, e.samples);
+  std::copy_n(all.begin(), e.samples, e.row_sq);
 }
 
 }  // namespace nk::cpu

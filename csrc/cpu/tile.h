@@ -20,6 +20,8 @@ constexpr int kTileLines = kRegister == 64 ? 9 : 6;
 
 static_assert(kUnitRows % kTileRows == 0 && kUnitLines % kTileLines == 0 && kUnitCols % kTileCols<float> == 0);
 
+template <class R> NK_HD Part<R> one_part(const R* p) { return load(p, Width<kLane<R>>{}).part[0]; }
+
 // 0, 1, ..., N-1, for a table with a kernel for every number of rows.
 template <int... I> struct Numbers {};
 template <int N, int... I> struct Count : Count<N - 1, N - 1, I...> {};
@@ -51,7 +53,7 @@ template <class R, int M> NK_HD void open(const Tile<R>& tile, Part<R> (&c)[M][2
       if (tile.opens)
         c[i][j] = Part<R>{};
       else
-        __builtin_memcpy(&c[i][j], tile.c + i * kTileCols<R> + j * kLane<R>, kRegister);
+        c[i][j] = one_part(tile.c + i * kTileCols<R> + j * kLane<R>);
     }
 }
 
@@ -112,8 +114,7 @@ template <class R, int M> void packed(const Tile<R>& tile) {
     const R *row = tile.rows + b * tile.row_sample, *col = tile.cols + b * tile.col_sample;
 #pragma GCC unroll 2
     for (int64_t t = 0; t < tile.steps; t++, row += kTileRows, col += kTileCols<R>) {
-      Part<R> y[2];
-      __builtin_memcpy(y, col, sizeof y);
+      const Part<R> y[2] = {one_part(col), one_part(col + kLane<R>)};
 #pragma GCC unroll 16
       for (int i = 0; i < M; i++) {
         const Part<R> x = row[i] - Part<R>{};
@@ -147,14 +148,14 @@ void lines(const Tile<R>& tile, const int64_t* offsets, const Walk& walk) {
         for (int64_t w = 0; w < walk.n[2]; w++, row += walk.row[2], col += kColStep) {
           Part<R> y[2];
           if constexpr (kWideCols)
-            __builtin_memcpy(y, col, sizeof y);
+            y[0] = one_part(col), y[1] = one_part(col + kLane<R>);
           else
             y[0] = y[1] = *col - Part<R>{};
 #pragma GCC unroll 16
           for (int i = 0; i < M; i++) {
             Part<R> x[2];
             if constexpr (kWideRows)
-              __builtin_memcpy(x, row + at[i], sizeof x);
+              x[0] = one_part(row + at[i]), x[1] = one_part(row + at[i] + kLane<R>);
             else
               x[0] = x[1] = row[at[i]] - Part<R>{};
             c[i][0] = fma_part(x[0], y[0], c[i][0]);

@@ -28,65 +28,12 @@ if TYPE_CHECKING:
 
 #: Read something of a tensor, and make none.
 READS = frozenset(
-    [
-        "size",
-        "dim",
-        "numel",
-        "nelement",
-        "ndimension",
-        "is_floating_point",
-        "is_complex",
-        "element_size",
-        "stride",
-        "storage_offset",
-        "is_contiguous",
-        "data_ptr",
-        "item",
-        "tolist",
-        "__len__",
-        "__repr__",
-        "__str__",
-        "__format__",
-        "__hash__",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "is_same_size",
-        "requires_grad_",
-        "retain_grad",
-        "register_hook",
-        "is_set_to",
-        "is_nonzero",
-        "equal",
-        "allclose",
-        "__contains__",
-        "__set__",
-        "__delete__",
-        "set_",
-        "_set_grad_enabled",
-        "set_grad_enabled",
-        "get_device",
-        "is_tensor",
-        "is_storage",
-        "result_type",
-        "can_cast",
-        "promote_types",
-        "finfo",
-        "iinfo",
-        "is_inference",
-        "is_neg",
-        "is_conj",
-        "has_names",
-        "_is_view",
-        "untyped_storage",
-        "type_as_dtype",
-        "__dlpack__",
-        "__dlpack_device__",
-        "numpy",
-        "broadcast_shapes",
-        "manual_seed",
-    ]
+    """size dim numel nelement ndimension is_floating_point is_complex element_size stride storage_offset is_contiguous
+    data_ptr item tolist __len__ __repr__ __str__ __format__ __hash__ __bool__ __int__ __float__ __index__ is_same_size
+    requires_grad_ retain_grad register_hook is_set_to is_nonzero equal allclose __contains__ __set__ __delete__ set_
+    _set_grad_enabled set_grad_enabled get_device is_tensor is_storage result_type can_cast promote_types finfo iinfo
+    is_inference is_neg is_conj has_names _is_view untyped_storage type_as_dtype __dlpack__ __dlpack_device__ numpy
+    broadcast_shapes manual_seed""".split()
 )
 _TENSOR_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "data", "real"))
 
@@ -125,11 +72,7 @@ def name_of(func: Any) -> str:
         if name == "__get__":
             attribute = getattr(getattr(func, "__self__", None), "__name__", "")
             name = attribute if attribute in _TENSOR_ATTRIBUTES else "size"
-        elif (
-            name.startswith("__i")
-            and name.endswith("__")
-            and name not in ("__iter__", "__index__", "__int__", "__invert__")
-        ):
+        elif name.startswith("__i") and name.endswith("__") and name not in ("__iter__", "__index__", "__int__", "__invert__"):
             name = "__" + name[3:]
         elif name.endswith("_") and not name.endswith("__") and name not in READS:
             name = name[:-1]
@@ -291,9 +234,7 @@ class Capture(TorchFunctionMode):
             known = None if written is None or written[0]() is not x else written[1]
             if known is None:
                 sure = isinstance(before, Rows) and before.certain
-                known = (
-                    rows.numbers(x.shape, before.block, batch) if sure else x.new_full(x.shape, -1, dtype=torch.int32)
-                )  # type: ignore[union-attr]
+                known = rows.numbers(x.shape, before.block, batch) if sure else x.new_full(x.shape, -1, dtype=torch.int32)  # type: ignore[union-attr]
                 self._written[id(x)] = (weakref.ref(x), known)
             known[index] = rows.numbers(y.shape, state.block, batch)
             block = rows.block_where_known(known, batch)

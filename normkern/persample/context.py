@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import fields
 from types import TracebackType
 from typing import Any, Literal
 
@@ -14,12 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import Self
 
 from ..kinds import is_a
-from . import rows, signs
+from . import processes, rows, signs
+from .anatomy import Anatomy, batch_norms
 from .capture import Capture
 from .ledger import Ledger, Record, Uncovered
 from .result import Coverage, GradientNoiseResult, NoiseScalars, scalars
-from .rows import Rows
-from .sums import plain_sum, real
+from .rows import Lost, Rows
 
 TIERS = ("nsr", "norms", "variance", "projections")
 _open = threading.local()
@@ -92,24 +93,22 @@ class GradientNoise:
     def __enter__(self) -> Self:
         if getattr(_open, "noise", None) is not None:
             raise RuntimeError("GradientNoise: this context is inside another one; expected one at a time")
-        _refuse_compiled(self.model)
-        records = _records(self.model)
+        anatomy = Anatomy.of(self.model)
+        records = anatomy.records
         if not records:
             raise ValueError("GradientNoise: model has no parameter that requires a gradient")
-        trained = {id(r.param) for r in records}
-        constants = {id(t) for t in (*self.model.buffers(), *self.model.parameters()) if id(t) not in trained}
         checking = self.check if self.check != "first" else (False if self._checked else "first")
         self._ledger = Ledger(
-            records, constants, frozenset(self.stats), self.uncovered, checking, _is_ddp(self.model), self.batch_size,
-            lambda: _batch_norms(self.model),
+            records, anatomy.constants, frozenset(self.stats), self.uncovered, checking, _is_ddp(self.model), self.batch_size,
+            lambda: batch_norms(self.model),
         )  # fmt: skip
         self._capture = self._ledger.capture = Capture(self._ledger)
         self._depth = 0
         ledger = self._ledger
         for r in records:
-            self._handles.append(r.param.register_hook(lambda g, r=r: ledger.incoming(r, g)))
-            self._handles.append(r.param.register_post_accumulate_grad_hook(lambda p, r=r: ledger.accumulated(r)))
-        for module in self.model.modules():
+            self._handles.append(r.param.register_hook(_unseen(ledger.incoming, r)))
+            self._handles.append(r.param.register_post_accumulate_grad_hook(_unseen(ledger.accumulated, r)))
+        for module in anatomy.modules:
             self._handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True, prepend=True))
             self._handles.append(module.register_forward_hook(self._returned, with_kwargs=True, always_call=True))
         _open.noise = self
@@ -138,27 +137,30 @@ class GradientNoise:
         assert self._ledger is not None and self._capture is not None
         ledger, capture = self._ledger, self._capture
         with torch._C.DisableTorchFunction():
-            tensors = [
-                t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not ledger.knows(t)
-            ]
-            new = [t for t in tensors if not capture.known(t)]
-            if new and (module is self.model or ledger.batch is None):
-                batch = new[0].shape[0]
-                if self.batch_size is not None and batch != self.batch_size:
-                    raise ValueError(
-                        f"GradientNoise: batch_size is {self.batch_size}, but the first tensor passed to the model has "
-                        f"{batch} samples, its shape is {tuple(new[0].shape)}"
-                    )
-                if batch < 2:
-                    raise ValueError(
-                        f"GradientNoise: expected a batch of at least 2 samples, got {batch}: the first tensor passed "
-                        f"to the model has shape {tuple(new[0].shape)}"
-                    )
-                ledger.batch = batch
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not ledger.knows(t)]
+            states = [capture.state(t) for t in tensors]
+            new = [not (isinstance(s, Lost) or (isinstance(s, Rows) and s.certain)) for s in states]
+            if new and new[0] and (module is self.model or ledger.batch is None):
+                ledger.batch = self._batch_of(tensors[0])
             ledger.new_call()
-            for i, t in enumerate(new):  # the first is the batch; others yield where they do not fit
-                if ledger.batch is not None and t.shape[0] == ledger.batch and t.numel():
+            for i, t in enumerate(tensors):  # the first is the batch; others yield where they do not fit
+                if new[i] and ledger.batch is not None and t.shape[0] == ledger.batch and t.numel():
                     capture.mark(t, rows.leading(t.shape, ledger.batch, certain=i == 0))
+
+    def _batch_of(self, x: Tensor) -> int:
+        """B, of the first tensor that the model is given."""
+        batch = x.shape[0]
+        if self.batch_size is not None and batch != self.batch_size:
+            raise ValueError(
+                f"GradientNoise: batch_size is {self.batch_size}, but the first tensor passed to the model has {batch} "
+                f"samples, its shape is {tuple(x.shape)}"
+            )
+        if batch < 2:
+            raise ValueError(
+                f"GradientNoise: expected a batch of at least 2 samples, got {batch}: the first tensor passed to the "
+                f"model has shape {tuple(x.shape)}"
+            )
+        return batch
 
     def _returned(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """After every module's forward."""
@@ -182,80 +184,69 @@ class GradientNoise:
     # ---- What was measured
 
     def result(self, *, sync: bool = True) -> GradientNoiseResult:
-        """Of the context entered last."""
+        """Of the context entered last; it can be asked for again until the next entry.
+
+        Args:
+            sync: of a `DistributedDataParallel` model, whether the numbers are of all processes' samples: then every
+                process must call this. What is per sample (`sq_norms`) stays that of its own.
+
+        Raises:
+            RuntimeError: nothing was measured, or not what was asked for.
+        """
         ledger = self._ledger
         if ledger is None or not ledger.batches:
             raise RuntimeError(
                 "GradientNoise.result: expected a forward and a backward inside the context before it"
                 + ("" if ledger is None else ", but there was no backward")
             )
-        batch = sum(ledger.batches)
-        unit = float(batch) if self.reduction == "mean" else 1.0
-        norms: dict[str, Tensor] = {}
-        variance: dict[str, Tensor] = {}
-        per_param: dict[str, NoiseScalars] = {}
-        kinds: dict[str, str] = {}
-        squares: dict[str, Tensor] = {}
-        for r in ledger.records:
-            used = r.total is not None or r.in_grad is not None
-            zero = torch.zeros((), dtype=torch.float64, device=r.param.device)
-            total_sq = zero if r.total_sq is None else r.total_sq.to(torch.float64)
-            kinds[r.name] = r.status if used or r.status != "exact" else "unused"
-            squares[r.name] = total_sq
-            if r.status == "excluded":
-                continue
-            spread = zero
-            if r.centred is not None:
-                spread = plain_sum(r.centred)
-            elif r.status == "exact" and used:
-                spread = (torch.cat(r.sq_norms).sum() - total_sq / batch).clamp(min=0)
-            trace = spread / (batch - 1) * unit**2
-            per_param[r.name] = scalars(trace, total_sq * (unit / batch) ** 2, batch)
-            if r.status == "exact":
-                norms[r.name] = torch.cat(r.sq_norms) * unit**2
-            if ledger.squares:
-                variance[r.name] = (
-                    torch.zeros(r.param.shape, dtype=real(r.param.dtype), device=r.param.device)
-                    if r.centred is None
-                    else r.centred.reshape(r.param.shape) * (unit**2 / (batch - 1))
-                )
-        whole = scalars(
-            _sum(s.trace_sigma for s in per_param.values()), _sum(s.grad_sq_norm for s in per_param.values()), batch
-        )
         if any(r.status == "estimated" for r in ledger.records) and {"norms", "projections"} & set(self.stats):
             raise RuntimeError(
                 'GradientNoise.result: stats "norms" and "projections" are of single samples, which estimated parameters '
                 'do not have; expected "nsr" or "variance" with uncovered="estimate", or uncovered="exclude"'
             )
+        batch = sum(ledger.batches)
+        unit = float(batch) if self.reduction == "mean" else 1.0
+        measured: list[Record] = [r for r in ledger.records if r.status != "excluded"]
+        if sync and _is_ddp(self.model):
+            joined = processes.join(measured, batch, ledger.squares)
+            unit *= joined.batch / batch if self.reduction == "mean" else 1.0
+            measured, batch = joined.records, joined.batch
+        if not measured:
+            raise RuntimeError("GradientNoise.result: all parameters are excluded; expected one that is covered")
+        device = measured[0].param.device
+        spreads = torch.stack([r.spread(batch).to(device) for r in measured])
+        squares = torch.stack([r.square().to(device) for r in measured])
+        of_each = scalars(spreads * (unit**2 / (batch - 1)), squares * (unit / batch) ** 2, batch)
+        whole = scalars(of_each.trace_sigma.sum(), of_each.grad_sq_norm.sum(), batch)
+        norms = None
+        if "norms" in self.stats:
+            norms = {r.name: torch.cat(r.sq_norms) * unit**2 for r in measured}
         projections = None
-        if "projections" in self.stats:
-            projections = _sum(r.all_projections for r in ledger.records if r.all_projections is not None)
-            projections = projections * (unit * unit / batch)
-        wants_norms = "norms" in self.stats
+        if ledger.projects:
+            projections = _sum(r.all_projections for r in measured if r.all_projections is not None)
+            projections = projections * (unit**2 / batch)
         return GradientNoiseResult(
-            **{k: getattr(whole, k) for k in NoiseScalars.__dataclass_fields__},
+            **{f.name: getattr(whole, f.name) for f in fields(NoiseScalars)},
             batch_size=batch,
-            sq_norms=_sum(norms.values()) if wants_norms else None,
-            sq_norms_per_param=norms if wants_norms else None,
+            sq_norms=None if norms is None else _sum(n.to(device) for n in norms.values()),
+            sq_norms_per_param=norms,
             projections=projections,
-            variance=variance if ledger.squares else None,
-            per_param=per_param,
-            coverage=_coverage(ledger, kinds, squares),
-            _read_mean=lambda: _means(ledger, unit / batch),
+            variance={r.name: r.variance(unit**2 / (batch - 1)) for r in measured} if ledger.squares else None,
+            _names=[r.name for r in measured],
+            _of_each=of_each,
+            _read_mean=lambda: {r.name: r.mean(unit / batch) for r in measured},
+            _read_coverage=lambda: _coverage(ledger),
         )
 
 
-def _means(ledger: Ledger, factor: float) -> dict[str, Tensor]:
-    out = {}
-    for r in ledger.records:
-        if r.status == "excluded":
-            continue
-        total = r.read_total()
-        if total is None:
-            out[r.name] = torch.zeros(r.param.shape, dtype=real(r.param.dtype), device=r.param.device)
-        else:
-            out[r.name] = total.to(real(total.dtype)).reshape(r.param.shape) * factor
-    return out
+def _unseen(hook: Callable[[Record, Tensor], None], r: Record) -> Callable[[Tensor], None]:
+    """A hook of a parameter, whose own operations the mode does not see."""
+
+    def call(t: Tensor) -> None:
+        with torch._C.DisableTorchFunction():
+            hook(r, t)
+
+    return call
 
 
 def _sum(values: Iterable[Tensor]) -> Tensor:
@@ -265,55 +256,19 @@ def _sum(values: Iterable[Tensor]) -> Tensor:
     return first
 
 
-def _coverage(ledger: Ledger, kinds: dict[str, str], squares: dict[str, Tensor]) -> Coverage:
+def _coverage(ledger: Ledger) -> Coverage:
     words = ("exact", "estimated", "excluded", "unused")
+    kinds = {r.name: r.status if r.used or r.status != "exact" else "unused" for r in ledger.records}
     names = {w: tuple(n for n, k in kinds.items() if k == w) for w in words}
     sizes = {r.name: r.param.numel() for r in ledger.records}
-    count = sum(sizes.values())
-    whole = sum(float(x) for x in squares.values())
+    squares = {r.name: float(r.square()) for r in ledger.records}
+    count, whole = sum(sizes.values()), math.fsum(squares.values())
     return Coverage(
         **names,
         parameters={w: sum(sizes[n] for n in names[w]) / count for w in words},
-        grad_sq={w: (math.fsum(float(squares[n]) for n in names[w]) / whole if whole else 0.0) for w in words},
+        grad_sq={w: (math.fsum(squares[n] for n in names[w]) / whole if whole else 0.0) for w in words},
     )
-
-
-def _records(model: nn.Module) -> list[Record]:
-    modules = dict(model.named_modules())
-    out = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            path = name.rpartition(".")[0]
-            module = modules.get(path, model)
-            out.append(Record(name, f"{path or 'the model'} ({type(module).__name__})", p))
-    return out
 
 
 def _is_ddp(model: nn.Module) -> bool:
     return is_a(model, "torch.nn.parallel.distributed", "DistributedDataParallel")
-
-
-def _refuse_compiled(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or is_a(module, "torch._dynamo.eval_frame", "OptimizedModule"):
-            raise RuntimeError(
-                f"GradientNoise: {name or 'the model'} is compiled (torch.compile), so that its operations cannot be "
-                "seen; expected the model as it was before, which shares its parameters (compiled._orig_mod)"
-            )
-        if isinstance(module, torch.jit.ScriptModule):
-            raise RuntimeError(
-                f"GradientNoise: {name or 'the model'} is scripted or traced (torch.jit), so that its operations cannot "
-                "be seen; expected the module that it was made of"
-            )
-
-
-def _batch_norms(model: nn.Module) -> str:
-    """The layers that use batch statistics now, for an error."""
-    kind = nn.modules.batchnorm._BatchNorm
-    found = [
-        f"{name or 'the model'} ({type(m).__name__})"
-        for name, m in model.named_modules()
-        if isinstance(m, kind) and (m.training or m.running_mean is None)
-    ]
-    return ", ".join(found) or "batch_norm(training=True)"

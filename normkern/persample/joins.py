@@ -20,89 +20,21 @@ Samples = list[tuple[Tensor, Rows]]
 Join = Callable[..., Any]
 
 #: Repeat a tensor, perhaps once for every sample.
-WIDENS = frozenset(["expand", "expand_as", "broadcast_to", "repeat", "tile"])
+WIDENS = frozenset("expand expand_as broadcast_to repeat tile".split())
 #: Draw numbers: what is drawn cannot be drawn again.
-OPAQUE = frozenset(
-    ["dropout", "alpha_dropout", "feature_alpha_dropout", "bernoulli", "multinomial", "gumbel_softmax", "rrelu"]
-)
+OPAQUE = frozenset("dropout alpha_dropout feature_alpha_dropout bernoulli multinomial gumbel_softmax rrelu".split())
 #: Element by element, with broadcasting.
 BROADCASTS = frozenset(
-    [
-        "add",
-        "sub",
-        "subtract",
-        "mul",
-        "multiply",
-        "div",
-        "divide",
-        "true_divide",
-        "floor_divide",
-        "__add__",
-        "__radd__",
-        "__sub__",
-        "__rsub__",
-        "__mul__",
-        "__rmul__",
-        "__truediv__",
-        "__rtruediv__",
-        "__pow__",
-        "__rpow__",
-        "rsub",
-        "where",
-        "lerp",
-        "addcmul",
-        "addcdiv",
-        "pow",
-        "float_power",
-        "maximum",
-        "minimum",
-        "fmax",
-        "fmin",
-        "max",
-        "min",
-        "atan2",
-        "hypot",
-        "logaddexp",
-        "logaddexp2",
-        "xlogy",
-        "copysign",
-        "expand_as",
-        "clamp",
-        "clip",
-        "clamp_min",
-        "clamp_max",
-        "masked_fill",
-        "fmod",
-        "remainder",
-    ]
+    """add sub subtract mul multiply div divide true_divide floor_divide __add__ __radd__ __sub__ __rsub__ __mul__
+    __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ rsub where lerp addcmul addcdiv pow float_power maximum minimum
+    fmax fmin max min atan2 hypot logaddexp logaddexp2 xlogy copysign expand_as clamp clip clamp_min clamp_max
+    masked_fill fmod remainder""".split()
 )
 #: Each sample by itself, whatever else they do.
 ALONE = frozenset(
-    [
-        "einsum",
-        "bilinear",
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "mm",
-        "bmm",
-        "baddbmm",
-        "addbmm",
-        "addmm",
-        "mv",
-        "tensordot",
-        "inner",
-        "__getitem__",
-        "index_select",
-        "gather",
-        "take",
-        "take_along_dim",
-        "cdist",
-        "pairwise_distance",
-        "cosine_similarity",
-        "scaled_dot_product_attention",
-        "embedding_bag",
-    ]
+    """einsum bilinear matmul __matmul__ __rmatmul__ mm bmm baddbmm addbmm addmm mv tensordot inner __getitem__
+    index_select gather take take_along_dim cdist pairwise_distance cosine_similarity scaled_dot_product_attention
+    embedding_bag""".split()
 )
 
 
@@ -154,7 +86,9 @@ def _refuse(capture: Capture, name: str, target: Tensor | None, why: str) -> Non
 # ---- Linear ---------------------------------------------------------------------------------------------------------
 
 
-def _linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, swapped: bool, samples: Samples) -> Any:
+def _linear(
+    capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, swapped: bool, samples: Samples
+) -> Any:
     r = _rows(capture, x)
     width = x.shape[-1] if x.dim() else 0
     if r is None or not width or len(samples) > 1:
@@ -173,7 +107,9 @@ def _linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, sw
     return out
 
 
-def linear(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]) -> Any:
+def linear(
+    capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]
+) -> Any:
     """torch.nn.functional.linear."""
     x, weight, bias = bound("input weight bias", args, kwargs)
     if any(weight is t for t, _ in samples):
@@ -181,7 +117,9 @@ def linear(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, sampl
     return _linear(capture, x, weight, bias, False, samples)
 
 
-def matmul(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]) -> Any:
+def matmul(
+    capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]
+) -> Any:
     """matmul, mm and @, with the parameter on either side."""
     a, b = bound("self other", args, {"other": kwargs.get("other", kwargs.get("mat2", kwargs.get("tensor2")))} if
                  len(args) < 2 else {})  # fmt: skip
@@ -199,7 +137,9 @@ def matmul(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, sampl
     return alone(capture, name, func, args, kwargs, samples, mine)
 
 
-def addmm(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]) -> Any:
+def addmm(
+    capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]
+) -> Any:
     """bias + x @ W."""
     bias, x, weight, beta, alpha = bound("input mat1 mat2 beta alpha", args, kwargs, beta=1, alpha=1)
     if beta == alpha == 1 and isinstance(bias, Tensor) and bias.dim() == 1 and any(weight is m for m in mine):
@@ -255,9 +195,7 @@ def convolution(
     return out
 
 
-def _same(
-    capture: Capture, padding: str, x: Tensor, kernel: list[int], dilation: list[int]
-) -> tuple[list[int], Tensor]:
+def _same(capture: Capture, padding: str, x: Tensor, kernel: list[int], dilation: list[int]) -> tuple[list[int], Tensor]:
     """ "same" and "valid" as numbers; what is odd goes to the right, as torch has it."""
     if padding == "valid":
         return [0] * len(kernel), x
@@ -300,7 +238,9 @@ def embedding(
     return out
 
 
-def index(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]) -> Any:
+def index(
+    capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]
+) -> Any:
     """table[ids]."""
     table, at = args
     if table is mine[0] and isinstance(at, Tensor) and at.dtype in (torch.int64, torch.int32) and table.dim() == 2:
@@ -353,10 +293,8 @@ def channel_norm(
     if name == "group_norm":
         x, groups, weight, bias, eps = bound("input num_groups weight bias eps", args, kwargs, eps=1e-5)
     else:
-        order = (
-            "weight bias running_mean running_var"
-            if getattr(func, "__module__", None) != F.__name__
-            else ("running_mean running_var weight bias")
+        order = "weight bias running_mean running_var" if getattr(func, "__module__", None) != F.__name__ else (
+            "running_mean running_var weight bias"
         )
         flag = "use_input_stats" if name == "instance_norm" else "training"
         names = f"input {order} {flag} momentum eps"
@@ -431,7 +369,9 @@ def broadcast(
     return capture.run(func, *changed, **{k: instead.get(id(v), v) for k, v in kwargs.items()})
 
 
-def prelu(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]) -> Any:
+def prelu(
+    capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]
+) -> Any:
     """max(x, 0) + w min(x, 0), a weight for each channel."""
     x, weight = bound("input weight", args, kwargs)
     if x is mine[0]:
@@ -466,7 +406,9 @@ def _sizes(args: Any, kwargs: Any) -> list[int] | None:
     return [int(n) for n in flat] if all(isinstance(n, int) for n in flat) else None
 
 
-def widen(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]) -> Any:
+def widen(
+    capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]
+) -> Any:
     """expand and repeat: the samples' copies of a parameter."""
     if samples:
         return broadcast(capture, name, func, args, kwargs, samples, mine) if name == "expand_as" else NotImplemented
@@ -483,7 +425,9 @@ def widen(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, sample
 # ---- Anything that treats samples alone -----------------------------------------------------------------------------
 
 
-def alone(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]) -> Any:
+def alone(
+    capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]
+) -> Any:
     """Sample by sample, once more in backward."""
     if name not in _SMALL and not _dense(capture, *mine):
         return NotImplemented
@@ -541,13 +485,15 @@ def alone(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, sample
     return out
 
 
-def cell(capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]) -> Any:
+def cell(
+    capture: Capture, name: str, func: Any, args: Any, kwargs: Any, samples: Samples, mine: list[Tensor]
+) -> Any:
     """One step of a recurrent cell, as the linear layers that it is."""
     return capture.run(cells.FORMULAS[name], *args, **kwargs)
 
 
 #: Of ALONE, those where what was made of a parameter is small: masks, tables.
-_SMALL = frozenset(["scaled_dot_product_attention", "__getitem__", "gather", "take", "take_along_dim", "index_select"])
+_SMALL = frozenset("scaled_dot_product_attention __getitem__ gather take take_along_dim index_select".split())
 _JOINS: dict[str, Join] = {
     "linear": linear,
     "matmul": matmul,
@@ -565,6 +511,6 @@ _JOINS: dict[str, Join] = {
     "instance_norm": channel_norm,
     "batch_norm": channel_norm,
     "prelu": prelu,
-    **dict.fromkeys(WIDENS, widen),
-    **dict.fromkeys(cells.FORMULAS, cell),
+    **{name: widen for name in WIDENS},
+    **{name: cell for name in cells.FORMULAS},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,25 +37,25 @@ def moments(rows: Tensor, squares: bool) -> Triple:
     return mean, centred, sq_norms
 
 
-def outer(a: Tensor, g: Tensor, squares: bool) -> Triple:
+def outer(a: Tensor, g: Tensor, squares: bool, g_norms: Callable[[], Tensor] | None = None) -> Triple:
     """Total, centred squares and norms of c_b = g_b^T a_b; a (B, T, I), g (B, T, O)."""
     steps = a.shape[1]
     if a.dtype != g.dtype:
         a, g = a.to(torch.promote_types(a.dtype, g.dtype)), g.to(torch.promote_types(a.dtype, g.dtype))
     if steps == 1:
-        return _one_step(a[:, 0], g[:, 0], squares)
+        return _one_step(a[:, 0], g[:, 0], squares, g_norms)
     if not squares and steps <= GRAM_STEPS and min(a.shape[2], g.shape[2]) >= GRAM_WIDTH and a.dtype == torch.float32:
         return _gram(a, g)
     total, centred, sq_norms = _kernels(a, g).outer_moments(a, g, squares=squares)
     return total, centred, sq_norms
 
 
-def _one_step(a: Tensor, g: Tensor, squares: bool) -> Triple:
+def _one_step(a: Tensor, g: Tensor, squares: bool, g_norms: Callable[[], Tensor] | None) -> Triple:
     """T = 1: |c_b|^2 = |a_b|^2 |g_b|^2 and sum_b c_b^2 = (g^2)^T a^2, two products of a BLAS."""
     kind = torch.float64 if a.dtype == torch.float64 else torch.float32
     a, g = a.to(kind), g.to(kind)
     total = g.t() @ a
-    sq_norms = row_sq_norms(a) * row_sq_norms(g)
+    sq_norms = row_sq_norms(a) * (row_sq_norms(g) if g_norms is None else g_norms())
     if not squares:
         return total, None, sq_norms
     raw = g.square().t() @ a.square()
@@ -78,14 +79,8 @@ def row_sq_norms(x: Tensor) -> Tensor:
 
 
 def conv(
-    x: Tensor,
-    g: Tensor,
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    padding: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-    squares: bool,
+    x: Tensor, g: Tensor, kernel_size: tuple[int, ...], stride: tuple[int, ...], padding: tuple[int, ...],
+    dilation: tuple[int, ...], groups: int, squares: bool,
 ) -> Triple:
     """Total, centred squares and norms of a convolution's weight gradient; x (B, C, ...), g (B, O, ...)."""
     if x.dtype != g.dtype:
@@ -98,7 +93,9 @@ def conv(
 
 def embedding(ids: Tensor, g: Tensor, count: int, padding_idx: int | None, squares: bool) -> Triple:
     """Total, centred squares and norms of an embedding's gradient; ids (B, T), g (B, T, D)."""
-    total, centred, sq_norms = _kernels(g).embedding_moments(ids, g, count, padding_idx=padding_idx, squares=squares)
+    total, centred, sq_norms = _kernels(g).embedding_moments(
+        ids, g, count, padding_idx=padding_idx, squares=squares
+    )
     return total, centred, sq_norms
 
 

@@ -6,6 +6,7 @@ what the parameters' gradients are, for those come out of the same pass as their
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -86,6 +87,7 @@ class Linear(Arithmetic):
 
     def __init__(self, batch: int, block: int, swapped: bool, shapes: Sequence[torch.Size]) -> None:
         self.batch, self.block, self.swapped, self.shapes = batch, block, swapped, shapes
+        self._norms: Callable[[], Tensor] | None = None
 
     def forward(self, x: Tensor, *params: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         weight, *rest = params
@@ -103,30 +105,28 @@ class Linear(Arithmetic):
 
     def part(self, i: int, g: Tensor, *kept: Any) -> parts.Part:
         x = kept[0]
-        block = self.block // x.shape[-1]
-        g_ = rows.by_sample(g, block * g.shape[-1], self.batch, g.shape[-1])
+        g_ = rows.by_sample(g, self.block // x.shape[-1] * g.shape[-1], self.batch, g.shape[-1])
         assert g_ is not None
+        norms = None
+        if g_.shape[1] == 1 and x.dtype == g.dtype:  # of the weight and of the bias
+            if self._norms is None:
+                self._norms = functools.cache(functools.partial(kernels.row_sq_norms, g_[:, 0]))
+            norms = self._norms
         if i == 1:
-            return parts.Matrix(g_[:, 0] if g_.shape[1] == 1 else g_.sum(1), self.shapes[1])
+            return parts.Matrix(g_[:, 0] if g_.shape[1] == 1 else g_.sum(1), self.shapes[1], norms)
         x_ = rows.by_sample(x, self.block, self.batch, x.shape[-1])
         assert x_ is not None
-        return parts.Outer(g_, x_, self.shapes[0]) if self.swapped else parts.Outer(x_, g_, self.shapes[0])
+        if self.swapped:
+            return parts.Outer(g_, x_, self.shapes[0])
+        return parts.Outer(x_, g_, self.shapes[0], norms)
 
 
 class Convolution(Arithmetic):
     """Convolutions of one to three dimensions, and transposed ones."""
 
     def __init__(
-        self,
-        batch: int,
-        inner: int,
-        stride: list[int],
-        padding: list[int],
-        dilation: list[int],
-        transposed: bool,
-        output_padding: list[int],
-        groups: int,
-        shapes: Sequence[torch.Size],
+        self, batch: int, inner: int, stride: list[int], padding: list[int], dilation: list[int],
+        transposed: bool, output_padding: list[int], groups: int, shapes: Sequence[torch.Size],
     ) -> None:
         self.batch, self.inner = batch, inner
         self.stride, self.padding, self.dilation = stride, padding, dilation
@@ -144,16 +144,7 @@ class Convolution(Arithmetic):
     def input_grad(self, g: Tensor, *kept: Any) -> Tensor:
         x, w = kept
         grad: Tensor = torch.ops.aten.convolution_backward(
-            g,
-            x,
-            w,
-            None,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.transposed,
-            self.output_padding,
-            self.groups,
+            g, x, w, None, self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups,
             [True, False, False],
         )[0]
         return grad
@@ -187,17 +178,8 @@ class Convolution(Arithmetic):
 
         def one(b: int) -> Tensor:
             grad: Tensor = torch.ops.aten.convolution_backward(
-                images(g, b),
-                images(x, b),
-                w,
-                None,
-                self.stride,
-                self.padding,
-                self.dilation,
-                self.transposed,
-                self.output_padding,
-                self.groups,
-                [False, True, False],
+                images(g, b), images(x, b), w, None, self.stride, self.padding, self.dilation, self.transposed,
+                self.output_padding, self.groups, [False, True, False],
             )[1]
             return grad.reshape(self.shapes[0])
 
@@ -309,11 +291,8 @@ class ChannelNorm(Norm):
             return t.repeat_interleave(channels // t.shape[1], 1)
 
         of = kernels.norm_sums(
-            g.to(kind).reshape(images, channels, -1),
-            x.to(kind).reshape(images, channels, -1),
-            of_channels(mean),
-            of_channels(rstd),
-            "first",  # type: ignore[arg-type]
+            g.to(kind).reshape(images, channels, -1), x.to(kind).reshape(images, channels, -1),
+            of_channels(mean), of_channels(rstd), "first",  # type: ignore[arg-type]
         )
         if images == self.batch:
             return of

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .derived import Through, as_matrix, disjoint
-from .parts import Outer, Part
+from .parts import Matrix, Outer, Part
 from .signs import Contrast
-from .sums import Sums, of_matrix, one_by_one, real, sq_norm
+from .sums import Sums, of_matrix, one_by_one, plain_sum, real, sq_norm
 
 if TYPE_CHECKING:
     from .capture import Capture, Use
@@ -49,6 +49,7 @@ class Record:
     total_sq: Tensor | None = None
     centred: Tensor | None = None
     sq_norms: list[Tensor] = field(default_factory=list)
+    all_norms: Tensor | None = None  #: their sum, where it goes over more samples than they do
     all_projections: Tensor | None = None
     estimated_trace: Tensor | None = None  #: sum_b |c_b - mean|^2
 
@@ -64,6 +65,39 @@ class Record:
                 "and before clipping"
             )
         return grad.detach()
+
+    @property
+    def used(self) -> bool:
+        """A gradient came."""
+        return self.total is not None or self.in_grad is not None
+
+    def square(self) -> Tensor:
+        """|sum_b c_b|^2, float64."""
+        if self.total_sq is None:
+            return torch.zeros((), dtype=torch.float64, device=self.param.device)
+        return self.total_sq
+
+    def spread(self, batch: int) -> Tensor:
+        """sum_b |c_b - mean|^2, float64."""
+        if self.centred is not None:
+            return plain_sum(self.centred)
+        if not self.used or self.status != "exact":
+            return torch.zeros((), dtype=torch.float64, device=self.param.device)
+        norms = self.all_norms if self.all_norms is not None else torch.cat(self.sq_norms).sum()
+        return (norms - self.square() / batch).clamp_(min=0)
+
+    def variance(self, factor: float) -> Tensor:
+        """sum_b (c_b - mean)^2 times a factor, of the parameter's shape."""
+        if self.centred is None:
+            return torch.zeros(self.param.shape, dtype=real(self.param.dtype), device=self.param.device)
+        return self.centred.reshape(self.param.shape) * factor
+
+    def mean(self, factor: float) -> Tensor:
+        """sum_b c_b times a factor, of the parameter's shape."""
+        total = self.read_total()
+        if total is None:
+            return torch.zeros(self.param.shape, dtype=real(self.param.dtype), device=self.param.device)
+        return total.to(real(total.dtype)).reshape(self.param.shape) * factor
 
     def drop_backward(self) -> None:
         """Forgets the backward on its way."""
@@ -144,7 +178,7 @@ class Ledger:
                 raise NotImplementedError(
                     f"GradientNoise: {r.name!r} of {r.module} is used by {operation}"
                     + (f" ({why})" if why else "")
-                    + ", whose contributions sample by sample are not known; expected a layer that is covered, or "
+                    + ', whose contributions sample by sample are not known; expected a layer that is covered, or '
                     'uncovered="estimate" (an extra backward with random signs) or uncovered="exclude"'
                 )
             if r.status == "exact":
@@ -238,6 +272,8 @@ class Ledger:
             return
         if r.pending and len(r.pending) >= r.expected:
             self._settle(r, r.pending)
+        if r.status == "exact" and r.sums is None and not r.pending and self.uncovered_is == "exclude":
+            r.status = "excluded"  # it came from where nobody saw it used
         if r.status != "exact" or r.pending or r.incoming is not None:
             # What came is needed later: .grad must not take over its memory.
             r.incoming = grad.clone() if r.incoming is None else r.incoming + grad
@@ -274,7 +310,7 @@ class Ledger:
                 "a loss that is a sum over samples"
             )
 
-    def accumulated(self, r: Record) -> None:
+    def accumulated(self, r: Record, param: Tensor) -> None:
         """.grad has it."""
         if not self.open or self.estimating:
             return
@@ -282,13 +318,10 @@ class Ledger:
         if r.status == "exact" and r.sums is None and not r.pending:
             self._unexplained(r)
         if r.fresh:
-            assert r.param.grad is not None
-            r.in_grad = weakref.ref(r.param.grad), r.param.grad._version
+            assert param.grad is not None
+            r.in_grad = weakref.ref(param.grad), param.grad._version
 
     def _unexplained(self, r: Record) -> None:
-        if self.uncovered_is == "exclude":
-            r.status = "excluded"
-            return
         if not any(x.expected for x in self.records) and not self.batches:
             raise RuntimeError(
                 "GradientNoise: a backward without a forward inside the context; expected both in one `with`"
@@ -423,8 +456,4 @@ def combined(parts: list[Part], squares: bool) -> Sums:
 
 def _alike(p: Part, q: Part) -> bool:
     assert isinstance(p, Outer) and isinstance(q, Outer)
-    return (
-        p.a.shape[2] == q.a.shape[2]
-        and p.g.shape[2] == q.g.shape[2]
-        and p.a.dtype == q.a.dtype == p.g.dtype == q.g.dtype
-    )
+    return p.a.shape[2] == q.a.shape[2] and p.g.shape[2] == q.g.shape[2] and p.a.dtype == q.a.dtype == p.g.dtype == q.g.dtype

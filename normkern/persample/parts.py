@@ -51,11 +51,14 @@ class Matrix(Part):
 
     rows: Tensor
     shape: torch.Size
+    norms: Callable[[], Tensor] | None = None  #: the rows' squared norms, where somebody else needs them, too
 
     def __post_init__(self) -> None:
         self.batch = len(self.rows)
 
     def sums(self, squares: bool) -> Sums:
+        if self.norms is not None and not squares:
+            return Sums(self.total(), None, self.norms())
         return of_matrix(self.rows, squares).reshape(self.shape)
 
     def total(self) -> Tensor:
@@ -78,12 +81,13 @@ class Outer(Part):
     a: Tensor
     g: Tensor
     shape: torch.Size  #: (O, I), or one of as many entries
+    g_norms: Callable[[], Tensor] | None = None  #: of T = 1: the squared norms of g, where somebody else needs them
 
     def __post_init__(self) -> None:
         self.batch = len(self.a)
 
     def sums(self, squares: bool) -> Sums:
-        return Sums(*kernels.outer(self.a, self.g, squares)).reshape(self.shape)
+        return Sums(*kernels.outer(self.a, self.g, squares, self.g_norms)).reshape(self.shape)
 
     def total(self) -> Tensor:
         kind = real(self.a.dtype)

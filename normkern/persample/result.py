@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 from torch import Tensor
@@ -68,8 +68,6 @@ class GradientNoiseResult(NoiseScalars):
         sq_norms_per_param: the same of each parameter, or None.
         projections: (B,) :math:`\langle g_b, \bar g\rangle`, float64; None without the tier.
         variance: per parameter, elementwise, unbiased, of its shape; None without the tier.
-        per_param: `NoiseScalars` of each parameter.
-        coverage: `Coverage`.
     """
 
     batch_size: int
@@ -77,9 +75,10 @@ class GradientNoiseResult(NoiseScalars):
     sq_norms_per_param: dict[str, Tensor] | None = field(repr=False)
     projections: Tensor | None = field(repr=False)
     variance: dict[str, Tensor] | None = field(repr=False)
-    per_param: dict[str, NoiseScalars] = field(repr=False)
-    coverage: Coverage
+    _names: list[str] = field(repr=False)
+    _of_each: NoiseScalars = field(repr=False)  #: vectors
     _read_mean: Callable[[], dict[str, Tensor]] = field(repr=False)
+    _read_coverage: Callable[[], Coverage] = field(repr=False)
 
     @cached_property
     def mean(self) -> dict[str, Tensor]:
@@ -89,8 +88,20 @@ class GradientNoiseResult(NoiseScalars):
         """
         return self._read_mean()
 
+    @cached_property
+    def per_param(self) -> dict[str, NoiseScalars]:
+        """`NoiseScalars` of each parameter."""
+        columns = [getattr(self._of_each, f.name) for f in fields(NoiseScalars)]
+        return {name: NoiseScalars(*(c[i] for c in columns)) for i, name in enumerate(self._names)}
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """`Coverage`: what was measured how."""
+        return self._read_coverage()
+
 
 def scalars(trace: Tensor, mean_sq: Tensor, batch: int) -> NoiseScalars:
     """All of them from two."""
     unbiased = mean_sq - trace / batch
-    return NoiseScalars(trace, mean_sq, unbiased, trace / mean_sq, trace / mean_sq / batch, trace / unbiased)
+    nsr = trace / mean_sq
+    return NoiseScalars(trace, mean_sq, unbiased, nsr, nsr / batch, trace / unbiased)

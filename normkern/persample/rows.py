@@ -84,9 +84,7 @@ def block_where_known(numbers: Tensor, batch: int) -> int | None:
         for inner in range(1, size // batch + 1):
             if size % (inner * batch) == 0:
                 block = inner * after
-                if torch.equal(
-                    (torch.arange(numbers.numel()).view(numbers.shape) // block % batch)[known].int(), wanted
-                ):
+                if torch.equal((torch.arange(numbers.numel()).view(numbers.shape) // block % batch)[known].int(), wanted):
                     fits.append(block)
     return fits[0] if len(fits) == 1 else None
 
