@@ -1,4 +1,4 @@
-"""What a maker receives and what it returns: the arrays of an optimizer step, and a step over them."""
+"""What a maker receives and what it returns: the arrays of an optimizer step or a matrix, and a step over them."""
 
 from __future__ import annotations
 
@@ -51,12 +51,25 @@ def arrays(shapes: Sequence[Shape], dtype: torch.dtype) -> Arrays:
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """Gradients of single samples, a row each, as torch.func or Opacus would have left them."""
+
+    x: Tensor
+
+
+def matrix(shapes: Sequence[Shape], dtype: torch.dtype) -> Matrix:
+    """Normal numbers, drawn in place: of one shape."""
+    (shape,) = shapes
+    return Matrix(torch.empty(shape, dtype=dtype).normal_())
+
+
+@dataclass(frozen=True)
 class Step:
     """One step of one peer.
 
     run: the step, which is what gets timed.
-    sums: |w|^2, |g|^2, <w,g> of the last run, (tensors, 3) float64, and of pairs <g1,g2>, |g1-g2|^2 too; None where
-        nothing is measured.
+    sums: |w|^2, |g|^2, <w,g> of the last run, (tensors, 3) float64, and of pairs <g1,g2>, |g1-g2|^2 too; of a matrix
+        its columns' means and variances and its rows' |x|^2, one after the other; None where nothing is measured.
     write_back: copies the weights into the params, for a peer that has arrays of its own.
     true_scale: what the params are to be multiplied with to be the weights; gradients there are those times it.
     """
@@ -68,3 +81,4 @@ class Step:
 
 
 Maker = Callable[[Arrays], Step]
+MatrixMaker = Callable[[Matrix], Step]

@@ -9,9 +9,10 @@ import torch
 
 Shape = tuple[int, ...]
 
-#: Jobs: of one gradient; and of pairs besides.
+#: Jobs: of one gradient; of pairs besides; of the gradients of single samples.
 SGD = ("step", "step + statistics")
 SVAG = (*SGD, "SVAG step")
+MOMENTS = ("moments",)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def transformer(layers: int = 12, width: int = 768, words: int = 50257, context:
     return {**shapes, "ln_f.weight": (width,), "ln_f.bias": (width,)}
 
 
+ROWS = ((128, 1 << 20),)
 RESNET50, TRANSFORMER = tuple(resnet50().values()), tuple(transformer().values())
 ONE = ((64 << 20,),)
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -99,5 +101,7 @@ CASES: dict[str, Case] = {
         Case("161 of 8x8", ((8, 8),) * 161, F32, QUICK | PLOT, SVAG),
         Case("161 of 32x32", ((32, 32),) * 161, F32),
         Case("20 of 8x8", ((8, 8),) * 20, F32, QUICK | PLOT),
+        Case("128 rows of 1M", ROWS, F32, QUICK, MOMENTS),
+        Case("128 rows of 1M", ROWS, BF16, jobs=MOMENTS),
     )
 }

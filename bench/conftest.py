@@ -9,9 +9,10 @@ import pytest
 
 from .arrays import HYPER
 from .machine import build_numbers, machine_info
+from .noise_peers import NOISE_PEERS
 from .peers import PEERS
 
-JOB_OF = {peer.name: peer.job for peer in PEERS}
+JOB_OF = {peer.name: peer.job for peer in (*PEERS, *NOISE_PEERS)}
 LEFT_OUT = pytest.StashKey[dict[str, dict[str, str]]]()
 
 

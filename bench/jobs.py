@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .arrays import arrays
+from .arrays import arrays, matrix
 from .cases import Shape
-from .right import sgd_fault, sgd_statistics_fault, svag_fault
+from .right import moments_fault, sgd_fault, sgd_statistics_fault, svag_fault
 
 
 @dataclass(frozen=True)
@@ -43,5 +43,6 @@ JOBS: dict[str, Job] = {
         # The sums come from numbers that the step has in its hands: no further stream.
         Job("step + statistics", arrays, 5, "five-stream loop", "normkern", sgd_statistics_fault),
         Job("SVAG step", arrays, 6, "six-stream loop", "normkern SVAG", svag_fault),
+        Job("moments", matrix, 1, "sum-of-squares read", "normkern moments", moments_fault),
     )
 }

@@ -64,6 +64,23 @@ extern "C" void read(ParallelFor parallel_for, float* w, const float* g, float* 
   });
 }
 
+// Read g and sum its squares: what a norm alone costs. Eight registers' worth of sums, else their latency is the limit.
+extern "C" void sum_of_squares(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
+                               int64_t threads) {
+  run(parallel_for, {w, g, v, nullptr}, n, threads, [](int64_t begin, int64_t end, void* context) {
+    const Arrays& arrays = *static_cast<Arrays*>(context);
+    constexpr int64_t kLanes = 128;
+    float sums[kLanes] = {};
+    int64_t i = begin;
+    for (; i + kLanes <= end; i += kLanes)
+      for (int64_t lane = 0; lane < kLanes; lane++) sums[lane] += arrays.g[i + lane] * arrays.g[i + lane];
+    for (; i < end; i++) sums[0] += arrays.g[i] * arrays.g[i];
+    float sum = 0.0f;
+    for (float s : sums) sum += s;
+    arrays.v[begin] = sum;
+  });
+}
+
 // Read g, write w.
 extern "C" void copy(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
                      int64_t threads) {

@@ -23,6 +23,7 @@ LIMITS: dict[str, tuple[str, int]] = {
     "five-stream loop": ("five_streams", 5),
     "six-stream loop": ("six_streams", 6),
     "read": ("read", 1),
+    "sum-of-squares read": ("sum_of_squares", 1),
     "copy": ("copy", 2),
 }
 #: Arrays beyond every cache; a longer one would only cost memory, and rates are what is compared.

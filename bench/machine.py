@@ -21,7 +21,16 @@ from normkern import ops
 from .limits import compiler
 
 #: Peers and what they stand on; absent ones are left out.
-PACKAGES = ("numpy", "torch-optimi", "pytorch-optimizer", "bitsandbytes", "jax", "optax")
+PACKAGES = (
+    "numpy",
+    "torch-optimi",
+    "pytorch-optimizer",
+    "bitsandbytes",
+    "jax",
+    "optax",
+    "backpack-for-pytorch",
+    "opacus",
+)
 
 
 def machine_info() -> dict[str, Any]:

@@ -34,13 +34,13 @@ LEAST, MOST = 5, 101
 Clock = Callable[[], float]
 
 
-def plan(costs: dict[str, float], seconds: float, seed: int = 0) -> list[list[str]]:
+def plan(costs: dict[str, float], seconds: float, seed: int = 0, least: int = LEAST) -> list[list[str]]:
     """Who has a turn in which round: {name: seconds of a turn} -> rounds, each in an order of its own.
 
     Everybody gets the same share of the time, so a slow peer has fewer turns; they are spread evenly over the rounds.
     """
     share = seconds / len(costs)
-    turns = {name: max(LEAST, min(MOST, int(share / cost))) for name, cost in costs.items()}
+    turns = {name: max(least, min(MOST, int(share / cost))) for name, cost in costs.items()}
     rounds, shuffle = max(turns.values()), random.Random(seed)
     planned = []
     for r in range(rounds):
@@ -66,7 +66,7 @@ def timed(step: Callable[[], object], repeats: int, clock: Clock) -> float:
 
 
 def interleave(
-    steps: dict[str, Callable[[], object]], seconds: float, clock: Clock = time.perf_counter
+    steps: dict[str, Callable[[], object]], seconds: float, clock: Clock = time.perf_counter, least: int = LEAST
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """-> name: seconds per step, one number a turn; and name: steps in a turn."""
     costs, repeats, long = {}, {}, set()
@@ -85,7 +85,7 @@ def interleave(
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        for order in plan(costs, seconds):
+        for order in plan(costs, seconds, least=least):
             for name in order:
                 if name not in long:
                     settle(steps[name], clock)

@@ -27,7 +27,7 @@ from torch import Tensor
 import normkern
 from normkern import reference
 
-from .arrays import SVAG_L, Arrays, Maker, Step
+from .arrays import SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
 from .cases import Case
 from .limits import compiler
 
@@ -263,6 +263,39 @@ def dots(xs: list[Any], ys: list[Any]) -> list[Tensor]:
     return [torch.dot(x.view(-1), y.view(-1)) for x, y in zip(xs, ys, strict=True)]
 
 
+# --- makers: moments --------------------------------------------------------------------------------------------------
+
+
+def normkern_moments(matrix: Matrix) -> Step:
+    told: list[Any] = []
+
+    def run() -> None:
+        told[:] = [normkern.moments(matrix.x)]
+
+    return Step(run, lambda: torch.cat([told[0].mean.double(), told[0].variance.double(), told[0].sq_norms]))
+
+
+def torch_moments(matrix: Matrix, how: str, compiled: bool = False) -> Step:
+    """Welford's algorithm as torch has it, or its vectorised operations, one after the other over a copy."""
+    told: list[Any] = []
+
+    def every(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+        if how == "var_mean":
+            variance, mean = torch.var_mean(x, dim=0)
+        else:
+            mean = x.mean(0)
+            variance = (x - mean).square_().sum(0) / (len(x) - 1)
+        return mean, variance, norms
+
+    every = torch.compile(every) if compiled else every
+
+    def run() -> None:
+        told[:] = every(matrix.x)
+
+    return Step(run, lambda: torch.cat([told[0].double(), told[1].double(), told[2].double() ** 2]))
+
+
 # --- makers: JAX ------------------------------------------------------------------------------------------------------
 
 
@@ -344,7 +377,7 @@ class Peer:
 
     name: str
     job: str
-    make: Maker
+    make: Maker | MatrixMaker
     fits: Callable[[Case], bool] = anything
     needs: tuple[tuple[str, str], ...] = ()
     quick: Callable[[Case], bool] = anything
@@ -388,5 +421,15 @@ PEERS: tuple[Peer, ...] = (
     Peer("lerp + torch fused + sums", "SVAG step", part(torch_pairs, in_place=True, fused=True)),
     Peer("combine + torch compile + sums", "SVAG step", part(torch_pairs, compiled=True), compiles_soon, CXX, nothing),
     Peer("torch compile by hand + sums", "SVAG step", compiled_by_hand, compiles_soon, CXX, nothing),
+    Peer("normkern moments", "moments", normkern_moments),
+    Peer("torch var_mean + norms", "moments", part(torch_moments, how="var_mean")),
+    Peer("torch mean, squares, norms", "moments", part(torch_moments, how="squares")),
+    Peer(
+        "torch compile, squares, norms",
+        "moments",
+        part(torch_moments, how="squares", compiled=True),
+        needs=CXX,
+        quick=nothing,
+    ),
     Peer("optax jit + norms", "step + statistics", part(optax_step, measured=True), on_the_index, JAX, up_to(32 * M)),
 )

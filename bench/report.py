@@ -16,6 +16,11 @@ from .results import Results, Row, load, short_reason
 
 MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
 SVAG_MARKS = "<!-- bench-svag:begin -->", "<!-- bench-svag:end -->"
+NOISE_MARKS = "<!-- bench-noise:begin -->", "<!-- bench-noise:end -->"
+
+#: The terminal's, of steps over given tensors and of networks.
+STEP_COLUMNS = ("GB/s", "of the limit", "x anchor")
+NET_COLUMNS = ("peak MB", "x plain")
 
 #: The README's columns after our own time: peer -> heading.
 COLUMNS = {
@@ -38,6 +43,17 @@ SVAG_COLUMNS = {
     "torch compile by hand + sums": "all by hand, compiled",
     "six-stream loop": "six-stream loop",
 }
+#: And of the third, whose rows are networks.
+NOISE_COLUMNS = {
+    "normkern nsr": "nsr",
+    "normkern norms": "norms",
+    "normkern norms + variance": "norms + variance",
+    "Opacus ghost": "Opacus ghost, norms",
+    "BackPACK L2": "BackPACK, norms",
+    "BackPACK L2 + Variance": "BackPACK, both",
+    "Opacus hooks": "Opacus hooks, both",
+    "torch.func": "torch.func, both",
+}
 
 
 def digits(x: float) -> str:
@@ -58,7 +74,8 @@ def show(console: Console, results: Results) -> None:
         size = f": {some.tensors} tensor{'s' * (some.tensors > 1)}, {some.coordinates:,} coordinates" if some else ""
         table = Table(title=f"{group}{size}", title_justify="left")
         table.add_column("step", no_wrap=True)
-        for column in ("median", "quartiles", "turns", "GB/s", "of the limit", "x normkern"):
+        of_net = bool(some and some.rate is None)
+        for column in ("median", "quartiles", "turns", *(NET_COLUMNS if of_net else STEP_COLUMNS)):
             table.add_column(column, justify="right", no_wrap=True)
         job = ""
         for row in sorted(rows.values(), key=lambda r: (r.job != "limit", r.job, r.seconds)):
@@ -78,10 +95,13 @@ def show(console: Console, results: Results) -> None:
 
 
 def cells(row: Row) -> list[str]:
-    fraction = "" if row.fraction is None else f"{row.fraction:.0%}" if row.fraction >= 0.01 else "< 1%"
     times = "" if row.times is None else f"{row.times:.2f}"
     spread = f"{scaled(row.low)} - {scaled(row.high)}"
-    return [row.peer, scaled(row.seconds), spread, str(row.samples), digits(row.rate), fraction, times]
+    first = [row.peer, scaled(row.seconds), spread, str(row.samples)]
+    if row.rate is None:
+        return [*first, "" if row.peak is None else digits(row.peak), times]
+    fraction = "" if row.fraction is None else f"{row.fraction:.0%}" if row.fraction >= 0.01 else "< 1%"
+    return [*first, digits(row.rate), fraction, times]
 
 
 def readme_table(results: Results) -> str:
@@ -89,7 +109,8 @@ def readme_table(results: Results) -> str:
     lines = table_head("case", "normkern", "GB/s", *COLUMNS.values())
     for group, rows in results.groups.items():
         if ours := rows.get("normkern"):
-            lines.append(table_row(group, scaled(ours.seconds), digits(ours.rate), *times(results, ours, COLUMNS)))
+            rate = digits(ours.rate or 0.0)
+            lines.append(table_row(group, scaled(ours.seconds), rate, *times(results, ours, COLUMNS)))
     return "\n".join([*lines, "", f"After GB/s: times normkern's step. -: not measured. {where(results)}"])
 
 
@@ -106,6 +127,26 @@ def svag_table(results: Results) -> str:
             lines.append(table_row(group, scaled(ours.seconds), plain, *times(results, ours, SVAG_COLUMNS)))
     told = f"x SGD step: times normkern's step from one gradient; after it: times normkern's SVAG. {where(results)}"
     return "\n".join([*lines, "", told]) if len(lines) > without_rows else ""
+
+
+def noise_table(results: Results) -> str:
+    """Statistics of single gradients as Markdown: times of a plain forward and backward, and megabytes at the peak.
+
+    Empty if there were none.
+    """
+    lines = table_head("network", "forward + backward", *NOISE_COLUMNS.values())
+    without_rows = len(lines)
+    for group, rows in results.groups.items():
+        if plain := rows.get("plain"):
+            theirs = zip(times(results, plain, NOISE_COLUMNS), NOISE_COLUMNS, strict=True)
+            cells = [f"{ratio}{peak_of(rows.get(peer))}" for ratio, peer in theirs]
+            lines.append(table_row(group, scaled(plain.seconds) + peak_of(plain), *cells))
+    told = f"Times a plain forward and backward; peak memory beyond model and batch. {where(results)}"
+    return "\n".join([*lines, "", told]) if len(lines) > without_rows else ""
+
+
+def peak_of(row: Row | None) -> str:
+    return "" if row is None or row.peak is None else f" ({digits(row.peak)} MB)"
 
 
 def table_head(*columns: str) -> list[str]:
@@ -151,9 +192,9 @@ def main() -> None:
     show(console if console.is_terminal else Console(width=120), results)
     if arguments.readme:
         write_between_marks(arguments.readme, readme_table(results))
-        of_pairs = svag_table(results)
-        if of_pairs and any(mark in arguments.readme.read_text() for mark in SVAG_MARKS):
-            write_between_marks(arguments.readme, of_pairs, SVAG_MARKS)
+        for table, marks in ((svag_table(results), SVAG_MARKS), (noise_table(results), NOISE_MARKS)):
+            if table and any(mark in arguments.readme.read_text() for mark in marks):
+                write_between_marks(arguments.readme, table, marks)
     if arguments.plot:
         from .plot import plot
 

@@ -18,11 +18,12 @@ class Row:
     seconds: float
     low: float
     high: float
-    rate: float
+    rate: float | None  # GB/s, where a step must move a certain number of bytes
     fraction: float | None
     anchor: str | None
     times: float | None
     samples: int
+    peak: float | None  # megabytes
     tensors: int
     coordinates: int
     dtype: str
@@ -79,11 +80,12 @@ def read_row(entry: dict[str, Any]) -> Row:
         seconds=stats["median"],
         low=stats["q1"],
         high=stats["q3"],
-        rate=info["gigabytes_per_second"],
+        rate=info.get("gigabytes_per_second"),
         fraction=info.get("fraction_of_limit"),
         anchor=info.get("anchor"),
         times=info.get("times_of_anchor"),
         samples=stats["rounds"],
+        peak=info.get("peak_megabytes"),
         tensors=info["tensors"],
         coordinates=info["coordinates"],
         dtype=info["dtype"],

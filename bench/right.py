@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normkern import reference
 
-from .arrays import SVAG_L, Arrays, Maker, Step
+from .arrays import SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
 from .cases import dtype_name
 
 STEPS = 3
@@ -91,6 +91,23 @@ def svag_fault(maker: Maker, dtype: torch.dtype) -> str:
     g_sq, pair = 4 * (SVAG_L * a_sq + SVAG_L * b_sq), a_sq + b_sq
     size = torch.stack([w_sq, g_sq, (w_sq * g_sq).sqrt(), pair, pair], dim=1)
     return _sums_fault(step.sums(), wanted, size, dtype)
+
+
+def moments_fault(maker: MatrixMaker, dtype: torch.dtype) -> str:
+    """What is wrong with means, variances or norms of rows with a large mean and little noise."""
+    eps = torch.finfo(dtype).eps
+    make = torch.Generator().manual_seed(0)
+    columns = 0.1 * eps**-0.5 * torch.linspace(-1, 1, LENGTHS[0], dtype=torch.float64)
+    x = (columns + torch.randn(33, LENGTHS[0], generator=make, dtype=torch.float64)).to(dtype)
+    step = maker(Matrix(x.clone()))
+    step.run()
+    if step.sums is None:
+        return "wrong: it measures nothing"
+    exact = x.double()
+    wanted = torch.cat([exact.mean(0), exact.var(0), exact.square().sum(1)])
+    size = torch.cat([exact.square().mean(0).sqrt(), exact.var(0), exact.square().sum(1)])
+    off = float(((step.sums() - wanted).abs() / size).max())
+    return "" if off < max(1e-3, 4 * eps) else f"wrong: it is off by {off:.1e}"
 
 
 def _dots(rows: list[tuple[tuple[Tensor, Tensor], ...]]) -> Tensor:

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 from dataclasses import replace
 
 import pytest
@@ -12,26 +13,32 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
 
-from bench import compare, report, right
+from bench import compare, noise_right, report, right
 from bench.arrays import HYPER, Arrays, Step, arrays
 from bench.cases import CASES, RESNET50, TRANSFORMER, Case
 from bench.jobs import JOBS
 from bench.limits import LIMITS, compiler, limit_steps
 from bench.measure import LEAST, MOST, fault, interleave, measure, plan
+from bench.nets import NETS
+from bench.noise_peers import JOBS as NOISE_JOBS
+from bench.noise_peers import NOISE_PEERS, PLAIN, NoisePeer, Told, Watched, plain, torch_func
+from bench.peak import peak_megabytes
 from bench.peers import (
     PEERS,
     Peer,
     normkern_measured,
+    normkern_moments,
     normkern_pairs,
     normkern_step,
     reference_pairs,
+    torch_moments,
     torch_pairs,
     torch_step,
 )
 from bench.results import load
 from bench.tape import Tape
 
-JOB_OF = {peer.name: peer.job for peer in PEERS}
+JOB_OF = {peer.name: peer.job for peer in (*PEERS, *NOISE_PEERS)}
 LITTLE = Case("little", ((8, 8), (3,)))
 
 
@@ -47,7 +54,10 @@ def test_coordinates():
 def test_tables_fit_together():
     assert all(case.key == key and set(case.jobs) <= set(JOBS) for key, case in CASES.items())
     assert all(peer.job in JOBS for peer in PEERS)
-    assert len({peer.name for peer in PEERS} | set(LIMITS)) == len(PEERS) + len(LIMITS)
+    assert all(peer.job in NOISE_JOBS for peer in NOISE_PEERS)
+    everybody = [peer.name for peer in (*PEERS, *NOISE_PEERS)]
+    assert len({*everybody, *LIMITS}) == len(everybody) + len(LIMITS)
+    assert set(report.NOISE_COLUMNS) | {PLAIN} == {peer.name for peer in NOISE_PEERS}
     assert all(job.limit in LIMITS and job.anchor in {p.name for p in PEERS} for job in JOBS.values())
 
 
@@ -208,6 +218,83 @@ def test_peers_of_pairs_leave_the_gradients_where_others_find_them():
         assert all(a is b for a, b in zip(given.grads, before, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_right_moments_are_found_right(dtype):
+    assert right.moments_fault(normkern_moments, dtype) == ""
+    assert right.moments_fault(lambda given: torch_moments(given, "var_mean"), dtype) == ""
+    assert right.moments_fault(lambda given: torch_moments(given, "squares"), dtype) == ""
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wrong_moments_are_found_wrong(dtype):
+    def difference_of_squares(given):
+        x = given.x
+
+        def sums():
+            variance = ((x * x).mean(0) - x.mean(0) ** 2) * len(x) / (len(x) - 1)
+            return torch.cat([x.double().mean(0), variance.double(), x.double().square().sum(1)])
+
+        return Step(lambda: None, sums)
+
+    assert right.moments_fault(difference_of_squares, dtype).startswith("wrong: ")
+
+
+def noise_peer(job, make):
+    return NoisePeer("somebody", job, make)
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_right_noise_is_found_right(net):
+    for peer in NOISE_PEERS:
+        if peer.name in (PLAIN, "torch.func") or peer.name.startswith("normkern"):
+            assert noise_right.fault(peer, net) == "", peer.name
+
+
+def biased(task):
+    """A variance divided by B."""
+    watched = torch_func(task)
+
+    def told():
+        said = watched.told()
+        batch = len(task.inputs)
+        return Told(None, said.sq_norms, {n: v * (batch - 1) / batch for n, v in said.variance.items()})
+
+    return Watched(watched.run, told)
+
+
+def partial(task):
+    """One that does not see biases."""
+    watched = torch_func(task)
+
+    def told():
+        said = watched.told()
+        return Told(None, said.sq_norms, {n: v for n, v in said.variance.items() if n.endswith("weight")})
+
+    return Watched(watched.run, told)
+
+
+def test_wrong_noise_is_found_wrong():
+    net = "MLP, B=128"
+    assert noise_right.fault(noise_peer("norms + variance", biased), net).startswith("wrong: variance is off by")
+    assert noise_right.fault(noise_peer("norms + variance", partial), net).startswith("wrong: variance of 3 parameters")
+    assert noise_right.fault(noise_peer("norms", plain), net) == "wrong: it does not tell sq_norms"
+    assert noise_right.fault(noise_peer("norms", lambda task: 1 / 0), net).startswith("fails: ZeroDivisionError")
+    scaled = noise_peer("noise scale", lambda task: Watched(lambda: None, lambda: Told(torch.tensor(1.0))))
+    assert noise_right.fault(scaled, net).startswith("wrong: trace_sigma is off by")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_peak_is_that_of_the_step():
+    """torch.func has all gradients in memory, B P numbers; ours has not."""
+    theirs = peak_megabytes("Linear stack, B=32, T=16", "torch.func", 2)
+    mine = peak_megabytes("Linear stack, B=32, T=16", "normkern norms + variance", 2)
+    parameters = 4 * 4_199_424 / 2**20
+    assert theirs > 32 * parameters
+    assert 2 * parameters < mine < 16 * parameters
+    with pytest.raises(RuntimeError, match=r"nobody on Linear stack.*StopIteration"):
+        peak_megabytes("Linear stack, B=32, T=16", "nobody", 2)
+
+
 def test_peer_that_raises_or_is_missing_is_told_not_run():
     raising = Peer("raising", "step", lambda given: 1 / 0)
     assert fault(raising, torch.float32) == "fails: ZeroDivisionError: division by zero"
@@ -247,14 +334,17 @@ def test_arrays_are_shared_and_the_steps_use_them():
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def results_file(path, seconds, left_out=(), cpu="some", commit="0123456789abcdef"):
-    """What a run would have written: {peer: median or (q1, median, q3)} on one case."""
+def results_file(path, seconds, left_out=(), cpu="some", commit="0123456789abcdef", peaks=None):
+    """What a run would have written: {peer: median or (q1, median, q3)} on one case; with peaks that of a network."""
     entries = []
     for peer, t in seconds.items():
         low, median, high = t if isinstance(t, tuple) else (0.99 * t, t, 1.01 * t)
         job = "limit" if peer in LIMITS else JOB_OF.get(peer, "step")
         info = {"job": job, "peer": peer, "gigabytes_per_second": 1.0, "tensors": 1, "coordinates": 4}
         info |= {"dtype": "float32", "tags": ["plot"]}
+        if peaks is not None:
+            del info["gigabytes_per_second"]
+            info["peak_megabytes"] = peaks.get(peer)
         stats = {"median": median, "q1": low, "q3": high, "rounds": 9}
         entries.append({"group": "a case, float32", "stats": stats, "extra_info": info})
     told = {
@@ -346,6 +436,27 @@ def test_svag_has_a_table_of_its_own(tmp_path, monkeypatch):
         monkeypatch.setattr("sys.argv", ["report", str(file), "--readme", str(readme)])
         report.main()
         assert (table in readme.read_text()) == bool(marks)
+
+
+def test_noise_has_a_table_of_its_own(tmp_path):
+    seconds = {PLAIN: 0.1, "normkern nsr": 0.105, "Opacus ghost": 0.2}
+    out = [("BackPACK L2", "fails: AttributeError: no attribute"), ("torch.func", "not installed: torch")]
+    file = results_file(tmp_path / "json", seconds, out, peaks={PLAIN: 50.0, "normkern nsr": 51.25})
+    lines = report.noise_table(load(file)).splitlines()
+    assert lines[2] == (
+        "| a case, float32 | 100 ms (50.0 MB) | 1.05 (51.2 MB) | - | - | 2.00 | fails | - | - | not installed |"
+    )
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert report.noise_table(load(results_file(tmp_path / "none", BEFORE))) == ""
+
+
+def test_report_shows_networks_without_rates(tmp_path, capsys):
+    file = results_file(tmp_path / "json", {PLAIN: 0.1, "normkern nsr": 0.105}, peaks={PLAIN: 50.0})
+    report.show(report.Console(width=120), load(file))
+    told = capsys.readouterr().out
+    assert "peak MB" in told
+    assert "GB/s" not in told
+    assert "50.0" in told
 
 
 def test_report_shows_everybody_and_why_some_are_missing(tmp_path, capsys):
