@@ -1,0 +1,97 @@
+"""Compiles the shipped .cu files, or others, with g++ and the emulator into a library; what is unchanged is kept."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "simt"
+
+EMULATOR = [HERE / name for name in ("launch.cpp", "check.cpp", "runtime.cpp")]
+# The numbers policy of CMakeLists.txt; FMA hardware, as every GPU has it. A cast from an array to packs is what nvcc
+# allows everywhere.
+FLAGS = (
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing",
+    "-fno-threadsafe-statics", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+)  # fmt: skip
+FAST = ("-O2",)
+# Without the last two, g++ splits loads of 16 bytes and repeats stores, and the bytes counted are not the kernel's.
+CHECKED = ("-O1", "-g", "-fsanitize=thread", "-fno-tree-sra", "-fno-move-loop-stores")
+
+
+def missing() -> str | None:
+    """What this machine lacks to run kernels under the emulator, and how to get it."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return f"the emulator switches its fibers on x86-64 Linux, this is {os.uname().machine} {sys.platform}"
+    if not shutil.which("g++"):
+        return "the emulator compiles kernels with g++, which is not here (Debian: apt install g++)"
+    return None
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def _headers(folders) -> str:
+    files = sorted(p for folder in folders for suffix in ("*.h", "*.cuh") for p in folder.rglob(suffix))
+    return _digest(*(f"{p.name}\0{p.read_text()}" for p in files))
+
+
+def _compile(source: Path, flags, csrc: Path, headers: str) -> Path:
+    command = ["g++", *FLAGS, *flags, f"-I{csrc}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
+    target = BUILD / f"{source.stem}-{_digest(headers, source.read_text(), command)}.o"
+    if not target.exists():
+        _run([*command, "-o", str(target) + ".new"])
+        os.replace(str(target) + ".new", target)
+    return target
+
+
+def _run(command) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def library(name: str, kernels, *, checked: bool, host=(), flags=(), csrc: Path = CSRC) -> Path:
+    """A shared library of kernel sources and, uninstrumented, host sources, with the emulator.
+
+    Args:
+        name: of the file.
+        kernels: .cu files, instrumented if `checked`.
+        host: further sources.
+        flags: for all of them.
+        csrc: where `#include "cuda/device.h"` and the like look; a copy with a mutation, say.
+
+    Raises:
+        RuntimeError: g++ failed; the text is what it said.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    headers = _headers([csrc, HERE])
+    jobs = [(k, (*(CHECKED if checked else FAST), *flags)) for k in kernels]
+    jobs += [(h, ("-O1", *flags)) for h in host]
+    jobs += [(e, ("-O2",)) for e in EMULATOR]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: _compile(*job, csrc, headers), jobs))
+    target = BUILD / f"{name}-{_digest(*objects)}.so"
+    if not target.exists():
+        _run(["g++", "-shared", "-o", str(target) + ".new", *map(str, objects)])
+        os.replace(str(target) + ".new", target)
+    return target
+
+
+def binding(kernels, *, checked: bool, csrc: Path = CSRC) -> Path:
+    """The whole binary once more, with emulated kernels in place of both back ends: a module named `_C`."""
+    import pybind11
+
+    host = [p for p in sorted(csrc.glob("*.cpp"))] + [HERE / "no_cpu.cpp"]
+    flags = ("-Dnk=nk_simt", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
+    return library(
+        f"_C-{'checked' if checked else 'fast'}", kernels, checked=checked, host=host, flags=flags, csrc=csrc
+    )
