@@ -86,12 +86,12 @@ def library(name: str, kernels, *, checked: bool, host=(), flags=(), csrc: Path 
     return target
 
 
-def binding(kernels, *, checked: bool, csrc: Path = CSRC) -> Path:
+def binding(name: str, *, checked: bool, kernels=None, csrc: Path = CSRC) -> Path:
     """The whole binary once more, with emulated kernels in place of both back ends: a module named `_C`."""
     import pybind11
 
-    host = [p for p in sorted(csrc.glob("*.cpp"))] + [HERE / "no_cpu.cpp"]
-    flags = ("-Dnk=nk_simt", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
-    return library(
-        f"_C-{'checked' if checked else 'fast'}", kernels, checked=checked, host=host, flags=flags, csrc=csrc
-    )
+    host = [*sorted(csrc.glob("*.cpp")), HERE / "no_cpu.cpp"]
+    # Types of the real binary, and of others like this one, have other names.
+    flags = (f"-Dnk=nk_{name}", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
+    kernels = kernels or sorted((csrc / "cuda").glob("*.cu"))
+    return library(f"_C-{name}", kernels, checked=checked, host=host, flags=flags, csrc=csrc)

@@ -146,7 +146,9 @@ def read_binary(path: Path) -> list[Kernel]:
     """Of everything that carries device code: an object, a shared library."""
     kernels = []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([tool("cuobjdump"), "-xelf", "all", str(path.resolve())], cwd=folder, check=True, capture_output=True)
+        subprocess.run(
+            [tool("cuobjdump"), "-xelf", "all", str(path.resolve())], cwd=folder, check=True, capture_output=True
+        )
         for cubin in sorted(Path(folder).glob("*.cubin")):
             kernels += read_cubin(cubin, re.search(r"\.(sm_\d+)a?\.cubin$", cubin.name)[1])
     return kernels

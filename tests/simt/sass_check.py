@@ -122,7 +122,9 @@ def table(verdicts: list[Verdict]) -> str:
     rows: dict[tuple, dict[str, list[Verdict]]] = {}
     for v in verdicts:
         if v.promise:
-            rows.setdefault((v.promise.title, v.promise.read, v.promise.written), {}).setdefault(v.kernel.arch, []).append(v)
+            rows.setdefault((v.promise.title, v.promise.read, v.promise.written), {}).setdefault(
+                v.kernel.arch, []
+            ).append(v)
     lines = [
         "| kernel | bytes read + written | " + " | ".join(f"{a}<br>{GPUS[a].name}" for a in architectures) + " |",
         "|---|---|" + "---|" * len(architectures),

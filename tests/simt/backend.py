@@ -1,0 +1,106 @@
+"""normkern's binary compiled a second time, with the CUDA kernels under the emulator, as one more back end.
+
+The binding is the shipped one. It sees tensors through torch's exchange API; here it is given one in whose eyes CPU
+tensors lie on CUDA device 0. So argument checks, tables, launches, kernels and sums run as they would on a GPU.
+"""
+
+import contextlib
+import ctypes
+import importlib.machinery
+import importlib.util
+
+import torch
+
+from normkern import ops
+
+from . import build
+
+
+class Refused:
+    """CUDA's error codes that a launch can be refused with."""
+
+    NO_KERNEL_IMAGE = 209
+    OUT_OF_RESOURCES = 701
+
+
+class Backend:
+    """The emulated binary.
+
+    Args:
+        checked: examine every access of every kernel, fifty times slower.
+        kernels, csrc: other sources than the shipped ones.
+    """
+
+    def __init__(self, checked, *, name=None, kernels=None, csrc=build.CSRC):
+        name = name or ("checked" if checked else "fast")
+        path = str(build.binding(name, checked=checked, kernels=kernels, csrc=csrc))
+        self._library = ctypes.CDLL(path)
+        self._library.simt_exchange_api.restype = ctypes.c_void_p
+        self._library.simt_launches.restype = ctypes.c_uint64
+        loader = importlib.machinery.ExtensionFileLoader("_C", path)
+        self.binary = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+        loader.exec_module(self.binary)
+        self.binary.connect(
+            self._exchange_api(), ops.torch_symbol("torch_parallel_for"), torch.Tensor, torch.nn.Parameter
+        )
+
+    def _exchange_api(self):
+        python, name = ctypes.pythonapi, b"dlpack_exchange_api"
+        python.PyCapsule_GetPointer.restype = ctypes.c_void_p
+        python.PyCapsule_GetPointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+        python.PyCapsule_New.restype = ctypes.py_object
+        python.PyCapsule_New.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        of_torch = python.PyCapsule_GetPointer(torch.Tensor.__dlpack_c_exchange_api__, name)
+        self._name = ctypes.create_string_buffer(name)  # the capsule points to it
+        return python.PyCapsule_New(
+            self._library.simt_exchange_api(ctypes.c_void_p(of_torch)), ctypes.cast(self._name, ctypes.c_char_p), None
+        )
+
+    @contextlib.contextmanager
+    def in_place(self, seed=1):
+        """For as long as this lasts, normkern's ops run under the emulator."""
+        real = ops._C
+        swapped = {name: value for name, value in vars(ops).items() if value is getattr(real, name, self)}
+        self.seed(seed)
+        self.forget()
+        try:
+            ops._C = ops.binary = self.binary
+            for name in swapped:
+                setattr(ops, name, getattr(self.binary, name))
+            yield self
+        finally:
+            ops._C = ops.binary = real
+            for name, value in swapped.items():
+                setattr(ops, name, value)
+            self.devices()
+
+    def seed(self, seed):
+        """Another order of blocks and threads."""
+        self._library.simt_seed(ctypes.c_uint64(seed))
+
+    def forget(self):
+        """All memory that kernels may touch, and what was counted."""
+        self._library.simt_forget_all()
+
+    def blank(self, tensor):
+        """Nobody has written this memory: a kernel that reads it before it writes it is wrong."""
+        pointer, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
+        self._library.simt_allow(pointer, size, b"blank memory")
+        self._library.simt_blank(pointer, size)
+
+    def traffic(self):
+        """What kernels have moved since the last time: bytes read, bytes written, sectors of 32 bytes, accesses, and
+        how many of these were of 16 bytes. Of the check build."""
+        numbers = (ctypes.c_uint64 * 5)()
+        self._library.simt_traffic(numbers)
+        return tuple(numbers)
+
+    def launches(self):
+        return self._library.simt_launches()
+
+    def refuse_next_launch(self, error):
+        self._library.simt_refuse_next_launch(error)
+
+    def devices(self, count=1, current=0, of_tensors=0):
+        """How many there are, which is current, and on which one tensors lie."""
+        self._library.simt_devices(count, current, of_tensors)
