@@ -270,6 +270,11 @@ struct PairSums {
   }
 };
 
+// How much of it a loop sums. A pair is always measured.
+enum class Measure { nothing, step, pair };
+template <Measure kMeasure>
+constexpr int kSums = kMeasure == Measure::pair ? StepSums::count + PairSums::count : StepSums::count;
+
 // ---- The lists that back ends instantiate their loops over ----------------------------------------------------------
 
 template <class... Members> struct List {

@@ -139,7 +139,9 @@ class Steps:
                 at += size
             self._key, self._levels = key, Levels(groups)
         sums = self._levels.sums(table[:, : len(ops.SUMS)])
-        hyperparameters = tuple(self._hyperparameters(index, lr) for index, lr, _ in measured.groups)
+        hyperparameters = tuple(
+            self._hyperparameters(index, number(lr, "lr", self._who)) for index, lr, _ in measured.groups
+        )
         return Step(self._levels, StepStats(sums, [""], (0,), [math.nan]), hyperparameters)
 
     def _hyperparameters(self, index: int, lr: float) -> Hyperparameters:

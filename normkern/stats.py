@@ -45,7 +45,7 @@ class StepStats:
     names: list[str]
     slots: dict[str, slice]
 
-    def __init__(self, table: Tensor, names: list[str], offsets: tuple[int, ...], lr: list[float]) -> None:
+    def __init__(self, table: Tensor, names: list[str], offsets: tuple[int, ...], lr: list[float | Tensor]) -> None:
         """`table` (slots, 5); `names`, `offsets` (where each one's slots begin) and `lr` per parameter."""
         ends = (*offsets[1:], table.shape[0])
         self.names = names
@@ -113,7 +113,11 @@ class StepStats:
     @cached_property
     def effective_lr(self) -> Tensor:
         """lr / |w|^2, the learning rate on the unit sphere (arXiv 2010.02916, section 2)."""
-        lr = torch.tensor(self._lr, dtype=torch.float64, device=self._table.device)
+        device = self._table.device
+        if any(isinstance(lr, Tensor) for lr in self._lr):
+            lr = torch.stack([torch.as_tensor(lr, device=device).double().view(()) for lr in self._lr])
+        else:
+            lr = torch.tensor(self._lr, dtype=torch.float64, device=device)
         counts = torch.tensor(self._counts, device=self._table.device)
         return lr.repeat_interleave(counts, output_size=self._table.shape[0]) / self.weight_sq
 
