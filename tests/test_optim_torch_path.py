@@ -7,6 +7,8 @@ from twins import assert_follow, give_gradients, parameters
 
 import normkern
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class Subclass(torch.Tensor):
     pass
