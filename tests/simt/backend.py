@@ -28,12 +28,11 @@ class Backend:
 
     Args:
         checked: examine every access of every kernel, fifty times slower.
-        kernels, csrc: other sources than the shipped ones.
+        kernels: .cu files that take the place of the shipped ones of the same names.
     """
 
-    def __init__(self, checked, *, name=None, kernels=None, csrc=build.CSRC):
-        name = name or ("checked" if checked else "fast")
-        path = str(build.binding(name, checked=checked, kernels=kernels, csrc=csrc))
+    def __init__(self, checked, *, kernels=()):
+        path = str(build.binding(checked=checked, kernels=kernels))
         self._library = ctypes.CDLL(path)
         self._library.simt_exchange_api.restype = ctypes.c_void_p
         self._library.simt_launches.restype = ctypes.c_uint64

@@ -44,12 +44,15 @@ def _headers(folders) -> str:
     return _digest(*(f"{p.name}\0{p.read_text()}" for p in files))
 
 
-def _compile(source: Path, flags, csrc: Path, headers: str) -> Path:
-    command = ["g++", *FLAGS, *flags, f"-I{csrc}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
+def _compile(source: Path, flags) -> Path:
+    near = source.parent.parent  # a mutant has a csrc/ of its own, and finds its headers beside itself
+    headers = _headers([near if (near / "formulas.h").exists() else CSRC, HERE])
+    command = ["g++", *FLAGS, *flags, f"-I{CSRC}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
     target = BUILD / f"{source.stem}-{_digest(headers, source.read_text(), command)}.o"
     if not target.exists():
-        _run([*command, "-o", str(target) + ".new"])
-        os.replace(str(target) + ".new", target)
+        made = f"{target}.{os.getpid()}"
+        _run([*command, "-o", made])
+        os.replace(made, target)
     return target
 
 
@@ -59,7 +62,7 @@ def _run(command) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
 
 
-def library(name: str, kernels, *, checked: bool, host=(), flags=(), csrc: Path = CSRC) -> Path:
+def library(name: str, kernels, *, checked: bool, host=(), flags=()) -> Path:
     """A shared library of kernel sources and, uninstrumented, host sources, with the emulator.
 
     Args:
@@ -67,31 +70,37 @@ def library(name: str, kernels, *, checked: bool, host=(), flags=(), csrc: Path 
         kernels: .cu files, instrumented if `checked`.
         host: further sources.
         flags: for all of them.
-        csrc: where `#include "cuda/device.h"` and the like look; a copy with a mutation, say.
 
     Raises:
         RuntimeError: g++ failed; the text is what it said.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
-    headers = _headers([csrc, HERE])
     jobs = [(k, (*(CHECKED if checked else FAST), *flags)) for k in kernels]
     jobs += [(h, ("-O1", *flags)) for h in host]
     jobs += [(e, ("-O2",)) for e in EMULATOR]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: _compile(*job, csrc, headers), jobs))
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
     target = BUILD / f"{name}-{_digest(*objects)}.so"
     if not target.exists():
-        _run(["g++", "-shared", "-o", str(target) + ".new", *map(str, objects)])
-        os.replace(str(target) + ".new", target)
+        made = f"{target}.{os.getpid()}"
+        _run(["g++", "-shared", "-o", made, *map(str, objects)])
+        os.replace(made, target)
     return target
 
 
-def binding(name: str, *, checked: bool, kernels=None, csrc: Path = CSRC) -> Path:
-    """The whole binary once more, with emulated kernels in place of both back ends: a module named `_C`."""
+def binding(*, checked: bool, kernels=()) -> Path:
+    """The whole binary once more, with emulated kernels in place of both back ends: a module named `_C`.
+
+    Args:
+        checked: examine every access.
+        kernels: .cu files that take the place of the shipped ones of the same names.
+    """
     import pybind11
 
-    host = [*sorted(csrc.glob("*.cpp")), HERE / "no_cpu.cpp"]
-    # Types of the real binary, and of others like this one, have other names.
+    name = "checked" if checked else "fast"
+    # Types of the real binary, and of the other build, have other names.
     flags = (f"-Dnk=nk_{name}", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
-    kernels = kernels or sorted((csrc / "cuda").glob("*.cu"))
-    return library(f"_C-{name}", kernels, checked=checked, host=host, flags=flags, csrc=csrc)
+    shipped = {path.name: path for path in sorted((CSRC / "cuda").glob("*.cu"))}
+    chosen = (shipped | {path.name: path for path in kernels}).values()
+    host = [*sorted(CSRC.glob("*.cpp")), HERE / "no_cpu.cpp"]
+    return library(f"_C-{name}", chosen, checked=checked, host=host, flags=flags)

@@ -92,6 +92,9 @@ def random_lists(shapes, dtype, seed=0, lay_out=lambda x, i: x):
     """w, g, v and h: lists of tensors of these shapes; `lay_out(x, i)` may put the i-th of each elsewhere in memory."""
     make = torch.Generator().manual_seed(seed)
     return [
-        [lay_out(torch.randn(shape, generator=make, dtype=torch.float64).to(dtype), i) for i, shape in enumerate(shapes)]
+        [
+            lay_out(torch.randn(shape, generator=make, dtype=torch.float64).to(dtype), i)
+            for i, shape in enumerate(shapes)
+        ]
         for _ in range(4)
     ]

@@ -3,6 +3,7 @@
 import ctypes
 
 import pytest
+
 from simt import build
 from simt.needs import need
 
