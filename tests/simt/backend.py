@@ -6,14 +6,19 @@ tensors lie on CUDA device 0. So argument checks, tables, launches, kernels and 
 
 import contextlib
 import ctypes
+import functools
 import importlib.machinery
 import importlib.util
+import re
+import subprocess
 
+import numpy as np
 import torch
 
 from normkern import ops
 
 from . import build
+from .names import readable
 
 
 class Refused:
@@ -32,7 +37,7 @@ class Backend:
     """
 
     def __init__(self, checked, *, kernels=()):
-        path = str(build.binding(checked=checked, kernels=kernels))
+        self.path = path = str(build.binding(checked=checked, kernels=kernels))
         self._library = ctypes.CDLL(path)
         self._library.simt_exchange_api.restype = ctypes.c_void_p
         self._library.simt_launches.restype = ctypes.c_uint64
@@ -103,3 +108,53 @@ class Backend:
     def devices(self, count=1, current=0, of_tensors=0):
         """How many there are, which is current, and on which one tensors lie."""
         self._library.simt_devices(count, current, of_tensors)
+
+    # ---- What another machine for launches needs
+
+    @contextlib.contextmanager
+    def launches_run_by(self, run):
+        """`run(kernel, grid, block, parameters)` in place of fibers: a name, two numbers, bytes."""
+        failed = []
+
+        @ctypes.CFUNCTYPE(
+            ctypes.c_int, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_uint64
+        )
+        def called(kernel, grid, block, parameters, size):
+            try:
+                run(self._kernel_names[kernel], grid, block, ctypes.string_at(parameters, size))
+            except BaseException as error:  # it must not cross C++
+                failed.append(error)
+            return len(failed)
+
+        self._library.simt_run_elsewhere(called)
+        try:
+            yield
+        except RuntimeError:
+            if failed:
+                raise failed[0] from None
+            raise
+        finally:
+            self._library.simt_run_elsewhere(None)
+
+    @functools.cached_property
+    def _kernel_names(self):
+        """Of every function of the library, by its place in it."""
+        listed = subprocess.run(["nm", self.path], check=True, capture_output=True, text=True).stdout
+        found = re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", listed, re.MULTILINE)
+        return {int(at, 16): name for (at, _), name in zip(found, readable(m for _, m in found), strict=True)}
+
+    def allowed(self):
+        """(address, size) of the memory that kernels may touch."""
+        room = 4096
+        stretches = (ctypes.c_uint64 * 2 * room)()
+        count = self._library.simt_allowed(stretches, room)
+        assert count <= room
+        return [(a, n) for a, n in stretches[:count]]
+
+    def fma(self, a, b, c):
+        """a*b + c with one rounding, of arrays of float32 or float64."""
+        function = {4: self._library.simt_fma32, 8: self._library.simt_fma64}[a.dtype.itemsize]
+        arrays = [np.ascontiguousarray(x) for x in (a, b, c)]
+        out = np.empty_like(arrays[0])
+        function(*(ctypes.c_void_p(x.ctypes.data) for x in (*arrays, out)), ctypes.c_int64(out.size))
+        return out

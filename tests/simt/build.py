@@ -35,20 +35,20 @@ def missing() -> str | None:
     return None
 
 
-def _digest(*parts) -> str:
+def digest(*parts) -> str:
     return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
 
 
-def _headers(folders) -> str:
+def headers_digest(folders) -> str:
     files = sorted(p for folder in folders for suffix in ("*.h", "*.cuh") for p in folder.rglob(suffix))
-    return _digest(*(f"{p.name}\0{p.read_text()}" for p in files))
+    return digest(*(f"{p.name}\0{p.read_text()}" for p in files))
 
 
 def _compile(source: Path, flags) -> Path:
     near = source.parent.parent  # a mutant has a csrc/ of its own, and finds its headers beside itself
-    headers = _headers([near if (near / "formulas.h").exists() else CSRC, HERE])
+    headers = headers_digest([near if (near / "formulas.h").exists() else CSRC, HERE])
     command = ["g++", *FLAGS, *flags, f"-I{CSRC}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
-    target = BUILD / f"{source.stem}-{_digest(headers, source.read_text(), command)}.o"
+    target = BUILD / f"{source.stem}-{digest(headers, source.read_text(), command)}.o"
     if not target.exists():
         made = f"{target}.{os.getpid()}"
         _run([*command, "-o", made])
@@ -80,7 +80,7 @@ def library(name: str, kernels, *, checked: bool, host=(), flags=()) -> Path:
     jobs += [(e, ("-O2",)) for e in EMULATOR]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _compile(*job), jobs))
-    target = BUILD / f"{name}-{_digest(*objects)}.so"
+    target = BUILD / f"{name}-{digest(*objects)}.so"
     if not target.exists():
         made = f"{target}.{os.getpid()}"
         _run(["g++", "-shared", "-o", made, *map(str, objects)])

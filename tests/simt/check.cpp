@@ -269,6 +269,15 @@ void allow(const void* p, size_t size, const char* name) {
 
 void blank(const void* p, size_t size) { mark_written((uintptr_t)p, (uintptr_t)p + size, false); }
 
+int allowed(uint64_t (*stretches)[2], int room) {
+  int n = 0;
+  for (const auto& [begin, region] : regions) {
+    if (n < room) stretches[n][0] = begin, stretches[n][1] = region.end - begin;
+    n++;
+  }
+  return n;
+}
+
 void forget_all() {
   regions.clear();
   count_sectors();

@@ -16,6 +16,8 @@
 #error "the switch of fibers is written for x86-64"
 #endif
 
+extern "C" __attribute__((visibility("hidden"))) char __ehdr_start;  // this library, from the linker
+
 // Saves what a call must preserve on this stack, goes on with the other one.
 extern "C" void simt_switch(void** from, void* to);
 asm(R"(
@@ -82,7 +84,7 @@ Warp warps[kMaxThreads / 32];
 unsigned threads = 0, alive = 0;
 int vote_counts[3];  // of this vote, of the last, whose readers may be late, and of the next
 size_t static_shared = 0;
-Call call{};
+Call call{};        // what the fibers run
 std::string story;  // of what went wrong
 uint64_t random_state = 1;
 
@@ -140,7 +142,7 @@ void release_barrier() {
 }
 
 void fiber_main() {
-  call.run(call.arguments);
+  call.run(call.bound);
   running->is_done = true;
   alive--;
   if (!at_barrier.empty())
@@ -329,6 +331,22 @@ const unsigned char* exchange(unsigned mask, const void* value, size_t size, con
   return slots;
 }
 
+namespace {
+
+void elsewhere(dim3 grid, dim3 block, const Call& kernel) {
+  std::string packed;  // as a device gets them: one after another, each where its type may lie
+  for (int i = 0; i < kernel.count; i++) {
+    const Parameter& p = kernel.parameters[i];
+    packed.resize((packed.size() + p.align - 1) / p.align * p.align);
+    packed.append(static_cast<const char*>(p.value), p.size);
+  }
+  const uint64_t at = static_cast<const char*>(kernel.kernel) - &__ehdr_start;
+  if (grid.y * grid.z * block.y * block.z != 1) fail("only grids in x alone run elsewhere");
+  if (state.run_elsewhere(at, grid.x, block.x, packed.data(), packed.size())) fail("the launch failed elsewhere");
+}
+
+}  // namespace
+
 void launch_call(dim3 grid, dim3 block, size_t dynamic, const Call& kernel) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> lock(one_at_a_time);
@@ -343,7 +361,8 @@ void launch_call(dim3 grid, dim3 block, size_t dynamic, const Call& kernel) {
   prepare_once();
   state.dynamic.assign(dynamic, 0);
   state.launch++;
-  state.arguments = static_cast<const char*>(kernel.arguments);
+  if (state.run_elsewhere) return elsewhere(grid, block, kernel);
+  state.arguments = static_cast<const char*>(kernel.bound);
   state.arguments_size = kernel.size;
   gridDim = grid;
   blockDim = block;

@@ -94,6 +94,14 @@ cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr attribute, int devic
 SIMT_EXPORT void simt_seed(uint64_t seed) { state.seed = seed; }
 SIMT_EXPORT uint64_t simt_launches() { return state.launch; }
 SIMT_EXPORT void simt_refuse_next_launch(int error) { state.refuse_next = cudaError_t(error); }
+SIMT_EXPORT void simt_run_elsewhere(simt::Elsewhere run) { state.run_elsewhere = run; }
+SIMT_EXPORT int simt_allowed(uint64_t (*stretches)[2], int room) { return simt::allowed(stretches, room); }
+SIMT_EXPORT void simt_fma32(const float* a, const float* b, const float* c, float* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = __builtin_fmaf(a[i], b[i], c[i]);
+}
+SIMT_EXPORT void simt_fma64(const double* a, const double* b, const double* c, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = __builtin_fma(a[i], b[i], c[i]);
+}
 SIMT_EXPORT void simt_devices(int count, int current, int of_tensors) {
   state.devices = count;
   state.device = current;

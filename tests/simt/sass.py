@@ -8,6 +8,8 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .names import readable
+
 PACKAGES = "nvidia-cuda-nvdisasm==13.2.51 nvidia-cuda-cuobjdump==13.2.51"
 _FROM_PYPI = Path(sysconfig.get_path("purelib")) / "nvidia" / "cu13" / "bin"
 
@@ -108,18 +110,6 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def _short(name: str) -> str:
-    """nk::cuda::update<nk::Sgd, (nk::Measure)1, float>(nk::cuda::Table, ...) -> update<Sgd, 1, float>"""
-    name = re.sub(r"^void ", "", name)
-    depth = 0
-    for k, c in enumerate(name):  # up to the parameters
-        depth += (c == "<") - (c == ">")
-        if c == "(" and depth == 0:
-            name = name[:k]
-            break
-    return re.sub(r"\((?:\w+::)*\w+\)|(?:\w+::)+|\(anonymous namespace\)::", "", name)
-
-
 def read_cubin(path: Path, arch: str) -> list[Kernel]:
     kernels: dict[str, Kernel] = {}
     usage = _output(tool("cuobjdump"), "-res-usage", str(path))
@@ -136,9 +126,8 @@ def read_cubin(path: Path, arch: str) -> list[Kernel]:
             current.labels[found[1]] = len(current.instructions)
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
             current.instructions.append(Instruction(found[1], found[2]))
-    names = subprocess.run(["c++filt"], input="\n".join(kernels), check=True, capture_output=True, text=True).stdout
-    for kernel, name in zip(kernels.values(), names.splitlines(), strict=True):
-        kernel.name = _short(name)
+    for kernel, name in zip(kernels.values(), readable(kernels), strict=True):
+        kernel.name = name
     return list(kernels.values())
 
 

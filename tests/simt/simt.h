@@ -40,11 +40,18 @@ struct Site {
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
 };
 
-// The body that every thread runs, and the memory that holds its arguments.
+// A kernel with its arguments: the body that every thread runs, and where everything lies.
+struct Parameter {
+  const void* value;
+  size_t size, align;
+};
 struct Call {
-  void (*run)(const void* arguments);
-  const void* arguments;
+  const void* kernel;
+  void (*run)(const void* bound);
+  const void* bound;
   size_t size;
+  const Parameter* parameters;
+  int count;
 };
 void launch_call(dim3 grid, dim3 block, size_t dynamic_shared, const Call& call);
 
@@ -54,14 +61,19 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t dynamic_shared, 
   static_assert((sizeof(std::decay_t<P>) + ... + 0) <= 32764, "nvcc takes no more bytes of parameters");
   struct Bound {
     void (*kernel)(P...);
-    std::tuple<std::decay_t<P>...> arguments;
+    std::tuple<std::decay_t<P>...> parameters;
   } const bound{kernel, {arguments...}};
-  launch_call(grid, block, dynamic_shared,
-              {[](const void* p) {
-                 const Bound& b = *static_cast<const Bound*>(p);
-                 std::apply(b.kernel, b.arguments);
-               },
-               &bound, sizeof bound});
+  std::apply(
+      [&](const auto&... p) {
+        const Parameter parameters[] = {{&p, sizeof p, alignof(std::decay_t<decltype(p)>)}..., {nullptr, 0, 1}};
+        const auto run = [](const void* b) {
+          const Bound& bound = *static_cast<const Bound*>(b);
+          std::apply(bound.kernel, bound.parameters);
+        };
+        const void* address = reinterpret_cast<const void*>(kernel);
+        launch_call(grid, block, dynamic_shared, {address, run, &bound, sizeof bound, parameters, (int)sizeof...(P)});
+      },
+      bound.parameters);
 }
 
 // One per NK_SHARED, or per instantiation of the template it stands in.

@@ -11,11 +11,15 @@ constexpr size_t kStaticShared = 48 << 10;    // what one kernel may have
 constexpr size_t kDynamicShared = 227 << 10;  // the most that any device gives
 constexpr unsigned kMaxThreads = 1024;
 
+// Runs a launch in place of the fibers. `kernel`: where its code is in this library. 0: it went well.
+using Elsewhere = int (*)(uint64_t kernel, uint32_t grid, uint32_t block, const void* parameters, uint64_t size);
+
 struct State {
   uint64_t seed = 1;                      // 0: blocks ascending, the thread that became ready last runs first
   cudaError_t error = cudaSuccess;        // what cudaGetLastError will say
   cudaError_t refuse_next = cudaSuccess;  // of the next launch
   int devices = 1, device = 0;
+  Elsewhere run_elsewhere = nullptr;
 
   // In words of the memory model: threads of a block are ordered by barriers (`interval`), lanes of a warp by
   // __syncwarp (`warp_epoch`), blocks of a launch not at all, launches always.
@@ -36,5 +40,6 @@ extern State state;
 void allow(const void* p, size_t size, const char* name);
 void blank(const void* p, size_t size);  // allowed memory that nobody has written
 void forget_all();
+int allowed(uint64_t (*stretches)[2], int room);  // address and size of each; returns how many there are
 
 }  // namespace simt

@@ -1,0 +1,131 @@
+"""PTX, the assembly that nvcc writes for any device: parsed into kernels of instructions."""
+
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from .build import BUILD, CSRC, digest, headers_digest
+from .names import readable
+
+#: Of csrc/cuda/build.cmake: no fused multiply-add that is not written as one.
+FLAGS = ("-std=c++17", "-O3", "-fmad=false")
+
+
+def missing() -> str | None:
+    """What this machine lacks to compile PTX, and how to get it."""
+    if not shutil.which("nvcc"):
+        return "PTX is compiled by nvcc, which is not on the path: it comes with the CUDA toolkit, 12.8 or newer"
+    return None
+
+
+class Instruction(NamedTuple):
+    predicate: tuple[str, bool] | None  # register, and whether it is negated
+    opcode: tuple[str, ...]
+    operands: list[str]
+    text: str
+
+
+@dataclass
+class Kernel:
+    name: str
+    parameters: dict[str, tuple[int, int]]  # name: (offset, alignment)
+    parameter_size: int
+    shared: dict[str, tuple[int, int]]  # name: (alignment, size)
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+
+def _split(text: str) -> list[str]:
+    """At commas that no bracket encloses."""
+    parts, depth, begin = [], 0, 0
+    for i, c in enumerate(text):
+        depth += (c in "{[(") - (c in "}])")
+        if c == "," and not depth:
+            parts.append(text[begin:i].strip())
+            begin = i + 1
+    rest = text[begin:].strip()
+    return [*parts, rest] if rest else parts
+
+
+def _parameters(text: str) -> tuple[dict[str, tuple[int, int]], int]:
+    found, offset = {}, 0
+    for declared in _split(text):
+        pattern = r"\.param\s+(?:\.align\s+(\d+)\s+)?\.\w(\d+)\s+([\w$]+)(?:\[(\d+)\])?"
+        align, bits, name, count = re.match(pattern, declared).groups()
+        size = int(count) if count else int(bits) // 8
+        alignment = int(align) if align else size
+        offset = -(-offset // alignment) * alignment
+        found[name] = (offset, alignment)
+        offset += size
+    return found, offset
+
+
+def _statement(text: str) -> Instruction:
+    predicate, whole = None, text
+    if text.startswith("@"):
+        guard, text = text.split(None, 1)
+        predicate = (guard.lstrip("@!"), "!" in guard)
+    opcode, _, operands = text.partition(" ")
+    return Instruction(predicate, tuple(opcode.split(".")), _split(operands), whole)
+
+
+def parse(text: str) -> list[Kernel]:
+    """Every kernel of a file.
+
+    Raises:
+        ValueError: there is something in it that no kernel of ours needs: local memory, a function, a global.
+    """
+    text = re.sub(r"//[^\n]*", "", text)
+    if unknown := re.search(r"^\s*(\.visible\s+|\.weak\s+)?\.(local|func|global|const)\s[^\n]*", text, re.MULTILINE):
+        raise ValueError(f"not supported: {unknown[0].strip()}")
+    kernels = []
+    for found in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{]*\{(.*?)\n\}", text, re.DOTALL):
+        name, parameters, body = found.groups()
+        shared = {
+            m[2]: (int(m[1]), int(m[3]))
+            for m in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", body)
+        }
+        instructions, labels = [], {}
+        body = re.sub(r"([\w$]+):(?!:)", r"\1:;", body)
+        for statement in body.split(";"):
+            # Braces of their own lines are the scopes of inline assembly.
+            statement = " ".join(re.sub(r"^\s*[{}]\s*$", "", statement, flags=re.MULTILINE).split())
+            if statement.startswith("{") and not statement.endswith("}"):
+                statement = statement[1:].strip()
+            if statement.startswith("}"):
+                statement = statement[1:].strip()
+            if not statement or statement.startswith("."):
+                continue
+            if statement.endswith(":"):
+                labels[statement[:-1]] = len(instructions)
+            else:
+                instructions.append(_statement(statement))
+        kernels.append(Kernel(name, *_parameters(parameters), shared, instructions, labels))
+    return kernels
+
+
+def compile_kernels(source: Path, capability: int) -> list[Kernel]:
+    """What nvcc makes of a .cu file for a compute capability: 75, 90."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    target = BUILD / f"{source.stem}-{digest(headers_digest([CSRC]), source.read_text(), capability, FLAGS)}.ptx"
+    if not target.exists():
+        command = ["nvcc", *FLAGS, f"-arch=compute_{capability}", "-ptx", str(source), "-o", f"{target}.new"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        Path(f"{target}.new").replace(target)
+    kernels = parse(target.read_text())
+    for kernel, name in zip(kernels, readable(k.name for k in kernels), strict=True):
+        kernel.name = name
+    return kernels
+
+
+def compile_all(sources, capability: int) -> list[Kernel]:
+    """`compile_kernels` of several files, side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [kernel for kernels in pool.map(lambda s: compile_kernels(s, capability), sources) for kernel in kernels]
