@@ -78,7 +78,9 @@ class Levels:
     def of_groups(self, numbers: Sequence[Sequence[float]], device: torch.device) -> Tensor:
         """Numbers of the groups, for every row those of its group."""
         self._go_to(device)
-        return torch.tensor(numbers, dtype=torch.float64, device=device)[self._group_of_row]
+        # From pinned memory: the host does not wait for the device.
+        host = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)[self._group_of_row]
 
     def group_of_rows(self) -> list[int]:
         """Which of the measured groups each row belongs to."""

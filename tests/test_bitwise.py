@@ -88,7 +88,7 @@ def test_alignment_and_neighbours_change_nothing(backend):
         others = [torch.randn(50), shifted_w, torch.randn(3)]
         table = ops.sgd_(others, [torch.randn(50), shifted_g, torch.randn(3)], lr=0.1, stats="tensor")
         assert same_bits(shifted_w, expected)
-        if backend in ops.supported_isas():
+        if backend not in ("simt", "cuda"):
             assert same_bits(table[1], sums[0])
         else:  # packs where memory is aligned: another thread adds another coordinate
             torch.testing.assert_close(table[1], sums[0], rtol=1e-14, atol=0)

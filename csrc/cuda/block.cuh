@@ -54,12 +54,40 @@ template <class T> struct Pack {
 
 __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
+// Sums of kCount numbers over the lanes of a warp: at every step each lane hands over half of its numbers and keeps the
+// other half, so that few are exchanged. Sum j ends in s[0] of lane `lane_of<N>(j)`.
+template <int kCount, int kAway = kWarp / 2, int N> __device__ __forceinline__ void fold(double (&s)[N]) {
+  if constexpr (kAway > 0) {
+    constexpr int kHalf = (kCount + 1) / 2;
+    const bool upper = threadIdx.x & kAway;
+#pragma unroll
+    for (int k = 0; k < kHalf; k++) {
+      if constexpr (kCount == 1) {
+        s[k] += __shfl_xor_sync(kFullWarp, s[k], kAway);
+      } else {
+        const double other = k + kHalf < kCount ? s[k + kHalf < kCount ? k + kHalf : k] : 0.0;
+        const double got = __shfl_xor_sync(kFullWarp, upper ? s[k] : other, kAway);
+        s[k] = (upper ? other : s[k]) + got;
+      }
+    }
+    fold<kHalf, kAway / 2>(s);
+  }
+}
+template <int N> NK_HD constexpr int lane_of(int j) {
+  int lane = 0, count = N;
+  for (int away = kWarp / 2; count > 1; away /= 2) {
+    count = (count + 1) / 2;
+    if (j >= count) lane += away, j -= count;
+  }
+  return lane;
+}
+
 // Sums over the lanes of a warp; every lane gets them.
 template <int N> __device__ __forceinline__ void warp_sum(double (&s)[N]) {
+  fold<N>(s);
+  const double mine = s[0];
 #pragma unroll
-  for (int j = 0; j < N; j++)
-#pragma unroll
-    for (int away = kWarp / 2; away > 0; away /= 2) s[j] += __shfl_xor_sync(kFullWarp, s[j], away);
+  for (int j = 0; j < N; j++) s[j] = __shfl_sync(kFullWarp, mine, lane_of<N>(j));
 }
 
 // Sums over the threads of a block, `from` shared memory; the lanes of warp 0 get them. To be called by all threads,
@@ -67,10 +95,10 @@ template <int N> __device__ __forceinline__ void warp_sum(double (&s)[N]) {
 template <int N> __device__ __forceinline__ void block_sum(double (&s)[N], double (&from)[N][kWarps]) {
   static_assert(N <= kWarp, "a lane per sum");
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  warp_sum(s);
-  if (lane == 0)
+  fold<N>(s);
 #pragma unroll
-    for (int j = 0; j < N; j++) from[j][warp] = s[j];
+  for (int j = 0; j < N; j++)
+    if (lane == lane_of<N>(j)) from[j][warp] = s[0];
   __syncthreads();
   if (warp != 0) return;
   double mine = 0;

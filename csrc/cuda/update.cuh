@@ -22,7 +22,7 @@ struct Tensor {
 };
 
 constexpr int kTensors = 256;     // in a table
-constexpr int64_t kShort = 2048;  // a slot with fewer coordinates is one of many for a block
+constexpr int64_t kShort = 4096;  // a slot with fewer coordinates is one of many for a block
 
 struct Table {
   int count, columns;
@@ -40,8 +40,7 @@ struct StridedTensor {
 
 NK_HD bool is_short(const Tensor& t) { return t.slot_size < kShort && t.slot_size < t.numel; }
 NK_HD int64_t slots_per_block(const Tensor& t) {
-  const int64_t slots = kBlock / (t.slot_size > 0 ? t.slot_size : 1);
-  return slots < 1 ? 1 : slots;
+  return (kBlock / t.slot_size + kWarps - 1) / kWarps * kWarps;  // as many for each warp
 }
 NK_HD int64_t blocks(const Tensor& t) {
   const int64_t slots = t.numel / t.slot_size;
@@ -184,29 +183,35 @@ template <int N> __device__ __forceinline__ void write_sums(double* out, double 
   for (int j = 0; j < N; j++) out[j] = s[j];
 }
 
-// The blocks of one tensor. sweep(begin, n, thread, threads, s) runs on coordinates [begin, begin + n) of it.
-template <int N, class Sweep>
+// A block of one tensor. sweep(begin, n, thread, threads, s) runs on coordinates [begin, begin + n) of it.
+template <Measure kMeasure, class Sweep>
 __device__ __forceinline__ void visit(const Tensor& t, int64_t block, int columns, const Hyper& h, bool is_gauged,
-                                      double (&shared)[N][kWarps], Sweep sweep) {
-  if (is_short(t)) {
+                                      double (&shared)[kSums<kMeasure>][kWarps], Sweep sweep) {
+  constexpr int N = kSums<kMeasure>;
+  double s[N] = {};
+  if constexpr (kMeasure == Measure::nothing) {
+    const int64_t begin = block * kBlock, left = t.numel - begin;
+    sweep(begin, (int)(left < kBlock ? left : kBlock), (int)threadIdx.x, kThreads, s);
+  } else {
+    const bool is_short = nk::cuda::is_short(t);
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const int64_t slots = t.numel / t.slot_size, first = block * slots_per_block(t);
-    const int64_t past = first + slots_per_block(t) < slots ? first + slots_per_block(t) : slots;
-    for (int64_t slot = first + warp; slot < past; slot += kWarps) {
-      double s[N] = {};
-      sweep(slot * t.slot_size, (int)t.slot_size, lane, kWarp, s);
+    const int64_t slots = t.numel / t.slot_size, each = parts(t.slot_size);
+    int64_t slot = is_short ? block * slots_per_block(t) + warp : block / each;
+    const int64_t past = is_short ? (block + 1) * slots_per_block(t) : slot + 1;
+    const int64_t part = is_short ? 0 : block - slot * each, left = t.slot_size - part * kBlock;
+    for (; slot < past && slot < slots; slot += kWarps) {
+      sweep(slot * t.slot_size + part * kBlock, (int)(left < kBlock ? left : kBlock),
+            is_short ? lane : (int)threadIdx.x, is_short ? kWarp : kThreads, s);
+      if (!is_short) break;
       warp_sum(s);
       if (lane == 0) write_sums(t.sums + slot * columns, s, h, is_gauged);
+#pragma unroll
+      for (int j = 0; j < N; j++) s[j] = 0;
     }
-    return;
+    if (is_short) return;
+    block_sum(s, shared);
+    if (threadIdx.x == 0) write_sums(t.sums + block * columns, s, h, is_gauged);
   }
-  const int64_t each = parts(t.slot_size), slot = each == 1 ? block : block / each, part = block - slot * each;
-  const int64_t left = t.slot_size - part * kBlock;
-  double s[N] = {};
-  sweep(slot * t.slot_size + part * kBlock, (int)(left < kBlock ? left : kBlock), (int)threadIdx.x, kThreads, s);
-  if (!t.sums) return;
-  block_sum(s, shared);
-  if (threadIdx.x == 0) write_sums(t.sums + block * columns, s, h, is_gauged);
 }
 
 // Which entry of a table, a Table or the like, a block belongs to.
@@ -236,11 +241,11 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
   const auto c = coefficients<Real<T>>(hyper, kMeasure == Measure::pair, Rule::gauged);
   const Streams<T> all{static_cast<T*>(t.w), static_cast<const T*>(t.g), static_cast<T*>(t.v),
                        static_cast<const T*>(t.h)};
-  visit(t, blockIdx.x - table.first_block[i], table.columns, hyper, Rule::gauged, shared,
-        [&](int64_t begin, int n, int thread, int threads, double* s) {
-          sweep<Rule, kMeasure>(c, Streams<T>{all.w + begin, all.g + begin, all.v + begin, all.h + begin}, n, thread,
-                                threads, s);
-        });
+  visit<kMeasure>(t, blockIdx.x - table.first_block[i], table.columns, hyper, Rule::gauged, shared,
+                  [&](int64_t begin, int n, int thread, int threads, double* s) {
+                    sweep<Rule, kMeasure>(c, Streams<T>{all.w + begin, all.g + begin, all.v + begin, all.h + begin}, n,
+                                          thread, threads, s);
+                  });
 }
 
 // ---- Strided tensors, in row-major order of the shape --------------------------------------------------------------
@@ -283,30 +288,31 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
   const Hyper hyper = complete(given);
   const auto c = coefficients<R>(hyper, kMeasure == Measure::pair, is.gauged);
   const bool is_small = t.numel <= 0xffffffff;
-  visit(t, blockIdx.x, strided.columns, hyper, is.gauged, shared,
-        [&](int64_t begin, int n, int thread, int threads, double* s) {
-          for (int i = thread; i < n; i += threads) {
-            int64_t w, g, v, h;
-            if (is_small)
-              offsets<uint32_t>(strided, (uint32_t)(begin + i), w, g, v, h);
-            else
-              offsets<int64_t>(strided, begin + i, w, g, v, h);
-            const R w_old = real(static_cast<const T*>(t.w)[w]);
-            R buffer = is.reads_v ? real(static_cast<const T*>(t.v)[v]) : R(0), held = 0, first = 0, second = 0;
-            if constexpr (kMeasure == Measure::pair) held = real(static_cast<const T*>(t.h)[h]);
-            const R grad = gradient<kMeasure>(c, (R)real(static_cast<const T*>(t.g)[g]), held, first, second);
-            R w_new = w_old;
-            with_rule(Rules{}, (int)strided.rule, [&](auto rule) { decltype(rule)::apply(c, w_new, grad, buffer); });
-            if (is.writes_v) static_cast<T*>(t.v)[v] = stored(buffer, T{});
-            if (is.writes_w) static_cast<T*>(t.w)[w] = stored(w_new, T{});
-            add_sums<kMeasure>(s, w_old, grad, is.gauged ? c.unkeep * w_new : w_new, first, second);
-          }
-        });
+  visit<kMeasure>(
+      t, blockIdx.x, strided.columns, hyper, is.gauged, shared,
+      [&](int64_t begin, int n, int thread, int threads, double* s) {
+        for (int i = thread; i < n; i += threads) {
+          int64_t w, g, v, h;
+          if (is_small)
+            offsets<uint32_t>(strided, (uint32_t)(begin + i), w, g, v, h);
+          else
+            offsets<int64_t>(strided, begin + i, w, g, v, h);
+          const R w_old = real(static_cast<const T*>(t.w)[w]);
+          R buffer = is.reads_v ? real(static_cast<const T*>(t.v)[v]) : R(0), held = 0, first = 0, second = 0;
+          if constexpr (kMeasure == Measure::pair) held = real(static_cast<const T*>(t.h)[h]);
+          const R grad = gradient<kMeasure>(c, (R)real(static_cast<const T*>(t.g)[g]), held, first, second);
+          R w_new = w_old;
+          with_rule(Rules{}, (int)strided.rule, [&](auto rule) { decltype(rule)::apply(c, w_new, grad, buffer); });
+          if (is.writes_v) static_cast<T*>(t.v)[v] = stored(buffer, T{});
+          if (is.writes_w) static_cast<T*>(t.w)[w] = stored(w_new, T{});
+          add_sums<kMeasure>(s, w_old, grad, is.gauged ? c.unkeep * w_new : w_new, first, second);
+        }
+      });
 }
 
 // ---- Choosing a kernel ----------------------------------------------------------------------------------------------
 
-template <class T> struct Updates {  // of one storage type: a translation unit each
+template <class T> struct Updates {  // of one storage type
   static void launch(Rule, Measure, uint32_t blocks, cudaStream_t, const Table&, const Hyper&);
   static void launch(Measure, uint32_t blocks, cudaStream_t, const StridedTensor&, const Hyper&);
 };
@@ -345,5 +351,11 @@ void Updates<T>::launch(Measure measure, uint32_t blocks, cudaStream_t stream, c
   if (measure == Measure::step) NK_LAUNCH((update_strided<Measure::step, T>), grid, block, 0, stream, t, hyper);
   if (measure == Measure::pair) NK_LAUNCH((update_strided<Measure::pair, T>), grid, block, 0, stream, t, hyper);
 }
+
+// One translation unit each.
+extern template struct Updates<double>;
+extern template struct Updates<float>;
+extern template struct Updates<bf16>;
+extern template struct Updates<f16>;
 
 }  // namespace nk::cuda
