@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,12 +52,17 @@ def _compile(source: Path, flags) -> Path:
     target = BUILD / f"{source.stem}-{digest(headers, source.read_text(), command)}.o"
     if not target.exists():
         made = f"{target}.{os.getpid()}"
-        _run([*command, "-o", made])
+        run([*command, "-o", made])
         os.replace(made, target)
     return target
 
 
-def _run(command) -> None:
+def run(command) -> None:
+    """A compiler.
+
+    Raises:
+        RuntimeError: it failed; the text is what it said.
+    """
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -75,6 +81,9 @@ def library(name: str, kernels, *, checked: bool, host=(), flags=()) -> Path:
         RuntimeError: g++ failed; the text is what it said.
     """
     BUILD.mkdir(parents=True, exist_ok=True)
+    for old in BUILD.iterdir():  # of sources that have changed since
+        if old.is_file() and time.time() - old.stat().st_mtime > 7 * 24 * 3600:
+            old.unlink(missing_ok=True)
     jobs = [(k, (*(CHECKED if checked else FAST), *flags)) for k in kernels]
     jobs += [(h, ("-O1", *flags)) for h in host]
     jobs += [(e, ("-O2",)) for e in EMULATOR]
@@ -83,7 +92,7 @@ def library(name: str, kernels, *, checked: bool, host=(), flags=()) -> Path:
     target = BUILD / f"{name}-{digest(*objects)}.so"
     if not target.exists():
         made = f"{target}.{os.getpid()}"
-        _run(["g++", "-shared", "-o", made, *map(str, objects)])
+        run(["g++", "-shared", "-o", made, *map(str, objects)])
         os.replace(made, target)
     return target
 

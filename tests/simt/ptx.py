@@ -1,26 +1,10 @@
 """PTX, the assembly that nvcc writes for any device: parsed into kernels of instructions."""
 
-import os
 import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-from .build import BUILD, CSRC, digest, headers_digest
 from .names import readable
-
-#: Of csrc/cuda/build.cmake: no fused multiply-add that is not written as one.
-FLAGS = ("-std=c++17", "-O3", "-fmad=false")
-
-
-def missing() -> str | None:
-    """What this machine lacks to compile PTX, and how to get it."""
-    if not shutil.which("nvcc"):
-        return "PTX is compiled by nvcc, which is not on the path: it comes with the CUDA toolkit, 12.8 or newer"
-    return None
 
 
 class Instruction(NamedTuple):
@@ -75,7 +59,7 @@ def _statement(text: str) -> Instruction:
 
 
 def parse(text: str) -> list[Kernel]:
-    """Every kernel of a file.
+    """Every kernel of a file, by its readable name.
 
     Raises:
         ValueError: there is something in it that no kernel of ours needs: local memory, a function, a global.
@@ -106,26 +90,6 @@ def parse(text: str) -> list[Kernel]:
             else:
                 instructions.append(_statement(statement))
         kernels.append(Kernel(name, *_parameters(parameters), shared, instructions, labels))
-    return kernels
-
-
-def compile_kernels(source: Path, capability: int) -> list[Kernel]:
-    """What nvcc makes of a .cu file for a compute capability: 75, 90."""
-    BUILD.mkdir(parents=True, exist_ok=True)
-    target = BUILD / f"{source.stem}-{digest(headers_digest([CSRC]), source.read_text(), capability, FLAGS)}.ptx"
-    if not target.exists():
-        command = ["nvcc", *FLAGS, f"-arch=compute_{capability}", "-ptx", str(source), "-o", f"{target}.new"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-        Path(f"{target}.new").replace(target)
-    kernels = parse(target.read_text())
     for kernel, name in zip(kernels, readable(k.name for k in kernels), strict=True):
         kernel.name = name
     return kernels
-
-
-def compile_all(sources, capability: int) -> list[Kernel]:
-    """`compile_kernels` of several files, side by side."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return [kernel for kernels in pool.map(lambda s: compile_kernels(s, capability), sources) for kernel in kernels]

@@ -208,6 +208,7 @@ template <class T> T __ldcs(const T* p) { return *p; }
 template <class T> T __ldcg(const T* p) { return *p; }
 template <class T> void __stcs(T* p, typename simt::Same<T>::type value) { *p = value; }
 template <class T> void __stcg(T* p, typename simt::Same<T>::type value) { *p = value; }
+template <class T> void __stwb(T* p, typename simt::Same<T>::type value) { *p = value; }
 
 #define NK_SHARED(T, name, ...)                                                          \
   typedef T name##_shared_type __VA_ARGS__;                                              \

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from memory import same_bits
 
-from . import build, ptx, ptxrun
+from . import build, nvcc, ptx, ptxrun
 from .calls import every_call, random_lists
 from .judgement import DTYPES, lay_out
 from .needs import need
@@ -17,8 +17,8 @@ SOURCES = sorted((build.CSRC / "cuda").glob("*.cu"))
 @pytest.fixture(scope="module")
 def kernels():
     """Of compute capability 7.5: {name: kernel}."""
-    need(ptx.missing())
-    return {k.name: k for k in ptx.compile_all(SOURCES, 75)}
+    need(nvcc.missing())
+    return {kernel.name: kernel for text in nvcc.ptx(SOURCES, 75) for kernel in ptx.parse(text)}
 
 
 @pytest.fixture(scope="module")
