@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -171,6 +173,8 @@ class GroupStep:
                 _device_dtype_check_for_fused(p)
             if not (_is_dtensor(p) and self._add_shard(i, i in missing, arguments)):
                 _log.debug("%s: params[%d], %s, is stepped by torch's own loop", where, i, ops.describe(p))
+                if p.is_cuda and not ops.cuda_architectures():
+                    _warn_of_gpu()
                 self.left_to_torch.append(i)
 
     def _add_shard(self, i: int, first: bool, arguments: _Arguments) -> bool:
@@ -303,6 +307,17 @@ def with_torch_sums(table: Tensor, groups: list[GroupStep]) -> Tensor:
     for slot, rows in sums:
         table[slot : slot + len(rows), : rows.shape[1]] = rows
     return table
+
+
+@functools.cache
+def _warn_of_gpu() -> None:
+    """Once: what is right but slow."""
+    warnings.warn(
+        "normkern: this binary was built for CPUs only, and torch's own loop steps parameters on GPUs. To have kernels "
+        "for them: NORMKERN_CUDA=ON pip install --force-reinstall --no-deps --no-binary normkern normkern",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

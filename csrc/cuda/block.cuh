@@ -29,7 +29,7 @@ __device__ inline f16 stored(float& x, f16) {
 }
 
 // Sixteen bytes: as many numbers as go through one load or store. As they lie in memory, so that several packs on their
-// way take few registers; of a built-in vector type, for the compiler may split a struct of ours.
+// way take few registers.
 template <class T> struct Pack {
   static constexpr int size = 16 / sizeof(T);
   uint4 raw;
@@ -48,7 +48,7 @@ template <class T> struct Pack {
     for (int k = 0; k < size; k++) values[k] = stored(x[k], T{});
     uint4 raw;
     __builtin_memcpy(&raw, values, sizeof raw);
-    *reinterpret_cast<uint4*>(p) = raw;
+    __stwb(reinterpret_cast<uint4*>(p), raw);  // nvcc splits what is assigned
   }
 };
 

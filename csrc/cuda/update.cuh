@@ -319,11 +319,16 @@ template <class T> struct Updates {  // of one storage type
 
 namespace {
 
+// No op measures SvagCombine, and without measuring there is nothing to a Difference.
+template <class Rule, Measure kMeasure> constexpr bool has_op = true;
+template <> constexpr bool has_op<SvagCombine, Measure::step> = false;
+template <> constexpr bool has_op<Difference, Measure::nothing> = false;
+
 template <class T> using Launch = void (*)(uint32_t, cudaStream_t, const Table&, const Hyper&);
 
 template <class Rule, Measure kMeasure, class T>
 void launch_update(uint32_t blocks, cudaStream_t stream, const Table& table, const Hyper& hyper) {
-  if constexpr (Rule::writes_w || kMeasure != Measure::nothing)
+  if constexpr (has_op<Rule, kMeasure>)
     NK_LAUNCH((update<Rule, kMeasure, T>), dim3(blocks), dim3(kThreads), 0, stream, table, hyper);
 }
 template <Measure kMeasure, class T, class... All>
