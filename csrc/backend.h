@@ -49,6 +49,53 @@ struct Chunk {
   DType dtype;
 };
 
+// What a kernel that owns dW sums over the samples b of a batch, c_b being the contribution of one: total = sum_b c_b,
+// centred = sum_b (c_b - mean c)^2 elementwise, sq_norms[b] = |c_b|^2. Written whole, never read.
+struct SampleSums {
+  void *total, *centred;  // dense, of the real type; centred null: not wanted
+  double* sq_norms;
+};
+
+// c_b = g_b^T a_b, of shape (outputs, inputs). Strides in elements; a and g are dense along their last dimension.
+struct Outer {
+  DType dtype;
+  int64_t batch, steps, outputs, inputs;  // B, T, O, I
+  const void *a, *g;
+  int64_t a_sample, a_step, g_sample, g_step;
+  SampleSums sums;
+};
+
+// c_b[o, i, k] = sum_h g_b[o, h] x_b[i, h stride + k dilation - padding] within each of `groups` groups, x being zero
+// outside. Three space dimensions, the first ones 1 where there are fewer; the last one is dense.
+struct Conv {
+  DType dtype;
+  int64_t batch, groups, outputs, inputs;  // channels of one group
+  int64_t in[3], out[3], kernel[3], stride[3], padding[3], dilation[3];
+  const void *x, *g;
+  int64_t x_sample, x_channel, x_space[2], g_sample, g_channel, g_space[2];
+  SampleSums sums;  // (groups outputs, inputs, *kernel)
+};
+
+// The samples of one tensor as a matrix: row b begins row_stride elements after row b-1. Its columns are the
+// coordinates of `mean`, in the order of their memory.
+struct Samples {
+  const void* x;
+  int64_t row_stride, columns;
+  int ndim;  // 0: a row's columns lie side by side; else they are counted in these dimensions, the last one fastest
+  const int64_t *shape, *strides;
+  void *mean, *centred;  // in the arithmetic type
+};
+
+// Mean and sum of squared deviations of every column, and |row|^2 over all tensors.
+struct Moments {
+  const Samples* samples;
+  int64_t count, rows;
+  bool squares;    // else `centred` is not written
+  double* row_sq;  // (rows)
+  double* totals;  // |mean|^2, sum of all squared deviations (NaN without squares)
+  DType dtype;
+};
+
 namespace cpu {
 using ParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*)(int64_t, int64_t, void*),
                             void* context);
@@ -60,6 +107,10 @@ bool select_isa(const char* name);            // false: not one of them
 
 // Any order, any thread; each chunk writes its own sums. `coordinates`: of all chunks together.
 void run(const Chunk* chunks, int64_t count, int64_t coordinates);
+
+void outer_moments(const Outer&);
+void conv_moments(const Conv&);
+void moments(const Moments&);
 }  // namespace cpu
 
 namespace cuda {

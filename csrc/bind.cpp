@@ -3,6 +3,8 @@
 #include <pybind11/stl.h>
 
 #include "gather.h"
+#include "moments.h"
+#include "outer.h"
 #include "pass.h"
 
 namespace nk {
@@ -119,6 +121,15 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_architectures", architectures);
   m.def("gather", Gather::lists, "params"_a, "state"_a, "key"_a);
   m.attr("CHUNK") = kChunk;
+  m.def("outer_shape", outer_shape, "a"_a, "g"_a);
+  m.def("outer_moments", outer_moments, "a"_a, "g"_a, "total"_a, "centred"_a, "sq_norms"_a);
+  py::class_<ConvNumbers>(m, "ConvNumbers")
+      .def(py::init<py::object, py::object, py::object, py::object, int64_t>(), "kernel_size"_a, "stride"_a,
+           "padding"_a, "dilation"_a, "groups"_a);
+  m.def("conv_shape", conv_shape, "x"_a, "g"_a, "numbers"_a);
+  m.def("conv_moments", conv_moments, "x"_a, "g"_a, "numbers"_a, "total"_a, "centred"_a, "sq_norms"_a);
+
+  m.def("moments", moments, "samples"_a, "means"_a, "centred"_a, "row_sq"_a, "totals"_a);
 
   m.def("most_decay", most_decay, "momentum"_a);
   m.def("gauge_step", take_gauge_step, "gauge"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,

@@ -26,6 +26,10 @@ NK_HD float fma(float a, float b, float c) { return a * b + c; }
 NK_HD double fma(double a, double b, double c) { return a * b + c; }
 #endif
 
+// x, or y where x is NaN or infinite.
+NK_HD float finite_or(float x, float y) { return x - x == 0 ? x : y; }
+NK_HD double finite_or(double x, double y) { return x - x == 0 ? x : y; }
+
 NK_HD float as_float(uint32_t bits) {
   float x;
   __builtin_memcpy(&x, &bits, 4);
@@ -222,6 +226,17 @@ struct Welford {
   }
 };
 
+// Of the n-th sample c, with the sum of all n and 1/(n (n-1)) as share (0 for n = 1):
+//     total' = total + c,  centred' = centred + (n c - total')^2 / (n (n-1))
+// Youngs and Cramer 1971, Technometrics 13(3). Welford's sum without a division, and on the sum instead of the mean.
+struct YoungsCramer {
+  template <class R> static NK_HD void add(R& total, R& centred, R c, R minus_n, R share) {
+    total = total + c;
+    const R deviation = fma(minus_n, c, total);
+    centred = fma(share * deviation, deviation, centred);
+  }
+};
+
 // ---- What a step sums ---------------------------------------------------------------------------------------------
 //
 // w and g before the step, w_new as stored (after its rounding), u = w_new - w:
@@ -274,6 +289,31 @@ struct PairSums {
 enum class Measure { nothing, step, pair };
 template <Measure kMeasure>
 constexpr int kSums = kMeasure == Measure::pair ? StepSums::count + PairSums::count : StepSums::count;
+
+// ---- Moments down the rows of a matrix ----------------------------------------------------------------------------
+//
+// Of groups of rows. Within one, with a shift k near its values, in the arithmetic type:
+//     s = sum (x-k),   q = sum (x-k)^2
+// The groups are joined in double (Chan, Golub, LeVeque 1983, Am. Stat. 37(3)): n0 rows with mean m and sum of squared
+// deviations c, and n1 more with mean k + s/n1:
+//     e = k + s/n1 - m,   c' = c + (q - s^2/n1) + e^2 n0 n1/(n0+n1),   m' = m + e n1/(n0+n1)
+// k is m itself, rounded; of the first group, the mean of some of its rows. If those are f of n1, (m-k)^2 is at most
+// 1/f of sum (x-m)^2, whatever the rows are: q - s^2/n1 loses a factor of 1 + n1/f, and no more.
+struct GroupMoments {
+  template <bool kSquares, class R> static NK_HD void add(R& s, R& q, R shift, R x) {
+    const R d = x - shift;
+    s = s + d;
+    if constexpr (kSquares) q = fma(d, d, q);
+  }
+  // Where the mean is not finite the shift is 0, so that infinite means come out as such.
+  // share = 1/n1, moved = n1/(n0+n1), cross = n0 n1/(n0+n1)
+  template <class D>
+  static NK_HD void join(D& mean, D& centred, D shift, D s, D q, D share, D moved, D cross) {
+    const D by = share * s, e = (shift - finite_or(mean, shift)) + by;
+    centred = centred + fma(-by, s, q) + cross * e * e;
+    mean = fma(moved, e, mean);
+  }
+};
 
 // ---- The lists that back ends instantiate their loops over ----------------------------------------------------------
 

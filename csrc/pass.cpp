@@ -13,9 +13,6 @@
 namespace nk {
 namespace {
 
-// Work worth letting other Python threads run for.
-constexpr int64_t kReleaseGil = 16384;
-
 PyObject* item(const py::list& list, Py_ssize_t i) { return PyList_GET_ITEM(list.ptr(), i); }
 
 [[noreturn]] void refuse_shape(int group, const char* list, int i, const View& got, const View& expected) {

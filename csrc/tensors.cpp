@@ -65,6 +65,11 @@ std::optional<View> view(PyObject* object, const void* last) {
   return View{data, t.ndim, t.shape, t.strides, numel, *dtype, *device, is_dense(t, numel)};
 }
 
+std::optional<View> view_on_cpu(PyObject* object) {
+  const auto v = view(object);
+  return v && v->device == kCpu ? v : std::nullopt;
+}
+
 bool same_shape(const View& a, const View& b) {
   if (a.ndim != b.ndim) return false;
   for (int d = 0; d < a.ndim; d++)

@@ -12,6 +12,9 @@
 namespace nk {
 namespace py = pybind11;
 
+// Coordinates worth letting other Python threads run for.
+constexpr int64_t kReleaseGil = 16384;
+
 // What torch gave us at import: see ops.py.
 struct Torch {
   const DLPackExchangeAPI* exchange = nullptr;
@@ -42,6 +45,9 @@ struct View {
 // Asking for the negative bit costs as much as the rest: `last` is where the object's memory was when it was last
 // asked.
 std::optional<View> view(PyObject* object, const void* last = nullptr);
+
+// The same for what has kernels for the CPU alone.
+std::optional<View> view_on_cpu(PyObject* object);
 
 bool same_shape(const View&, const View&);
 bool same_strides(const View&, const View&);  // where the shape makes strides matter

@@ -35,9 +35,11 @@ try:
     from .equilibrium import EquilibriumMonitor
     from .halves import halves
     from .invariance import InvarianceMonitor
-    from .moments import RunningMoments
+    from .moments import Moments, moments
     from .noise import Noise, noise_from_pair
     from .optim import SGD
+    from .persample import GradientNoise, GradientNoiseResult
+    from .running_moments import RunningMoments
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
     from .stats import StepStats
     from .svag import SVAG, svag_combine_
@@ -57,7 +59,10 @@ __all__ = [
     "AutoRateMonitor",
     "EquilibriumMonitor",
     "EquivalentExponentialLR",
+    "GradientNoise",
+    "GradientNoiseResult",
     "InvarianceMonitor",
+    "Moments",
     "Noise",
     "PowerDecayLR",
     "RunningMoments",
@@ -66,6 +71,7 @@ __all__ = [
     "__version__",
     "halves",
     "invariance",
+    "moments",
     "noise_from_pair",
     "ops",
     "reference",

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -102,6 +102,11 @@ def new_scratch(step: Pass) -> Tensor | None:
 def device_index(x: object) -> int | None:
     """The index of the CUDA device whose kernels reach x, -1 for the CPU, None where no kernel takes x."""
     return _C.device_index(x)
+
+
+def cpu_takes(x: object) -> bool:
+    """Whether the kernels that the CPU alone has, those of moments, take x."""
+    return device_index(x) == -1
 
 
 def kernels_take(tensors: Iterable[Any]) -> bool:
@@ -390,6 +395,177 @@ def welford_(
     return _run(step, measured=stats is not None)
 
 
+def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    r"""A linear layer's weight gradient and its spread over the samples, without any sample's gradient in memory.
+
+    .. math::
+        c_b = g_b^\top a_b, \quad t = \sum_b c_b, \quad s = \sum_b (c_b - t/B)^2, \quad n_b = |c_b|^2
+
+    Args:
+        a: (B, T, I), what went into the layer; float64, float32, bfloat16 or float16 on the CPU, any strides.
+        g: (B, T, O) of the same dtype, the gradient of what came out.
+        squares: whether s is wanted.
+
+    Returns:
+        t and s (or None), (O, I) in float64 for float64 and else float32; n, (B,) float64. Formed in that type, an
+        element of a sample as one chain of multiply-adds; s by Youngs and Cramer's update, and where it is below the
+        smallest normal float32 it is lost; n is right wherever float64 can hold it. The same to the bit on all levels
+        with FMA hardware, for any number of threads. Nothing is synchronised.
+
+    Raises:
+        TypeError: not a plain CPU tensor of these dtypes, or dtypes differ.
+        ValueError: shapes do not fit.
+
+    Reference: Youngs and Cramer 1971, Technometrics 13(3).
+
+    >>> a, g = torch.tensor([[[1.0, 2.0]], [[3.0, 4.0]]]), torch.tensor([[[1.0]], [[2.0]]])
+    >>> outer_moments(a, g, squares=True)  # contributions [[1, 2]] and [[6, 8]]
+    (tensor([[ 7., 10.]]), tensor([[12.5000, 18.0000]]), tensor([  5., 100.], dtype=torch.float64))
+    """
+    shape = _C.outer_shape(a, g)
+    total, centred, sq_norms = _sample_sums(shape, a, squares)
+    _C.outer_moments(_dense_last(a), _dense_last(g), total, centred, sq_norms)
+    return total, centred, sq_norms
+
+
+def conv_moments(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: tuple[int, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    squares: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    r"""A convolution's weight gradient and its spread over the samples, without any sample's gradient in memory.
+
+    .. math::
+        c_b[o, i, k] = \sum_h g_b[o, h]\, x_b[i, h \cdot \mathrm{stride} + k \cdot \mathrm{dilation} -
+        \mathrm{padding}]
+
+    with i counted within the group of o, and of :math:`c_b` what `outer_moments` returns.
+
+    Args:
+        x: (B, C, *space), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or float16
+            on the CPU, any strides (the last dimension is copied if it is not dense).
+        g: (B, O, *out) of the same dtype, the gradient of what came out. A transposed convolution is the same call with
+            x and g swapped.
+        kernel_size, stride, dilation: a number for each space dimension.
+        padding: what was added on the left of each; zero is read outside x. The right follows from the size of g.
+        groups: divides C and O.
+
+    Returns:
+        Total and centred (or None), (O, C/groups, *kernel_size), and sq_norms (B,), as `outer_moments` has them.
+
+    Raises:
+        TypeError: not a plain CPU tensor of these dtypes, or dtypes differ.
+        ValueError: shapes do not fit, or numbers of space dimensions.
+
+    >>> x, g = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 10.0]]])
+    >>> conv_moments(x, g, (2,), stride=(1,), padding=(0,), dilation=(1,), groups=1, squares=False)
+    (tensor([[[21., 32.]]]), None, tensor([1465.], dtype=torch.float64))
+    """
+    numbers = _C.ConvNumbers(kernel_size, stride, padding, dilation, groups)
+    total, centred, sq_norms = _sample_sums(_C.conv_shape(x, g, numbers), x, squares)
+    _C.conv_moments(_dense_last(x), _dense_last(g), numbers, total, centred, sq_norms)
+    return total, centred, sq_norms
+
+
+def _sample_sums(shape: Sequence[int], of: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Unwritten results of the kernels that own dW."""
+    real = torch.float64 if of.dtype == torch.float64 else torch.float32
+    total = torch.empty(shape, dtype=real, device="cpu")
+    sq_norms = torch.empty(of.shape[0], dtype=torch.float64, device="cpu")
+    return total, torch.empty_like(total) if squares else None, sq_norms
+
+
+def _dense_last(x: Tensor) -> Tensor:
+    return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.detach().contiguous()
+
+
+@overload
+def moments(
+    x: Tensor, *, squares: bool = True, totals: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]: ...
+@overload
+def moments(
+    x: Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor]: ...
+def moments(
+    x: Tensor | Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+) -> tuple[Any, Any, Tensor]:
+    r"""Means and squared deviations down the first dimension, and the norms of the samples, in one pass over memory.
+
+    .. math::
+        m = \frac1B \sum_b x_b, \qquad c = \sum_b (x_b - m)^2, \qquad n_b = |x_b|^2
+
+    elementwise but for the norms. Deviations are from a shift near the mean and in float32 (float64 for float64) for
+    128 rows at a time, and joined in float64: a large mean drowns nothing but what its own rounding has.
+
+    Args:
+        x: a CPU tensor (B, P) of float64, float32, bfloat16 or float16, any strides; or several of (B, \*shape), of one
+            dtype, as one problem. Read only.
+        squares: without, c is None.
+        totals: float64 (2,) on the CPU, contiguous; becomes :math:`|m|^2` and the sum of all c, before those are
+            rounded (NaN without `squares`).
+
+    Returns:
+        m, c and (B,) float64 norms on the CPU; m and c of shape (P,), or lists of \*shape; float64 for float64, else
+        float32. NaN and infinities flow through. Nothing is synchronised.
+
+    Raises:
+        TypeError: not plain CPU tensors of these dtypes, or of more than one. ValueError: no tensors or no samples; the
+            tensors differ in B.
+
+    Reference: groups of rows are joined as in Chan, Golub and LeVeque 1983, Am. Stat. 37(3).
+
+    >>> moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
+    (tensor([2., 5.]), tensor([2., 0.]), tensor([26., 34.], dtype=torch.float64))
+    """
+    tensors: list[Any] = list(x) if isinstance(x, (list, tuple)) else [x]
+    names = [f"x[{i}]" for i in range(len(tensors))] if isinstance(x, (list, tuple)) else ["x"]
+    rows = check_samples("moments", tensors, names)
+    for name, entry in zip(names, tensors, strict=True):
+        if not cpu_takes(entry):
+            raise TypeError(_not_taken("moments", name, entry, "cpu"))
+    real = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        means = [torch.empty_like(entry[0], dtype=real) for entry in tensors]
+        centred = [torch.empty_like(mean) for mean in means] if squares else None
+    row_sq = torch.empty(rows, dtype=torch.float64, device="cpu")
+    _C.moments(tensors, means, centred, row_sq, _new_totals() if totals is None else totals)
+    if isinstance(x, (list, tuple)):
+        return means, centred, row_sq
+    return means[0], None if centred is None else centred[0], row_sq
+
+
+def _new_totals() -> Tensor:
+    """Unwritten `totals` for `moments`."""
+    return torch.empty(2, dtype=torch.float64, device="cpu")
+
+
+def check_samples(op: str, tensors: Sequence[Tensor], names: Sequence[str]) -> int:
+    """B, if `tensors` are of one dtype and device and have one, not zero."""
+    if not tensors:
+        raise ValueError(f"{op}: x is an empty list; expected at least one tensor")
+    first, of_first = tensors[0], names[0]
+    for name, entry in zip(names, tensors, strict=True):
+        if not isinstance(entry, Tensor):
+            raise TypeError(f"{op}: {name} is {describe(entry)}; expected a torch.Tensor (B, *shape)")
+        if entry.ndim == 0 or entry.shape[0] == 0:
+            raise ValueError(f"{op}: {name} has shape {tuple(entry.shape)}; expected (B, *shape) with B > 0")
+        if entry.dtype != first.dtype or entry.device != first.device:
+            raise TypeError(
+                f"{op}: {name} is {describe(entry)} but {of_first} is {describe(first)}; "
+                "expected one dtype and one device"
+            )
+        if entry.shape[0] != first.shape[0]:
+            raise ValueError(f"{op}: {name} has {entry.shape[0]} samples but {of_first} has {first.shape[0]}")
+    return first.shape[0]
+
+
 def check_l(l: object, where: str) -> float:
     """SVAG's l, a number of at least 1/2."""
     if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l < float("inf"):
@@ -438,16 +614,20 @@ def _why_refused(op: str, i: int, lists: dict[str, Any]) -> str:
     named = {name: x[i] for name, x in lists.items() if x is not None and x[i] is not None}
     for name, tensor in named.items():
         if not kernel_takes(tensor):
-            return (
-                f"{op}: {name}[{i}] is {describe(tensor)}; "
-                f"expected a torch.Tensor of float64, float32, bfloat16 or float16 on {_where_kernels_run(tensor)}"
-            )
+            return _not_taken(op, f"{name}[{i}]", tensor)
     (first, model), *others = named.items()
     for name, tensor in others:
         if tensor.dtype != model.dtype or tensor.device != model.device:
             what = "dtype" if tensor.dtype != model.dtype else "device"
             return f"{op}: {name}[{i}] is {describe(tensor)} but {first}[{i}] is {describe(model)}; expected one {what}"
     return f"{op}: {first}[{i}] is {describe(model)} but others, or numbers of the call, are not; expected one device"
+
+
+def _not_taken(op: str, name: str, x: object, devices: str | None = None) -> str:
+    return (
+        f"{op}: {name} is {describe(x)}; expected a torch.Tensor of float64, float32, bfloat16 or float16 on "
+        f"{devices or _where_kernels_run(x)}"
+    )
 
 
 def _where_kernels_run(tensor: Any) -> str:

@@ -6,8 +6,10 @@ line of the equations; never imported where speed matters.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,6 +154,67 @@ def welford_(
             table.append(step_sums(before, sample, after.to(m.dtype), stats))
         m.copy_(after)
     return torch.cat(table) if stats else None
+
+
+@torch.no_grad()
+def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`ops.outer_moments`."""
+    real = _real_dtype(a)
+    return contribution_sums(torch.einsum("bto,bti->boi", g.to(real), a.to(real)), squares)
+
+
+@torch.no_grad()
+def conv_moments(
+    x: Tensor,
+    g: Tensor,
+    kernel_size: tuple[int, ...],
+    *,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+    squares: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """`ops.conv_moments`, one tap of the kernel at a time."""
+    real = _real_dtype(x)
+    padded = torch.nn.functional.pad(x.to(real), [0, 1] * len(kernel_size))  # the last of each dimension is "outside"
+    outputs = g.to(real).flatten(2).unflatten(1, (groups, -1))
+    taps = []
+    for tap in itertools.product(*(range(k) for k in kernel_size)):
+        seen = padded
+        for dim, k in enumerate(tap):
+            at = torch.arange(g.shape[dim + 2], device=x.device) * stride[dim] + k * dilation[dim] - padding[dim]
+            outside = (at < 0) | (at >= x.shape[dim + 2])
+            seen = seen.index_select(dim + 2, at.masked_fill(outside, x.shape[dim + 2]))
+        inputs = seen.flatten(2).unflatten(1, (groups, -1))
+        taps.append(torch.einsum("bgoh,bgih->bgoi", outputs, inputs).flatten(1, 2))
+    c = torch.stack(taps, dim=-1).unflatten(-1, kernel_size)
+    return contribution_sums(c, squares)
+
+
+def contribution_sums(c: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Total, sum of squared deviations and squared norms of contributions c (B, ...)."""
+    total = c.sum(0)
+    centred = (c - total / max(len(c), 1)).square().sum(0) if squares else None
+    return total, centred, c.double().flatten(1).square().sum(1)
+
+
+@torch.no_grad()
+def moments(
+    x: Tensor | Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+) -> tuple[Any, Any, Tensor]:
+    """`ops.moments`."""
+    tensors: list[Any] = list(x) if isinstance(x, (list, tuple)) else [x]
+    real = [entry.to(_real_dtype(entry)) for entry in tensors]
+    means = [entry.mean(0) for entry in real]
+    deviations = [(entry - mean).square().sum(0) for entry, mean in zip(real, means, strict=True)]
+    row_sq = torch.stack([entry.double().square().unsqueeze(1).flatten(1).sum(1) for entry in real]).sum(0)
+    if totals is not None:
+        totals[0] = torch.stack([mean.double().square().sum() for mean in means]).sum()
+        totals[1] = torch.stack([c.double().sum() for c in deviations]).sum() if squares else torch.nan
+    if isinstance(x, (list, tuple)):
+        return means, deviations if squares else None, row_sq
+    return means[0], deviations[0] if squares else None, row_sq
 
 
 def gradient_sums(g1: Tensor, g2: Tensor, stats: Stats) -> Tensor:

@@ -1,602 +1,416 @@
-"""RunningMoments: what torch says of all gradients side by side, and what sampling says of the estimates."""
+"""moments: the kernel against its float64 reference, and what the public function says of samples of every kind."""
 
-import itertools
+import math
 
 import pytest
 import torch
-from memory import same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory import Fenced, same_bits
 from torch import nn
 
+import normkern
 from normkern import ops, reference
-from normkern.moments import RunningMoments
-from normkern.noise import noise_from_pair
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = [(40, 3, 3, 3), (7,), (5, ops.CHUNK + 3), (), (2, 3), (0, 4), (1,)]
-SCALARS = ("trace_sigma", "grad_sq_norm", "grad_sq_norm_unbiased", "nsr_batch", "gns")
+WITH_FMA = [name for name in ops.supported_isas() if name not in ("v2", "portable")]
+ROWS = (1, 2, 3, 7, 8, 9, 17, 128, 129, 300)  # eight at a time, 128 to a group
+COLUMNS = (0, 1, 7, 9, 15, 16, 17, 33, 1023, 1024, 1025, 2100)  # 8 or 16 at a time, 1024 to a tile
 
 
-def zeros(shapes, dtype=torch.float32):
-    return [nn.Parameter(torch.zeros(s, dtype=dtype)) for s in shapes]
+def samples(rows, *shape, dtype=torch.float32, seed=0):
+    """Columns of every scale, with means of every size against their spread."""
+    make = torch.Generator().manual_seed(seed)
+    x = torch.randn((rows, *shape), generator=make, dtype=torch.float64)
+    x = x + torch.randn(shape, generator=make, dtype=torch.float64) * 2
+    return (x * torch.exp2(torch.randint(-6, 6, shape, generator=make).double())).to(dtype)
 
 
-def fed(params, batches, **options):
-    """The moments of `batches`, lists of gradients."""
-    moments = RunningMoments(params, **options)
-    for grads in batches:
-        for p, g in zip(params, grads, strict=True):
-            p.grad = g
-        moments.update()
-    return moments
+def assert_near(got, x, squares=True):
+    """Against a float64 reference: 25 roundings on the way of a row into its sums, and the loss of the shift."""
+    mean, centred, norms = got
+    exact_mean, exact_centred, exact_norms = reference.moments(x.double())
+    eps = torch.finfo(mean.dtype).eps
+    # The reference has roundings of its own.
+    few = 16 * eps if mean.dtype == torch.float32 else 1000 * eps
+    spread = (exact_centred / len(x)).sqrt()
+    assert ((mean.double() - exact_mean).abs() <= eps * exact_mean.abs() + few * spread).all()
+    if squares:
+        assert ((centred.double() - exact_centred).abs() <= 3 * few * exact_centred).all()
+    else:
+        assert centred is None
+    assert ((norms - exact_norms).abs() <= few * exact_norms).all()
 
 
-def of_rows(rows, **options):
-    """The moments of the rows of a float64 matrix."""
-    w = nn.Parameter(torch.zeros(rows.shape[1], dtype=rows.dtype))
-    return fed([w], [[row] for row in rows], **options)
-
-
-def flat(x):
-    x = x.to_dense() if x.layout != torch.strided else x
-    x = torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-    return x.double().flatten()
-
-
-def assert_moments(result, batches, tolerance):
-    """Every field, from all gradients side by side in float64."""
-    m = len(batches)
-    norms, expected = [], {"trace_sigma": [], "grad_sq_norm": [], "grad_sq_norm_unbiased": []}
-    for i, grads in enumerate(zip(*batches, strict=True)):
-        wide = torch.complex128 if grads[0].is_complex() else torch.float64
-        x = torch.stack([g.to(wide).to_dense() for g in grads])
-        mean, variance = x.mean(0), x.var(0) if x.numel() else torch.zeros(x.shape[1:], dtype=torch.float64)
-        scale = x.abs().max() if x.numel() else 1.0
-        kept = torch.float64 if grads[0].dtype in (torch.float64, torch.complex128) else torch.float32
-        assert result.mean[i].dtype == (kept.to_complex() if wide.is_complex else kept)
-        assert result.variance[i].dtype == kept
-        torch.testing.assert_close(result.mean[i].to(wide), mean, rtol=0, atol=tolerance * scale)
-        torch.testing.assert_close(result.variance[i].double(), variance, rtol=0, atol=tolerance * scale**2)
-        norms.append(torch.stack([flat(g).square().sum() for g in grads]))
-        expected["trace_sigma"].append(variance.sum())
-        expected["grad_sq_norm"].append(flat(mean).square().sum())
-        expected["grad_sq_norm_unbiased"].append(flat(mean).square().sum() - variance.sum() / m)
-    expected = {name: torch.stack(x) for name, x in expected.items()}
-    size = torch.stack(norms).sum(1) + 1e-300
-    for name, x in expected.items():
-        of_slots = getattr(result, f"slot_{name}")
-        assert ((of_slots - x).abs() / size).max() < tolerance, name
-        assert ((getattr(result, name) - x.sum()).abs() / size.sum()) < tolerance, name
-        assert of_slots.dtype == getattr(result, name).dtype == torch.float64
-        assert getattr(result, name).shape == ()
-    torch.testing.assert_close(result.sq_norms, torch.stack(norms).sum(0), rtol=1e-13, atol=0)
-    torch.testing.assert_close(result.nsr_batch, result.trace_sigma / result.grad_sq_norm_unbiased, rtol=1e-15, atol=0)
-    slots = result.slot_trace_sigma / result.slot_grad_sq_norm_unbiased
-    torch.testing.assert_close(result.slot_nsr_batch, slots, equal_nan=True, rtol=1e-15, atol=0)
-
-
-@pytest.fixture
-def no_eager_path(monkeypatch):
-    """Whatever is on the CPU goes through the kernel."""
-    for name in ("welford_", "pair_sums"):
-        monkeypatch.delattr(reference, name)
-
-
-# ---- Against torch ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("m", range(2, 8))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_field(isa, dtype, m):
-    batches = [[(0.3 + torch.randn(s, dtype=torch.float64)).to(dtype) for s in SHAPES] for _ in range(m)]
-    result = fed(zeros(SHAPES, dtype), batches, batch_size=32).result()
-    assert_moments(result, batches, 1e-14 if dtype == torch.float64 else 2e-6)
-    assert (result.count, result.batch_size, result.population) == (m, 32, None)
-    torch.testing.assert_close(result.gns, 32 * result.nsr_batch)
-    assert result.sq_norms.shape == (m,)
-    assert result.names == [str(i) for i in range(len(SHAPES))]
-    assert result.slots["2"] == slice(2, 3)
+def test_kernel(isa, dtype):
+    for rows in ROWS:
+        for columns, offset in zip(COLUMNS, (0, 1, 3, 0, 1, 0, 5, 7, 1, 0, 3, 0), strict=True):
+            x = samples(rows, columns, dtype=dtype)
+            fenced, totals = Fenced(x, offset), torch.full((2,), torch.nan, dtype=torch.float64)
+            mean, centred, norms = ops.moments(fenced.tensor, totals=totals)
+            real = torch.float64 if dtype == torch.float64 else torch.float32
+            assert mean.dtype == centred.dtype == real
+            assert norms.dtype == torch.float64
+            assert_near((mean, centred, norms), x)
+            near = {"rtol": 1e-13 if dtype == torch.float64 else 1e-6, "atol": 0}
+            torch.testing.assert_close(totals[0], mean.double().square().sum(), **near)
+            torch.testing.assert_close(totals[1], centred.double().sum(), **near)
+            assert same_bits(fenced.tensor, x)
+            assert fenced.is_intact()
+            plain = ops.moments(x, squares=False, totals=totals)
+            assert same_bits(plain[0], mean)
+            assert plain[1] is None
+            assert same_bits(plain[2], norms)
+            assert totals[1].isnan()
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.complex64, torch.complex128], ids=str)
-@pytest.mark.usefixtures("no_eager_path")
-def test_every_layout(dtype):
-    """Transposed, sliced, expanded, sparse and channels-last gradients, another layout in each micro-batch."""
-    shape = (4, 6, 5, 3)
-    plain = [torch.randn(shape, dtype=torch.complex128).to(dtype) if dtype.is_complex else torch.randn(shape).to(dtype) for _ in range(5)]  # fmt: skip
-    laid = [
-        plain[0].transpose(0, 3).contiguous().transpose(0, 3),
-        torch.stack([plain[1], torch.full_like(plain[1], torch.nan)], dim=-1)[..., 0],
-        plain[2].contiguous(memory_format=torch.channels_last),
-        plain[3].to_sparse(),
-        plain[4][:1, :, :, :1].expand(shape),
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outputs_stay_inside(isa, dtype, monkeypatch):
+    """The kernel writes its columns and nothing beside them."""
+    made = []
+
+    def fenced(like, dtype=None):
+        made.append(Fenced(torch.zeros_like(like, dtype=dtype), len(made)))
+        return made[-1].tensor
+
+    monkeypatch.setattr(torch, "empty_like", fenced)
+    for columns in (1, 7, 16, 1023, 1025, 2100):
+        ops.moments(samples(9, columns, dtype=dtype))
+    assert len(made) == 12
+    assert all(f.is_intact() for f in made)
+
+
+def layouts(x):
+    """The same values, each in another place."""
+    yield "transposed", x.t().contiguous().t()
+    yield "every other column", torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    yield "every other row", torch.stack([x, torch.full_like(x, torch.nan)], 1)[:, 0]
+    yield "upside down", x.flip(0).clone().flip(0)
+    yield "no alignment", Fenced(x, 3).tensor
+    yield "part of wider rows", torch.nn.functional.pad(x, (3, 5), value=torch.nan)[:, 3:-5]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layout_changes_no_bit(isa, dtype):
+    for rows, columns in ((2, 1), (5, 40), (19, 1030), (130, 17)):
+        x = samples(rows, columns, dtype=dtype)
+        expected = ops.moments(x)
+        for name, y in layouts(x):
+            assert torch.equal(x, y)
+            assert all(map(same_bits, ops.moments(y), expected)), f"{name} {rows} x {columns}"
+
+
+def test_expanded_samples():
+    row, column = samples(1, 40), samples(6, 1)
+    for x in (row.expand(6, 40), column.expand(6, 40), samples(1, 1).expand(6, 40)):
+        assert all(map(same_bits, ops.moments(x), ops.moments(x.clone())))
+
+
+def test_rows_of_every_shape():
+    """Permuted and sliced rows: means are of the rows' shape, whatever their memory."""
+    x = samples(5, 3, 4, 6, 7)
+    views = [
+        x,
+        x.contiguous(memory_format=torch.channels_last_3d),
+        x.permute(4, 0, 1, 2, 3),
+        x.permute(0, 4, 2, 1, 3),
+        x[:, 1:, ::2, 1:5, ::3],
+        x[:, :, :, :, :1],
+        x[:, :1].expand(5, 4, 4, 6, 7),
+        x.flatten(1)[:, :0].view(5, 0, 3),
+        samples(5),
+        x.permute(3, 4, 0, 2, 1)[:, ::2],
     ]
-    plain[4] = laid[4].contiguous()
-    for order in (range(5), reversed(range(5)), (2, 4, 0)):
-        w = nn.Parameter(torch.zeros(shape, dtype=dtype))
-        order = list(order)
-        result = fed([w], [[laid[i]] for i in order]).result()
-        assert_moments(result, [[plain[i]] for i in order], 1e-14 if dtype.to_real() == torch.float64 else 2e-6)
-        assert result.mean[0].shape == result.variance[0].shape == shape
+    for view in views:
+        got = ops.moments(view)
+        exact = reference.moments(view.double())
+        for a, b in zip(got, exact, strict=True):
+            assert a.shape == b.shape
+            torch.testing.assert_close(a.double(), b, rtol=4e-6, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
-def test_sparse_with_indices_twice():
-    w = nn.Parameter(torch.zeros(3, 2))
-    indices, values = torch.tensor([[1, 1, 2]]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    twice = torch.sparse_coo_tensor(indices, values, (3, 2), is_coalesced=False)
-    dense = torch.tensor([[0.0, 0.0], [4.0, 6.0], [5.0, 6.0]])
-    result = fed([w], [[twice], [torch.eye(3, 2)]]).result()
-    assert_moments(result, [[dense], [torch.eye(3, 2)]], 1e-6)
-    table = nn.Embedding(10, 3, sparse=True)
-    moments = RunningMoments(table.parameters())
-    for words in ([1, 1, 4], [2, 4, 4]):
-        table.zero_grad()
-        table(torch.tensor(words)).square().sum().backward()
-        moments.update()
-    assert moments.result().variance[0][[0, 3]].eq(0).all()
-    assert moments.result().variance[0][1].ne(0).all()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_list_is_one_problem(isa, dtype):
+    shapes = [(3, 5), (), (2000,), (0, 4), (1,), (2, 1030)]
+    tensors = [samples(9, *s, dtype=dtype, seed=i) for i, s in enumerate(shapes)]
+    flat = torch.cat([x.reshape(9, x[0].numel()) for x in tensors], 1)
+    totals, of_flat = torch.empty(2, dtype=torch.float64), torch.empty(2, dtype=torch.float64)
+    means, centred, norms = ops.moments(tensors, totals=totals)
+    mean, squares, flat_norms = ops.moments(flat, totals=of_flat)
+    assert [m.shape for m in means] == [c.shape for c in centred] == [x.shape[1:] for x in tensors]
+    assert same_bits(torch.cat([m.flatten() for m in means]), mean)
+    assert same_bits(torch.cat([c.flatten() for c in centred]), squares)
+    near = {"rtol": 1e-13 if dtype == torch.float64 else 1e-6, "atol": 0}
+    torch.testing.assert_close(norms, flat_norms, **near)
+    torch.testing.assert_close(totals, of_flat, **near)
 
 
-@pytest.mark.usefixtures("no_eager_path")
-def test_conjugated_and_negated_views():
-    z = [torch.randn(5, dtype=torch.complex64).conj() for _ in range(3)]
-    assert z[0].imag.is_neg()
-    assert_moments(fed(zeros([5], torch.complex64), [[x] for x in z]).result(), [[x] for x in z], 2e-6)
-    parts = [[x.imag] for x in z]
-    assert_moments(fed(zeros([5]), parts).result(), [[x.resolve_neg()] for (x,) in parts], 2e-6)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_everywhere(dtype):
+    """Whatever the number of threads, and on every level with FMA hardware."""
+    x = samples(140, 20_000, dtype=dtype)
+    lists = [x[:, :5], x[:, 5:9000], x[:, 9000:].t().contiguous().t()]
+    # A column, a row and a tile that floats cannot hold are run in double.
+    if dtype in (torch.float32, torch.bfloat16):
+        x[:, 3], x[7], x[:, 4096:5120] = 1e30, 1e-30, x[:, 4096:5120] * 1e-25
+    chosen, results = ops.isa(), []
+    try:
+        for name in WITH_FMA or [chosen]:
+            ops.select_isa(name)
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                totals = torch.empty(2, dtype=torch.float64)
+                means, centred, norms = ops.moments(lists, totals=totals)
+                results.append([*ops.moments(x), *means, *centred, norms, totals])
+    finally:
+        ops.select_isa(chosen)
+    for other in results[1:]:
+        assert all(map(same_bits, results[0], other))
 
 
-def test_other_devices_are_read_by_torch(monkeypatch):
-    """The path for tensors that no kernel takes: the same numbers."""
-    batches = [[torch.randn(s) for s in SHAPES] for _ in range(4)]
-    ours = fed(zeros(SHAPES), batches, batch_size=3).result()
-    monkeypatch.setattr(ops, "kernel_takes", lambda x: False)
-    result = fed(zeros(SHAPES), batches, batch_size=3).result()
-    assert_moments(result, batches, 2e-6)
-    for name in SCALARS:
-        torch.testing.assert_close(getattr(result, name), getattr(ours, name), rtol=1e-5, atol=0)
+# ---- Numbers that are hard --------------------------------------------------------------------------------------------
 
 
-def test_another_device():
-    w = nn.Parameter(torch.zeros(3, 4, device="meta"))
-    result = fed([w], [[torch.zeros(3, 4, device="meta")] for _ in range(2)]).result()
-    assert result.mean[0].device == result.trace_sigma.device == result.sq_norms.device == torch.device("meta")
+def test_tiny_noise_on_a_constant(isa):
+    """The input's own rounding is all that may be lost: the samples that came are measured to float32's precision."""
+    for rows in (2, 50, 128, 1000):
+        x = (1000 + 0.01 * torch.randn(rows, 3000, dtype=torch.float64)).float()
+        result, exact = normkern.moments(x), x.double().var(0)
+        torch.testing.assert_close(result.variance.double(), exact, rtol=2e-6, atol=0)
+        torch.testing.assert_close(result.mean.double(), x.double().mean(0), rtol=1e-7, atol=0)
+        torch.testing.assert_close(result.trace_sigma, exact.sum(), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("mean", "noise"), [(1000.0, 0.01), (-3e4, 0.1), (1e10, 1e5)])
-def test_a_large_mean_does_not_drown_a_small_variance(isa, mean, noise):
-    """float32 cannot hold E[g^2] - E[g]^2 here; what is lost is the rounding of the mean, once per micro-batch."""
-    rows = (mean + noise * torch.randn(7, 3000, dtype=torch.float64)).float()
-    result = of_rows(rows).result()
-    exact = rows.double()
-    unit = torch.finfo(torch.float32).eps * abs(mean)
-    assert (result.mean[0].double() - exact.mean(0)).abs().max() < 3.5 * unit
-    lost = 7 * unit * (exact - exact.mean(0)).abs().amax(0) + 7 * unit**2
-    assert ((result.variance[0].double() - exact.var(0)).abs() < lost).all()
-    assert result.trace_sigma.item() == pytest.approx(exact.var(0).sum().item(), rel=1e-3)
-    naive = (rows.square().mean(0) - rows.mean(0).square()).double().sum()
-    assert abs(naive / exact.var(0).sum() - 1) > 1
+def test_constant_columns_have_no_variance(isa):
+    for dtype in DTYPES:
+        x = torch.tensor([0.1, -1234.567, 1e-3, 0.0, 3e4]).to(dtype).expand(333, 5)
+        result = normkern.moments(x)
+        assert torch.equal(result.mean, x[0].to(result.mean.dtype))
+        assert not result.variance.any()
+        assert result.trace_sigma == 0
+        assert result.nsr == 0
 
 
-def test_low_precision_is_never_summed_in_low_precision():
-    """The hundredth gradient is a hundredth of the mean: in bfloat16 it would be lost."""
-    batches = [[torch.full((3,), 1.0 + i / 128, dtype=torch.bfloat16)] for i in range(100)]
-    result = fed(zeros([3], torch.bfloat16), batches).result()
-    assert_moments(result, batches, 1e-6)
-    assert result.mean[0].dtype == torch.float32
+@pytest.mark.parametrize("rows", [16, 129, 4000])
+def test_first_rows_are_no_measure_of_the_rest(isa, rows):
+    """Outliers among the rows that give the first shift, a drift, blocks of other means, and zeros before noise."""
+    noise = torch.randn(rows, 64, dtype=torch.float64)
+    cases = {
+        "one outlier": noise + 1e4 * (torch.arange(rows) == 0)[:, None],
+        "eight outliers": 1 + 1e-3 * noise + 1e3 * (torch.arange(rows) < 8)[:, None],
+        "drift": torch.arange(rows)[:, None] + noise,
+        "blocks": (torch.arange(rows) // 100 % 3)[:, None] * 50 + noise,
+        "late": (torch.arange(rows) >= rows - 3)[:, None] * (1000 + noise),
+    }
+    for name, x in cases.items():
+        x = x.float()
+        mean, centred, _ = ops.moments(x)
+        exact_mean, exact_centred, _ = reference.moments(x.double())
+        spread = (exact_centred / rows).sqrt()
+        assert ((centred.double() / exact_centred - 1).abs() <= 3e-5).all(), name
+        assert ((mean.double() - exact_mean).abs() <= 1e-6 * spread + 1e-7 * exact_mean.abs()).all(), name
 
 
-def test_float16_squares_do_not_overflow():
-    batches = [[torch.tensor([6e4], dtype=torch.float16)], [torch.tensor([-6e4], dtype=torch.float16)]]
-    assert fed(zeros([1], torch.float16), batches).result().trace_sigma.item() == pytest.approx(7.2e9, rel=1e-3)
+@settings(max_examples=40, deadline=None)
+@given(exponent=st.integers(-140, 118), rows=st.sampled_from([2, 9, 130]), offset=st.sampled_from([0, 3]))
+def test_scale_changes_nothing(exponent, rows, offset):
+    """Norms and scalars, in float64, are right for any float32, though its squares may be none."""
+    x = ((offset + torch.randn(rows, 1030)) * 2.0**exponent).float()  # subnormal ones are rounded to fewer digits
+    result, wide = normkern.moments(x), normkern.moments(x.double())
+    near = {"rtol": 3e-6, "atol": 0}
+    torch.testing.assert_close(result.sq_norms, wide.sq_norms, **near)
+    for name in ("trace_sigma", "grad_sq_norm", "nsr", "nsr_batch"):
+        torch.testing.assert_close(getattr(result, name), getattr(wide, name), **near)
+    smallest = 2.0**-149 * 2
+    torch.testing.assert_close(result.variance.double(), wide.variance.float().double(), rtol=3e-6, atol=smallest)
 
 
-def test_float32_norms_of_any_size():
-    for size in (1e-30, 1e30):
-        result = fed(zeros([4]), [[torch.full((4,), size)]] * 2).result()
-        exact = 4 * torch.tensor(size).double().item() ** 2
-        assert result.grad_sq_norm.item() == result.sq_norms[1].item() == pytest.approx(exact, rel=1e-12)
-        assert result.trace_sigma.item() == 0
+def test_small_and_large_side_by_side(isa):
+    """A sample and a column out of float's range, among others that are not; rows and columns of zeros."""
+    x = torch.randn(20, 3000)
+    x[3] *= 1e-30
+    x[4] = 0
+    x[5] *= 1e25
+    x[:, 7] *= 1e-22
+    x[:, 1024:2048] = 0
+    result, wide = normkern.moments(x), normkern.moments(x.double())
+    for name in ("sq_norms", "trace_sigma", "grad_sq_norm"):
+        torch.testing.assert_close(getattr(result, name), getattr(wide, name), rtol=3e-6, atol=0)
+    assert not result.variance[1024:2048].any()
+    normal = wide.variance.float().abs() > 1e-37
+    torch.testing.assert_close(
+        result.variance[normal].double(), wide.variance[normal].float().double(), rtol=3e-6, atol=0
+    )
 
 
-def test_a_model():
-    """Micro-batches of a real model, against the gradients of autograd one by one."""
-    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
-    x, y = torch.randn(24, 5, dtype=torch.float64), torch.randn(24, 3, dtype=torch.float64)
-    moments = RunningMoments(model.named_parameters(), batch_size=8)
-    batches = []
-    for i in range(3):
-        model.zero_grad()
-        (model(x[8 * i : 8 * i + 8]) - y[8 * i : 8 * i + 8]).square().mean().backward()
-        moments.update()
-        batches.append([p.grad.clone() for p in model.parameters()])
-    model.zero_grad()
-    (model(x) - y).square().mean().backward()
-    result = moments.result()
-    assert_moments(result, batches, 1e-14)
-    for mean, p in zip(result.mean, model.parameters(), strict=True):
-        torch.testing.assert_close(mean, p.grad)
-    assert result.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
-
-
-# ---- Sampling ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("m", [2, 3, 7])
-def test_mccandlish(m):
-    """Equations A.2 and A.3 of arXiv 1812.06162, small batches of b and a big one of m b, are the same numbers."""
-    b, rows = 8, 0.5 + torch.randn(m, 50, dtype=torch.float64)
-    result = of_rows(rows, batch_size=b).result()
-    small, big = rows.square().sum(1).mean(), rows.mean(0).square().sum()
-    signal = (m * b * big - b * small) / (m * b - b)
-    noise = (small - big) / (1 / b - 1 / (m * b))
-    torch.testing.assert_close(result.grad_sq_norm_unbiased, signal, rtol=1e-12, atol=0)
-    torch.testing.assert_close(b * result.trace_sigma, noise, rtol=1e-12, atol=0)
-    torch.testing.assert_close(result.gns, noise / signal, rtol=1e-12, atol=0)
-
-
-def test_two_micro_batches_are_a_pair():
-    a, b = ([torch.randn(s) for s in SHAPES] for _ in range(2))
-    result, pair = fed(zeros(SHAPES), [a, b]).result(), noise_from_pair(a, b)
-    for name in ("trace_sigma", "grad_sq_norm_unbiased", "nsr_batch"):
-        torch.testing.assert_close(getattr(result, name), getattr(pair, name), rtol=1e-5, atol=0)
-        assert result.slots == pair.slots
-
-
-def test_one_parameter_or_many():
-    """Cut into pieces, a gradient has the same totals; those of the pieces add up."""
-    rows = torch.randn(5, 12, dtype=torch.float64)
-    whole, cut = of_rows(rows, batch_size=4), fed(zeros([5, 4, 3], torch.float64), [row.split([5, 4, 3]) for row in rows], batch_size=4)  # fmt: skip
-    for population in (None, 1000):
-        a, b = whole.result(population=population), cut.result(population=population)
-        for name in SCALARS:
-            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(b.slot_trace_sigma.sum(), b.trace_sigma)
-        torch.testing.assert_close(b.slot_grad_sq_norm_unbiased.sum(), b.grad_sq_norm_unbiased)
-        torch.testing.assert_close(torch.cat(b.variance).sum(), b.trace_sigma)
-
-
-@pytest.mark.parametrize("m", [2, 4])
-def test_unbiased_with_the_variances_of_theory(m):
-    """Gaussian gradients with known mean and covariance; 20000 draws as so many parameters, an estimate from each."""
-    draws, p = 20_000, 6
-    mean = torch.linspace(-0.5, 1, p, dtype=torch.float64)
-    root = torch.tril(torch.randn(p, p, dtype=torch.float64))
-    covariance = root @ root.t()
-    x = mean + torch.randn(m, draws, p, dtype=torch.float64) @ root.t()
-    result = fed(zeros([p] * draws, torch.float64), [list(batch) for batch in x]).result()
-    trace, signal = result.slot_trace_sigma, result.slot_grad_sq_norm_unbiased
-    for got, exact in ((trace, covariance.trace()), (signal, mean.square().sum())):
-        assert abs((got.mean() - exact) / (got.std() / draws**0.5)) < 4
-    squared = covariance.square().sum()
-    theory = torch.tensor([
-        [2 * squared / (m - 1), -2 * squared / (m * (m - 1))],
-        [-2 * squared / (m * (m - 1)), 4 * mean @ covariance @ mean / m + 2 * squared / (m * (m - 1))],
-    ])  # fmt: skip
-    torch.testing.assert_close(torch.cov(torch.stack([trace, signal])), theory, rtol=0.08, atol=0, check_dtype=False)
-
-
-def disjoint(n, size, count):
-    """Every set of `count` disjoint batches of `size` out of n samples."""
-    batches = itertools.combinations(range(n), size)
-    return [s for s in itertools.combinations(batches, count) if len(set(sum(s, ()))) == size * count]
-
-
-@pytest.mark.parametrize(("n", "size", "count"), [(6, 2, 2), (6, 2, 3), (6, 1, 3), (6, 3, 2), (7, 2, 3), (5, 2, 2)])
-def test_finite_population_by_enumeration(n, size, count):
-    """Over all ways to draw disjoint batches, each estimate is exactly right on average, and wrong uncorrected."""
-    samples = 0.7 + torch.randn(n, 4, dtype=torch.float64)
-    gradient = samples.mean(0)
-    every = torch.stack([samples[list(b)].mean(0) for b in itertools.combinations(range(n), size)])
-    covariance = (every - gradient).square().mean(0)
-    of_sample = (samples - gradient).square().mean(0)
-    torch.testing.assert_close(covariance, of_sample / size * (n - size) / (n - 1))  # the formula of the textbooks
-    results, plain = [], []
-    ways = disjoint(n, size, count)
-    for batches in ways:
-        moments = of_rows(torch.stack([samples[list(b)].mean(0) for b in batches]), batch_size=size)
-        results.append(moments.result(population=n))
-        plain.append(moments.result())
-
-    def average(results, name):
-        return torch.stack([getattr(r, name) for r in results]).mean()
-
-    signal = gradient.square().sum()
-    torch.testing.assert_close(average(results, "trace_sigma"), covariance.sum(), rtol=1e-12, atol=0)
-    torch.testing.assert_close(average(results, "grad_sq_norm_unbiased"), signal, rtol=1e-12, atol=0)
-    variance = torch.stack([r.variance[0] for r in results]).mean(0)
-    torch.testing.assert_close(variance, covariance, rtol=1e-12, atol=0)
-    numerator = torch.stack([r.gns * r.grad_sq_norm_unbiased for r in results]).mean()
-    torch.testing.assert_close(numerator, of_sample.sum(), rtol=1e-12, atol=0)
-    for got in results:
-        torch.testing.assert_close(got.nsr_batch, got.trace_sigma / got.grad_sq_norm_unbiased, rtol=1e-13, atol=0)
-        torch.testing.assert_close(got.slot_trace_sigma[0], got.trace_sigma)
-        torch.testing.assert_close(got.slot_grad_sq_norm_unbiased[0], got.grad_sq_norm_unbiased)
-        assert got.population == n
-    assert average(plain, "trace_sigma") > 1.1 * covariance.sum()
-    assert average(plain, "grad_sq_norm_unbiased") < 0.999 * signal
-
-
-def test_the_whole_population_leaves_nothing_to_correct():
-    rows = torch.randn(4, 9, dtype=torch.float64)
-    result = of_rows(rows, batch_size=5).result(population=20)
-    assert result.grad_sq_norm_unbiased.item() == pytest.approx(rows.mean(0).square().sum().item(), rel=1e-14)
-
-
-def test_a_large_population_is_no_population():
-    moments = of_rows(torch.randn(4, 9, dtype=torch.float64), batch_size=5)
-    finite, infinite = moments.result(population=10**15), moments.result()
-    for name in SCALARS:
-        torch.testing.assert_close(getattr(finite, name), getattr(infinite, name), rtol=1e-12, atol=0)
-
-
-def test_negative_estimates_are_not_clipped():
-    result = of_rows(torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64), batch_size=2).result()
-    assert [getattr(result, name).item() for name in SCALARS] == [2, 0, -1, -2, -4]
-
-
-# ---- What it holds, and what it leaves alone ----------------------------------------------------------------------------
-
-
-def test_parameters_without_gradient():
-    params = zeros([(2,), (3,), (2, 2)])
-    moments = RunningMoments(zip("abc", params, strict=True), batch_size=2)
-    for _ in range(3):
-        params[0].grad, params[2].grad = torch.randn(2), torch.randn(2, 2)
-        moments.update()
-    result = moments.result()
-    assert result.mean[1] is None
-    assert result.variance[1] is None
-    for name in ("trace_sigma", "grad_sq_norm", "grad_sq_norm_unbiased", "nsr_batch"):
-        assert getattr(result, f"slot_{name}").isnan().tolist() == [False, True, False]
-        assert getattr(result, name).isfinite()
-    assert result.slots == {"a": slice(0, 1), "b": slice(1, 2), "c": slice(2, 3)}
-    torch.testing.assert_close(result.trace_sigma, result.slot_trace_sigma[[0, 2]].sum())
-
-
-def test_gradients_are_left_alone():
-    params = zeros([(3, 4), (5,), (6,)])
-    params[1] = nn.Parameter(torch.zeros(5, dtype=torch.bfloat16))
-    moments = RunningMoments(params)
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.randn_like(p).detach()
-        grads = [p.grad for p in params]
-        before = [(g.clone(), g._version, p._version) for g, p in zip(grads, params, strict=True)]
-        moments.update()
-        for p, g, (values, of_grad, of_param) in zip(params, grads, before, strict=True):
-            assert p.grad is g
-            assert same_bits(g, values)
-            assert (g._version, p._version) == (of_grad, of_param)
-
-
-def test_first_micro_batch_is_not_aliased():
-    """Gradients that are zeroed or written in place afterwards, and results that the user writes into."""
-    params = zeros([(3,), (2,)])
-    params[1] = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
-    moments = RunningMoments(params)
-    rows = torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.0, 7.0]])
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    for row in rows:
-        params[0].grad.copy_(row)
-        params[1].grad.copy_(row[:2])
-        moments.update()
-    kept = moments.result()
-    for x in (*kept.mean, *kept.variance, kept.sq_norms):
-        x.fill_(7)
-    again = moments.result()
-    assert again.mean[0].tolist() == [2, 2, 5]
-    assert again.mean[1].tolist() == [2, 2]
-    assert again.variance[0].tolist() == [2, 0, 8]
-    assert again.variance[1].tolist() == [2, 0]
-    assert again.sq_norms.tolist() == [14 + 5, 62 + 13]
-    for p in params:
-        p.grad.fill_(100)
-    moments.update()
-    assert again.mean[0].tolist() == [2, 2, 5]
-    assert again.count == 2
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
-@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
-def test_no_graph_is_kept(dtype, mode):
-    w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=dtype))
-    moments = RunningMoments([w])
-    for i in range(3):
-        (w.grad,) = torch.autograd.grad((w**3).sum().abs() * (i + 1), w, create_graph=True)
-        assert w.grad.requires_grad
-        with mode():
-            moments.update()
-    for context in (mode, torch.enable_grad):
-        with context():
-            result = moments.result()
-        assert not any(x.requires_grad for x in (*result.mean, *result.variance, result.trace_sigma, result.sq_norms))
-        assert result.trace_sigma > 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_deterministic_whatever_the_threads(dtype):
-    shapes = [(3, ops.CHUNK + 5), (70, 33), (7,)]
-    batches = [[torch.randn(s).to(dtype) for s in shapes] for _ in range(3)]
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(fed(zeros(shapes, dtype), batches, batch_size=4).result(population=100))
-    first, *others = results
-    for other in others:
-        for name in (*SCALARS, "sq_norms", "slot_trace_sigma", "slot_grad_sq_norm_unbiased", "slot_nsr_batch"):
-            assert same_bits(getattr(first, name), getattr(other, name)), name
-        for a, b in zip((*first.mean, *first.variance), (*other.mean, *other.variance), strict=True):
-            assert same_bits(a, b)
-
-
-def test_reset():
-    params = zeros([(3,), (2,)])
-    moments = fed(params, [[torch.randn(3), torch.randn(2)]] * 3, batch_size=2)
-    assert repr(moments) == "RunningMoments(2 parameters, 3 micro-batches)"
-    moments.reset()
-    assert repr(moments) == "RunningMoments(2 parameters, 0 micro-batches)"
-    with pytest.raises(RuntimeError, match="at least 2 updates before it, got 0"):
-        moments.result()
-    batches = [[torch.randn(3)], [torch.randn(3)]]
-    params[1].grad = None
-    for (g,) in batches:
-        params[0].grad = g
-        moments.update()
-    result = moments.result()
-    assert (result.count, result.batch_size, result.mean[1]) == (2, 2, None)
-    torch.testing.assert_close(result.mean[0], torch.stack([g for (g,) in batches]).mean(0))
-
-
-def test_nan_and_infinity_show():
-    params = zeros([(2,), (2,)])
-    batches = [[torch.tensor([1.0, torch.nan]), torch.ones(2)], [torch.ones(2), torch.zeros(2)]]
-    result = fed(params, batches).result()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [4, 200])
+def test_infinities_and_nan_stay_where_they_are(isa, dtype, rows):
+    x = samples(rows, 40, dtype=dtype)
+    x[0, 1], x[rows - 1, 2], x[2, 3], x[1, 4], x[2, 4] = math.inf, -math.inf, math.nan, math.inf, -math.inf
+    result, exact = normkern.moments(x), x.double()
+    torch.testing.assert_close(result.mean.double(), exact.mean(0), rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(result.variance.double(), exact.var(0), rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(result.sq_norms, exact.square().sum(1), rtol=1e-5, atol=0, equal_nan=True)
     assert result.trace_sigma.isnan()
-    assert result.grad_sq_norm_unbiased.isnan()
-    assert result.slot_trace_sigma.isnan().tolist() == [True, False]
-    assert result.variance[0].isnan().tolist() == [False, True]
-    assert result.sq_norms.isnan().tolist() == [True, False]
+    assert result.grad_sq_norm.isnan()
 
 
-def test_without_batch_size_there_is_no_noise_scale():
-    result = of_rows(torch.randn(3, 4)).result()
-    assert result.gns.isnan()
-    assert result.nsr_batch.isfinite()
-    assert result.batch_size is None
+# ---- normkern.moments -------------------------------------------------------------------------------------------------
 
 
-def test_result_is_frozen_and_short():
-    result = of_rows(torch.randn(3, 4000)).result()
-    with pytest.raises(AttributeError):
-        result.count = 3
-    assert "mean=" not in repr(result)
-    assert len(repr(result)) < 1500
+def assert_moments(result, rows, near):
+    """Every field, from the definitions, of a float64 matrix."""
+    b = len(rows)
+    mean, variance = rows.mean(0), rows.var(0)
+    trace, mean_sq = variance.sum(), mean.square().sum()
+    assert result.batch_size == b
+    got = [torch.cat([x.flatten() for x in part]) if isinstance(part, list) else part
+           for part in (result.mean, result.variance)]  # fmt: skip
+    size = rows.abs().max()
+    torch.testing.assert_close(got[0].double(), mean, rtol=0, atol=near * size)
+    torch.testing.assert_close(got[1].double(), variance, rtol=near, atol=near * size**2 * near)
+    expected = {
+        "sq_norms": rows.square().sum(1),
+        "trace_sigma": trace,
+        "grad_sq_norm": mean_sq,
+        "grad_sq_norm_unbiased": mean_sq - trace / b,
+        "nsr": trace / mean_sq,
+        "nsr_batch": trace / mean_sq / b,
+        "gns": trace / (mean_sq - trace / b),
+    }
+    for name, value in expected.items():
+        field = getattr(result, name)
+        assert field.dtype == torch.float64
+        assert field.shape == value.shape
+        torch.testing.assert_close(field, value, rtol=4 * near, atol=0)
 
 
-@pytest.mark.parametrize("wrap", [list, tuple, iter, lambda x: (p for p in x)])
-def test_any_iterable_of_parameters(wrap):
-    params = zeros([(2,), (3,)])
-    named = [("a", params[0]), ("b", params[1])]
-    for given, names in ((params, ["0", "1"]), (named, ["a", "b"])):
-        moments = RunningMoments(wrap(given))
-        for _ in range(2):
-            for p in params:
-                p.grad = torch.ones_like(p)
-            moments.update()
-        assert moments.result().names == names
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_field(isa, dtype):
+    near = 1e-13 if dtype == torch.float64 else 3e-6
+    x = (1 + torch.randn(30, 1500, dtype=torch.float64)).to(dtype)
+    assert_moments(normkern.moments(x), x.double(), near)
+    for kind in (list, tuple):
+        result = normkern.moments(kind([x[:, :6].view(30, 2, 3), x[:, 6], x[:, 7:].t().contiguous().t()]))
+        assert [m.shape for m in result.mean] == [v.shape for v in result.variance] == [(2, 3), (), (1493,)]
+        assert isinstance(result.mean, list)
+        assert isinstance(result.variance, list)
+        assert_moments(result, x.double(), near)
 
 
-# ---- Refusals ---------------------------------------------------------------------------------------------------------
+def test_what_torch_func_gives():
+    """Per-sample gradients of a small network."""
+    net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    x, y = torch.randn(12, 5), torch.randint(3, (12,))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(params, x, y):
+        out = torch.func.functional_call(net, params, (x[None],))
+        return nn.functional.cross_entropy(out, y[None])
+
+    grads = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(params, x, y)
+    result = normkern.moments(list(grads.values()))
+    nn.functional.cross_entropy(net(x), y).backward()
+    for mean, p in zip(result.mean, net.parameters(), strict=True):
+        torch.testing.assert_close(mean, p.grad)
+    assert_moments(result, torch.cat([g.flatten(1) for g in grads.values()], 1).double(), 1e-5)
 
 
-def test_refused_parameters():
-    w = nn.Parameter(torch.ones(3))
-    for params, error, sentence in (
-        ([], ValueError, "RunningMoments: params is empty; expected at least one tensor"),
-        (iter(()), ValueError, "RunningMoments: params is empty; expected at least one tensor"),
-        (
-            w,
-            TypeError,
-            r"RunningMoments: params is torch.float32 on cpu; expected several tensors, or pairs \(name, tensor\)",
-        ),
-        ([w, "w"], TypeError, r"RunningMoments: params\[1\] is str; expected a tensor or a pair \(name, tensor\)"),
-        ([{"params": [w]}], TypeError, r"RunningMoments: params\[0\] is dict; expected a tensor or a pair"),
-        ([(w, "w")], TypeError, r"RunningMoments: params\[0\] is tuple; expected a tensor or a pair"),
-        ([("a", w), ("b", w)], ValueError, r"RunningMoments: params\[1\], 'b', is the same tensor as 'a'"),
-        ([("a", w), ("a", torch.ones(2))], ValueError, r"RunningMoments: params\[1\] has the name 'a' of another one"),
-    ):
-        with pytest.raises(error, match=sentence):
-            RunningMoments(params)
+def test_graphs_are_left_alone():
+    w = nn.Parameter(torch.randn(6, 5))
+    for x in (w, w * 2, torch.randn(6, 5, requires_grad=True)):
+        result = normkern.moments(x)
+        assert not any(t.requires_grad for t in (result.mean, result.variance, result.sq_norms, result.nsr))
+        assert x._version == 0
+    with torch.inference_mode():
+        assert normkern.moments(torch.ones(2, 2)).grad_sq_norm == 2
 
 
-@pytest.mark.parametrize("batch_size", [0, -3, 2.0, True, "8"])
-def test_refused_batch_size(batch_size):
-    with pytest.raises(ValueError, match="RunningMoments: batch_size expected a whole number from 1, got"):
-        RunningMoments(zeros([1]), batch_size=batch_size)
+def test_negative_views():
+    z = torch.randn(6, 5, dtype=torch.complex64)
+    x = z.conj().imag
+    assert x.is_neg()
+    assert same_bits(normkern.moments(x).mean, normkern.moments(x.resolve_neg()).mean)
 
 
-def test_refused_results():
-    moments = of_rows(torch.randn(1, 4), batch_size=8)
-    with pytest.raises(RuntimeError, match="RunningMoments.result: expected at least 2 updates before it, got 1"):
-        moments.result()
-    moments.update()
-    moments.update()
-    for population in (0, 64.0, True):
-        with pytest.raises(ValueError, match="RunningMoments.result: population expected a whole number from 1, got"):
-            moments.result(population=population)
-    with pytest.raises(ValueError, match="population expected at least 24, 3 micro-batches of 8, got 23"):
-        moments.result(population=23)
-    moments.result(population=24)
-    with pytest.raises(ValueError, match="population expected a batch_size at construction, got None"):
-        of_rows(torch.randn(2, 4)).result(population=100)
+def test_torch_path(monkeypatch):
+    """Where no kernel runs, the eager twin says the same."""
+    x = [samples(9, 40), samples(9, 3, 4)]
+    fast = normkern.moments(x)
+    monkeypatch.setattr(ops, "kernel_takes", lambda tensor: False)
+    slow = normkern.moments(x)
+    for name in ("sq_norms", "trace_sigma", "grad_sq_norm", "grad_sq_norm_unbiased", "nsr", "nsr_batch", "gns"):
+        torch.testing.assert_close(getattr(fast, name), getattr(slow, name), rtol=1e-5, atol=0)
+    for a, b in zip((*fast.mean, *fast.variance), (*slow.mean, *slow.variance), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def as_subclass(x):
-    return x.as_subclass(type("Sub", (torch.Tensor,), {}))
+def test_memory_stays_small():
+    """Nothing of the size of the samples is allocated, whatever their layout."""
+    x = torch.randn(256, 40_000)
+    for y in (x, x.t().contiguous().t(), x[:, ::2]):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            normkern.moments(y)
+        allocated = sum(max(e.self_cpu_memory_usage, 0) for e in profile.events())
+        assert allocated <= 4 * 4 * y.shape[1] + 8 * 1000
+
+
+class Subclass(torch.Tensor):
+    pass
 
 
 @pytest.mark.parametrize(
-    ("break_it", "error", "sentence"),
+    ("x", "error", "sentence"),
     [
-        (lambda a, b: setattr(b, "grad", None), RuntimeError, "'b' has no gradient in micro-batch 2 but one in those before; expected one in all or in none"),
-        (lambda a, b: (setattr(a, "grad", None), setattr(b, "grad", None)), RuntimeError, "expected a backward before it, but no parameter has a gradient"),
-        (lambda a, b: setattr(b, "grad", as_subclass(torch.ones(2))), TypeError, "the gradient of 'b' is .*Sub.*; expected a plain torch.Tensor"),
-        (lambda a, b: (b.__setattr__("data", torch.ones(2).double()), setattr(b, "grad", torch.ones(2).double())), ValueError, r"the gradient of 'b' is read as torch.float64 on cpu, \(2,\), but was read as torch.float32 on cpu, \(2,\), before"),
-        (lambda a, b: (b.__setattr__("data", torch.ones(5)), setattr(b, "grad", torch.ones(5))), ValueError, r"the gradient of 'b' is read as torch.float32 on cpu, \(5,\), but was read as torch.float32 on cpu, \(2,\), before"),
+        (3, TypeError, "moments: x is int; expected a tensor"),
+        ({"w": torch.ones(2, 2)}, TypeError, "moments: x is dict; expected a tensor"),
+        ([torch.ones(2, 2), None], TypeError, "moments: x[1] is NoneType; expected a tensor"),
+        ([], ValueError, "moments: x is an empty list"),
+        ((), ValueError, "moments: x is an empty list"),
+        (torch.ones(()), ValueError, "moments: x has shape (); expected (B, P)"),
+        (torch.ones(4), ValueError, "moments: x has shape (4,); expected (B, P)"),
+        (torch.ones(4, 3, 2), ValueError, "moments: x has shape (4, 3, 2); expected (B, P)"),
+        ([torch.ones(())], ValueError, "moments: x[0] has shape (); expected (B, *shape) with B > 0"),
+        (torch.ones(0, 5), ValueError, "moments: x has shape (0, 5); expected (B, *shape) with B > 0"),
+        (torch.ones(1, 5), ValueError, "moments: x has shape (1, 5); expected at least 2 samples"),
+        ([torch.ones(1, 5), torch.ones(1)], ValueError, "moments: x[0] has shape (1, 5); expected at least 2 samples"),
+        (torch.ones(3, 0), ValueError, "moments: x has shape (3, 0); expected at least one column"),
+        ([torch.ones(3, 0)], ValueError, "moments: x[0] has shape (3, 0); expected at least one column"),
+        ([torch.ones(3, 2), torch.ones(4, 2)], ValueError, "moments: x[1] has 4 samples but x[0] has 3"),
+        (torch.ones(3, 2, dtype=torch.int64), TypeError, "moments: x is torch.int64 on cpu; expected a plain, strided"),
+        (torch.ones(3, 2, dtype=torch.bool), TypeError, "moments: x is torch.bool on cpu"),
+        (torch.ones(3, 2, dtype=torch.complex64), TypeError, "moments: x is torch.complex64 on cpu"),
+        (torch.ones(3, 2).to(torch.float8_e4m3fn), TypeError, "moments: x is torch.float8_e4m3fn on cpu"),
+        (torch.ones(3, 2).to_sparse(), TypeError, "moments: x is torch.float32 on cpu, torch.sparse_coo"),
+        (torch.ones(3, 2, device="meta"), TypeError, "moments: x is torch.float32 on meta"),
+        (torch.ones(3, 2).as_subclass(Subclass), TypeError, "moments: x is Subclass of torch.float32 on cpu"),
+        (
+            [torch.ones(3, 2), torch.ones(3, 2).double()], TypeError,
+            "moments: x[1] is torch.float64 on cpu but x[0] is torch.float32 on cpu; expected one dtype and one device",
+        ),
     ],
 )  # fmt: skip
-def test_refused_updates_write_nothing(break_it, error, sentence):
-    a, b = zeros([3, 2])
-    moments = RunningMoments([("a", a), ("b", b)])
-    for _ in range(2):
-        a.grad, b.grad = torch.randn(3), torch.randn(2)
-        moments.update()
-    before = moments.result()
-    a.grad, b.grad = torch.randn(3), torch.randn(2)
-    break_it(a, b)
-    with pytest.raises(error, match="RunningMoments.update: " + sentence):
-        moments.update()
-    after = moments.result()
-    assert after.count == 2
-    assert same_bits(after.trace_sigma, before.trace_sigma)
-    assert all(same_bits(x, y) for x, y in zip(after.mean, before.mean, strict=True))
+def test_refusals(x, error, sentence):
+    with pytest.raises(error) as raised:
+        normkern.moments(x)
+    assert str(raised.value).startswith(sentence)
 
 
-def test_a_late_gradient_is_refused():
-    a, b = zeros([3, 2])
-    moments = RunningMoments([("a", a), ("b", b)])
-    a.grad = torch.ones(3)
-    moments.update()
-    b.grad = torch.ones(2)
-    with pytest.raises(RuntimeError, match="'b' has a gradient in micro-batch 1 but none in those before"):
-        moments.update()
-    b.grad = None
-    moments.update()
-    assert moments.result().mean[0].tolist() == [1, 1, 1]
-
-
-def test_a_refused_first_update_leaves_nothing():
-    a, b = zeros([3, 2])
-    moments = RunningMoments([("a", a), ("b", b)])
-    a.grad, b.grad = torch.ones(3), as_subclass(torch.ones(2))
-    with pytest.raises(TypeError):
-        moments.update()
-    b.grad = None
-    moments.update()
-    moments.update()
-    assert moments.result().mean[1] is None
-
-
-def test_welford_is_the_reference_op_by_op(isa):
-    """The pass itself, in its own precision."""
-    for dtype in DTYPES:
-        m, s, e_m, e_s = (torch.zeros(ops.CHUNK + 9, dtype=d) for d in (dtype, dtype, torch.float64, torch.float64))
-        for n in range(1, 5):
-            x = torch.randn(ops.CHUNK + 9, dtype=torch.float64).to(dtype)
-            reference.welford_([e_m], [x.double()], [e_s], n=n)
-            ops.welford_([m], [x], [s], n=n)
-        scale = torch.finfo(dtype).eps * 40
-        torch.testing.assert_close(m.double(), e_m, rtol=0, atol=scale)
-        torch.testing.assert_close(s.double(), e_s, rtol=0, atol=5 * scale)
+@pytest.mark.parametrize(
+    ("x", "error", "sentence"),
+    [
+        (3, TypeError, "moments: x is int; expected a torch.Tensor (B, *shape)"),
+        ([torch.ones(2, 2), 3], TypeError, "moments: x[1] is int; expected a torch.Tensor (B, *shape)"),
+        (torch.ones(3, 2, dtype=torch.int64), TypeError,
+         "moments: x is torch.int64 on cpu; expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu"),
+        ([torch.ones(3, 2).to_sparse()], TypeError, "moments: x[0] is torch.float32 on cpu, torch.sparse_coo"),
+        (torch.ones(0, 2), ValueError, "moments: x has shape (0, 2); expected (B, *shape) with B > 0"),
+        ([], ValueError, "moments: x is an empty list"),
+    ],
+)  # fmt: skip
+def test_op_refusals(x, error, sentence):
+    with pytest.raises(error) as raised:
+        ops.moments(x)
+    assert str(raised.value).startswith(sentence)

@@ -1,16 +1,13 @@
-// cpu.cpp - who runs the loops: picks the ISA table once, spreads chunks over torch's thread pool.
+// cpu.cpp - who runs the loops: picks the ISA table once, spreads work over torch's thread pool.
 #include <atomic>
 #include <cstring>
 #include <memory>
 
 #include "isa.h"
+#include "share.h"
 
 namespace nk::cpu {
 namespace {
-
-// Below this many coordinates one thread is faster: waking the pool costs 1 to 5 us (measured, hot caches, 2 threads:
-// ties at 25k to 40k coordinates, in 8 tensors or in 160).
-constexpr int64_t kSerial = 32768;
 
 struct Level {
   const char* name;
@@ -65,35 +62,40 @@ bool select_isa(const char* name) {
   return false;
 }
 
-void run(const Chunk* chunks, int64_t count, int64_t coordinates) {
+const Isa& table() { return *chosen->table; }
+
+void share(int64_t count, bool on_pool, void (*one)(int64_t, const void*), const void* self) {
   struct Work {
-    const Chunk* chunks;
     int64_t count;
-    const Isa* isa;
+    void (*one)(int64_t, const void*);
+    const void* self;
     std::unique_ptr<std::atomic<bool>[]> taken;
 
-    void one(int64_t i) const {
-      const Chunk& c = chunks[i];
-      (c.h ? isa->run_pair : isa->run)[(int)c.rule][(int)c.dtype](c);
-    }
-
     // Every thread begins with the range that the pool gives it, the same at every step, so that what fits into its
-    // cache is found there again; then it helps the others, for chunks differ in length (ranges alone lose up to a
+    // cache is found there again; then it helps the others, for pieces differ in length (ranges alone lose up to a
     // third on lists like ResNet-50's).
-    static void share(int64_t begin, int64_t, void* self) {
-      const Work& work = *static_cast<const Work*>(self);
+    static void range(int64_t begin, int64_t, void* context) {
+      const Work& work = *static_cast<const Work*>(context);
       for (int64_t k = 0, i = begin; k < work.count; k++, i = i + 1 == work.count ? 0 : i + 1)
         if (!work.taken[i].load(std::memory_order_relaxed) && !work.taken[i].exchange(true, std::memory_order_relaxed))
-          work.one(i);
+          work.one(i, work.self);
     }
-  } work{chunks, count, chosen->table, nullptr};
+  } work{count, one, self, nullptr};
 
-  if (coordinates > kSerial && count > 1 && parallel_for) {
+  if (on_pool && count > 1 && parallel_for) {
     work.taken = std::make_unique<std::atomic<bool>[]>(count);
-    if (parallel_for(0, count, 1, Work::share, &work) != 0) Work::share(0, count, &work);  // what the pool did not take
+    if (parallel_for(0, count, 1, Work::range, &work) != 0) Work::range(0, count, &work);  // what the pool did not take
   } else {
-    for (int64_t i = 0; i < count; i++) work.one(i);
+    for (int64_t i = 0; i < count; i++) one(i, self);
   }
+}
+
+void run(const Chunk* chunks, int64_t count, int64_t coordinates) {
+  const Isa& isa = table();
+  share(count, coordinates > kSerialCoordinates, [&](int64_t i) {
+    const Chunk& c = chunks[i];
+    (c.h ? isa.run_pair : isa.run)[(int)c.rule][(int)c.dtype](c);
+  });
 }
 
 }  // namespace nk::cpu

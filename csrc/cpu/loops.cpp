@@ -1,10 +1,14 @@
 // loops.cpp - the coordinate loops, compiled once for each ISA level, in a namespace of its own (NK_ISA).
 //
 // No torch, no STL: formulas.h applied to several coordinates at a time (simd.h).
-#include "isa.h"
+#include "kernels.h"
 #include "simd.h"
 
 namespace nk::cpu::NK_ISA {
+
+void outer(const Outer&, const Block&);    // outer.cpp
+void conv(const Conv&, const ConvBlock&);  // conv.cpp
+
 namespace {
 
 using Lanes = Eight<double>;
@@ -19,14 +23,13 @@ template <int N> struct Sums {
   }
 
   void flush(double* out, const Hyper& hyper, bool is_gauged) {
-    double total[N];
+    double sums[N];
     for (int j = 0; j < N; j++) {
-      const Lanes& x = s[j];
-      total[j] = ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7]));
+      sums[j] = total(s[j]);
       s[j] = Lanes::all(0.0);
     }
-    in_user_units<N>(total, hyper, is_gauged);
-    for (int j = 0; j < N; j++) out[j] = total[j];
+    in_user_units<N>(sums, hyper, is_gauged);
+    for (int j = 0; j < N; j++) out[j] = sums[j];
   }
 };
 
@@ -254,12 +257,19 @@ template <class Rule, class... Types> constexpr void fill_row(Loop* row, List<Ty
 template <class Rule, class... Types> constexpr void fill_pair_row(Loop* row, List<Types...>) {
   ((*row++ = pair<Rule, Types>), ...);
 }
+template <class... Types> constexpr void fill_kernels(Isa& isa, List<Types...>) {
+  int t = 0;
+  ((isa.moments[t++] = moments<Types>), ...);
+}
 template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<Steps...>) {
   Isa isa{};
+  fill_kernels(isa, StorageTypes{});
   int r = 0;
   (fill_row<All>(isa.run[r++], StorageTypes{}), ...);
   r = 0;
   (fill_pair_row<Steps>(isa.run_pair[r++], StorageTypes{}), ...);
+  isa.outer = outer;
+  isa.conv = conv;
   return isa;
 }
 

@@ -1,5 +1,5 @@
-// simd.h - eight or sixteen numbers side by side, however many registers that takes. Included by loops.cpp only, once
-// per ISA level.
+// simd.h - eight or sixteen numbers side by side, however many registers that takes. Included by loops.cpp and its
+// neighbours, once per ISA level.
 //
 // Sums are eight doubles wide on every level, so that all add in the same order; five of those are what AVX2's sixteen
 // registers can hold. Everything before the sums is as wide as a register of floats is. GCC's and Clang's vector types
@@ -80,6 +80,11 @@ template <class R, int N> NK_HD Side<R, N> fma(const Side<R, N>& a, const Side<R
   return c;
 }
 
+template <class R, int N> NK_HD Side<R, N> finite_or(Side<R, N> x, const Side<R, N>& y) {
+  for (int i = 0; i < x.kParts; i++) x.part[i] = x.part[i] - x.part[i] == 0 ? x.part[i] : y.part[i];
+  return x;
+}
+
 // The k-th eight of a row of numbers, as doubles.
 NK_HD Eight<double> eight_doubles(const Eight<double>& x, int) { return x; }
 NK_HD Eight<double> eight_doubles(const Eight<float>& x, int) {
@@ -101,7 +106,16 @@ NK_HD Eight<double> eight_doubles(const Side<float, 16>& x, int k) {
   y.part[0] = _mm512_cvtps_pd(k ? _mm512_extractf32x8_ps(x.part[0], 1) : _mm512_castps512_ps256(x.part[0]));
   return y;
 }
+#else
+NK_HD Eight<double> eight_doubles(const Side<float, 16>& x, int k) {
+  Eight<float> half;
+  __builtin_memcpy(&half, x.part + k * half.kParts, sizeof half);
+  return eight_doubles(half, 0);
+}
 #endif
+
+NK_HD double total(const Eight<double>& x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+NK_HD double total(const Side<float, 16>& x) { return total(eight_doubles(x, 0) + eight_doubles(x, 1)); }
 
 // ---- Memory: values of a storage type, widened on the way in, rounded once on the way out ---------------------------
 
@@ -187,6 +201,25 @@ NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
 }
 #endif
 #endif
+#if !defined(__AVX512F__)
+template <class T> NK_HD Side<float, 16> load_two(const T* p) {
+  const Eight<float> halves[2] = {load(p, Width<8>{}), load(p + 8, Width<8>{})};
+  Side<float, 16> x;
+  __builtin_memcpy(&x, halves, sizeof x);
+  return x;
+}
+NK_HD Side<float, 16> load(const bf16* p, Width<16>) { return load_two(p); }
+NK_HD Side<float, 16> load(const f16* p, Width<16>) { return load_two(p); }
+#endif
+
+// Eight doubles, rounded to the type of the memory.
+template <class R> NK_HD void store_as(R* p, const Eight<double>& x) {
+  typedef R Part __attribute__((vector_size(x.kWidth * sizeof(R))));
+  for (int i = 0; i < x.kParts; i++) {
+    const Part part = __builtin_convertvector(x.part[i], Part);
+    __builtin_memcpy(p + i * x.kWidth, &part, sizeof part);
+  }
+}
 
 }  // namespace
 }  // namespace nk::cpu::NK_ISA

@@ -41,8 +41,9 @@ class Backend:
         self._library = ctypes.CDLL(path)
         self._library.simt_exchange_api.restype = ctypes.c_void_p
         self._library.simt_launches.restype = ctypes.c_uint64
-        loader = importlib.machinery.ExtensionFileLoader("_C", path)
-        self.binary = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+        name = f"simt_{'checked' if checked else 'fast'}._C"  # pybind11 keeps one module of each name
+        loader = importlib.machinery.ExtensionFileLoader(name, path)
+        self.binary = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(self.binary)
         self.binary.connect(
             self._exchange_api(), ops.torch_symbol("torch_parallel_for"), torch.Tensor, torch.nn.Parameter
@@ -100,14 +101,19 @@ class Backend:
         return tuple(numbers)
 
     def launches(self):
+        """How many there have been."""
         return self._library.simt_launches()
 
-    def refuse_next_launch(self, error):
-        self._library.simt_refuse_next_launch(error)
+    def refuse_launch(self, error, after=0):
+        """One of the next launches, after so many others, fails with the error."""
+        self._library.simt_refuse_launch(error, after)
 
     def devices(self, count=1, current=0, of_tensors=0):
         """How many there are, which is current, and on which one tensors lie."""
         self._library.simt_devices(count, current, of_tensors)
+
+    def current_device(self):
+        return self._library.simt_current_device()
 
     # ---- What another machine for launches needs
 

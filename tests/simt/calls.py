@@ -98,3 +98,37 @@ def random_lists(shapes, dtype, seed=0, lay_out=lambda x, i: x):
         ]
         for _ in range(4)
     ]
+
+
+def _step(dtype, **options):
+    """Parameters, buffers and sums after a step of a short list."""
+    w, g, v, _ = random_lists([(5,), (300,), (9, 40), (8195,)], dtype, seed=1)
+    table = ops.sgd_(w, g, v, momentum=MOMENTUM, stats="row", **options)
+    return [*w, *v, table]
+
+
+def numbers_on_device(dtype, on_device):
+    """lr, weight_decay and grad_scale are read by the kernel."""
+    number = torch.tensor if on_device else lambda x, dtype=None: torch.tensor(x, dtype=dtype).item()
+    single = _step(dtype, lr=number(LR), weight_decay=number(WEIGHT_DECAY), grad_scale=number(4.0))
+    wide = _step(
+        dtype, lr=number(LR, dtype=torch.float64), weight_decay=number(WEIGHT_DECAY, dtype=torch.float64)
+    )  # fmt: skip
+    return single + wide
+
+
+def nothing_found(dtype, on_device):
+    """found_inf is 0: an ordinary step."""
+    return _step(dtype, lr=LR, **({"found_inf": torch.zeros(1)} if on_device else {}))
+
+
+def skipped_tensors(dtype, on_device):
+    """More tensors than a launch takes, some of them without a gradient: rows of NaN."""
+    w, g, v, _ = random_lists([(1 + i % 7,) for i in range(600)], dtype)
+    g[3] = g[400] = None
+    table = ops.sgd_(w, g, v, lr=LR, momentum=MOMENTUM, stats="tensor")
+    assert table.isnan().any(1).nonzero().flatten().tolist() == [3, 400]
+    return [*w, *v, table.nan_to_num(-1.0)]
+
+
+SPECIAL = (numbers_on_device, nothing_found, skipped_tensors)

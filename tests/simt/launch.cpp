@@ -353,9 +353,9 @@ void launch_call(dim3 grid, dim3 block, size_t dynamic, const Call& kernel) {
   const uint64_t blocks = (uint64_t)grid.x * grid.y * grid.z, in_block = (uint64_t)block.x * block.y * block.z;
   if (!blocks || !in_block || in_block > kMaxThreads || block.z > 64 || grid.x > 0x7fffffffu || grid.y > 65535 ||
       grid.z > 65535 || dynamic > kDynamicShared)
-    state.refuse_next = cudaErrorInvalidConfiguration;
-  if (state.refuse_next) {
-    state.error = std::exchange(state.refuse_next, cudaSuccess);
+    state.refuse_with = cudaErrorInvalidConfiguration, state.refuse_after = 0;
+  if (state.refuse_with && state.refuse_after-- == 0) {
+    state.error = std::exchange(state.refuse_with, cudaSuccess);
     return;
   }
   prepare_once();

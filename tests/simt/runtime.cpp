@@ -93,7 +93,11 @@ cudaError_t cudaDeviceGetAttribute(int* out, cudaDeviceAttr attribute, int devic
 
 SIMT_EXPORT void simt_seed(uint64_t seed) { state.seed = seed; }
 SIMT_EXPORT uint64_t simt_launches() { return state.launch; }
-SIMT_EXPORT void simt_refuse_next_launch(int error) { state.refuse_next = cudaError_t(error); }
+SIMT_EXPORT void simt_refuse_launch(int error, int after) {
+  state.refuse_with = cudaError_t(error);
+  state.refuse_after = after;
+}
+SIMT_EXPORT int simt_current_device() { return state.device; }
 SIMT_EXPORT void simt_run_elsewhere(simt::Elsewhere run) { state.run_elsewhere = run; }
 SIMT_EXPORT int simt_allowed(uint64_t (*stretches)[2], int room) { return simt::allowed(stretches, room); }
 SIMT_EXPORT void simt_fma32(const float* a, const float* b, const float* c, float* out, int64_t n) {

@@ -17,7 +17,8 @@ using Elsewhere = int (*)(uint64_t kernel, uint32_t grid, uint32_t block, const 
 struct State {
   uint64_t seed = 1;                      // 0: blocks ascending, the thread that became ready last runs first
   cudaError_t error = cudaSuccess;        // what cudaGetLastError will say
-  cudaError_t refuse_next = cudaSuccess;  // of the next launch
+  cudaError_t refuse_with = cudaSuccess;  // of the launch after `refuse_after` others
+  int refuse_after = 0;
   int devices = 1, device = 0;
   Elsewhere run_elsewhere = nullptr;
 

@@ -6,7 +6,7 @@ import pytest
 from memory import same_bits
 
 from . import build, nvcc, ptx, ptxrun
-from .calls import every_call, random_lists
+from .calls import SPECIAL, every_call, random_lists
 from .judgement import DTYPES, lay_out
 from .needs import need
 
@@ -26,11 +26,9 @@ def executed():
     return set()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("call", every_call(), ids=str)
-def test_bits_of_the_emulator(emulated, kernels, executed, call, dtype):
-    call = dataclasses.replace(call, stats="row")
-    expected, got = (random_lists(SHAPES, dtype, lay_out=lay_out) for _ in range(2))
+@pytest.fixture
+def in_ptx(emulated, kernels, executed):
+    """Where the emulated binary launches PTX."""
 
     def run(name, grid, block, parameters):
         executed.add(name)
@@ -38,15 +36,31 @@ def test_bits_of_the_emulator(emulated, kernels, executed, call, dtype):
         ptxrun.Grid(kernels[name], grid, block, parameters, memory, emulated.fma).run()
 
     with emulated.in_place():
-        expected_table = call(*expected)
-        emulated.forget()
-        with emulated.launches_run_by(run):
-            table = call(*got)
+        yield lambda: emulated.launches_run_by(run)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", every_call(), ids=str)
+def test_bits_of_the_emulator(in_ptx, call, dtype):
+    call = dataclasses.replace(call, stats="row")
+    expected, got = (random_lists(SHAPES, dtype, lay_out=lay_out) for _ in range(2))
+    expected_table = call(*expected)
+    with in_ptx():
+        table = call(*got)
     for name, ours, theirs in zip("wgvh", got, expected, strict=True):
         for a, b in zip(ours, theirs, strict=True):
             assert same_bits(a, b), f"{name} of shape {tuple(a.shape)}"
     assert (table is None) == (expected_table is None)
     assert table is None or same_bits(table, expected_table), "sums"
+
+
+@pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_cases_have_the_bits_of_the_emulator(in_ptx, case, dtype):
+    expected = case(dtype, on_device=True)
+    with in_ptx():
+        got = case(dtype, on_device=True)
+    assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_every_kernel_was_executed(kernels, executed):

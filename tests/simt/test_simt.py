@@ -8,17 +8,9 @@ import torch
 
 from normkern import ops
 
-from . import build, judgement
-from .backend import Backend
+from . import judgement
 from .calls import every_call
 from .judgement import DTYPES
-from .needs import need
-
-
-@pytest.fixture(scope="module")
-def checked():
-    need(build.missing())
-    return Backend(checked=True)
 
 
 def calls():

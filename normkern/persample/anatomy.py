@@ -1,0 +1,65 @@
+"""A model's parts, as a context needs them: who is trained, what is constant, and what cannot be seen into."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..kinds import is_a
+from .ledger import Record
+
+
+@dataclass
+class Anatomy:
+    """Of one model, at one time."""
+
+    modules: list[nn.Module]
+    records: list[Record]  #: of the parameters that require a gradient, by their names in named_parameters()
+    constants: set[int]  #: ids of the others, and of buffers
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Anatomy:
+        """RuntimeError: it is compiled or scripted."""
+        modules: list[nn.Module] = []
+        records: dict[int, Record] = {}
+        constants: set[int] = set()
+        for path, module in model.named_modules():
+            _refuse_compiled(path, module)
+            modules.append(module)
+            for name, p in module._parameters.items():
+                if p is None or id(p) in records:
+                    continue
+                if p.requires_grad:
+                    full = f"{path}.{name}" if path else name
+                    records[id(p)] = Record(full, f"{path or 'the model'} ({type(module).__name__})", p)
+                else:
+                    constants.add(id(p))
+            constants.update(id(b) for b in module._buffers.values() if b is not None)
+        return cls(modules, list(records.values()), constants)
+
+
+def _refuse_compiled(path: str, module: nn.Module) -> None:
+    who = path or "the model"
+    if module._compiled_call_impl is not None or is_a(module, "torch._dynamo.eval_frame", "OptimizedModule"):
+        raise RuntimeError(
+            f"GradientNoise: {who} is compiled (torch.compile), so that its operations cannot be seen; expected the model "
+            "as it was before, which shares its parameters (compiled._orig_mod)"
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise RuntimeError(
+            f"GradientNoise: {who} is scripted or traced (torch.jit), so that its operations cannot be seen; expected the "
+            "module that it was made of"
+        )
+
+
+def batch_norms(model: nn.Module) -> str:
+    """The layers that use batch statistics now, for an error."""
+    kind = nn.modules.batchnorm._BatchNorm
+    found = [
+        f"{name or 'the model'} ({type(m).__name__})"
+        for name, m in model.named_modules()
+        if isinstance(m, kind) and (m.training or m.running_mean is None)
+    ]
+    return ", ".join(found) or "batch_norm(training=True)"

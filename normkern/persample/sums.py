@@ -1,0 +1,75 @@
+"""What is summed over samples: of one gradient's contributions, of several batches', of all parameters'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+@dataclass(slots=True)
+class Sums:
+    """Of the contributions c_b of a batch to one tensor's gradient."""
+
+    total: Tensor  #: sum_b c_b, of the tensor's shape
+    centred: Tensor | None  #: sum_b (c_b - mean)^2, elementwise; None: not asked for
+    sq_norms: Tensor  #: (B,) |c_b|^2, float64
+
+    def reshape(self, shape: torch.Size) -> Sums:
+        """The same of a tensor of another shape."""
+        return Sums(
+            self.total.reshape(shape), None if self.centred is None else self.centred.reshape(shape), self.sq_norms
+        )
+
+
+def real(dtype: torch.dtype) -> torch.dtype:
+    """What contributions of a dtype are summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def sq_norm(x: Tensor) -> Tensor:
+    """|x|^2 in float64, of no dimension."""
+    if ops.cpu_takes(x) and x.dim() > 0 and x.shape[0]:
+        return ops.moments(x.flatten(1), squares=False)[2].sum() if x.dim() > 1 else ops.moments(x[None], squares=False)[2][0]
+    return x.detach().double().square().sum()
+
+
+def plain_sum(x: Tensor) -> Tensor:
+    """The sum of all entries in float64, of no dimension."""
+    return x.detach().sum(dtype=torch.float64)
+
+
+def of_matrix(rows: Tensor, squares: bool) -> Sums:
+    """Of contributions that are the rows of a (B, P) matrix."""
+    rows = rows if rows.dtype == real(rows.dtype) else rows.to(real(rows.dtype))
+    from . import kernels
+
+    mean, centred, sq_norms = kernels.moments(rows, squares)
+    return Sums(mean * len(rows), centred, sq_norms)
+
+
+def one_by_one(batch: int, sample: Callable[[int], Tensor], squares: bool) -> Sums:
+    """Of contributions that come one after the other, each of the tensor's shape: never more than one at a time.
+
+    sum_b (c_b - mean)^2 by Youngs and Cramer's update, as in formulas.h.
+    """
+    total: Tensor | None = None
+    centred: Tensor | None = None
+    norms = []
+    for b in range(batch):
+        c = sample(b).detach()
+        c = c.to(real(c.dtype))
+        norms.append(sq_norm(c))
+        if total is None:
+            total, centred = c.clone(), torch.zeros_like(c) if squares else None
+            continue
+        total += c
+        if centred is not None:
+            deviation = c.mul(b + 1).sub_(total)
+            centred.addcmul_(deviation, deviation, value=1 / (b * (b + 1)))
+    assert total is not None
+    return Sums(total, centred, torch.stack(norms).to(torch.float64))
