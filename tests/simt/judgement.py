@@ -9,7 +9,7 @@ from .calls import random_lists
 DTYPES = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
 # Packs and what is left of them, warps, rows that one warp takes and rows that a block takes, blocks and their parts.
 SHAPES = [(), (0,), (1,), (7,), (8,), (9,), (33,), (257,), (2049,), (8191,), (8192,), (8193,), (20001,), (40, 51),
-          (3, 2047), (3, 2048), (2, 8195), (700, 3), (161, 51), (5, 2047),
+          (3, 2047), (3, 2048), (2, 8195), (700, 3), (161, 51), (9, 2047), (2, 4096), (2, 4097),
           (12, 5, 7), (12, 5, 8)]  # fmt: skip
 OUT_OF_ALIGNMENT = {257: 1, 2049: 3}  # the tensors of so many coordinates, by so many elements
 COORDINATES = 65536

@@ -64,12 +64,12 @@ MUTANTS = [
     ),
     Mutant(
         "early return", "update.cuh",
-        "  if (!t.sums) return;", "  if (!t.sums || (int)threadIdx.x >= left) return;",
+        "    if (is_short) return;", "    if (is_short || (int)threadIdx.x >= left) return;",
         "return",
     ),
     Mutant(
         "partial shuffle", "block.cuh",
-        "s[j] += __shfl_xor_sync(", "if (threadIdx.x % kWarp < 16 || away < 16) s[j] += __shfl_xor_sync(",
+        "const double got = __shfl_xor_sync(", "double got = 0;\n        if (threadIdx.x % kWarp < 16 || kAway < 16) got = __shfl_xor_sync(",
         "deadlock",
         always=True,
     ),
@@ -81,7 +81,7 @@ MUTANTS = [
     ),
     Mutant(
         "lost update in shared memory", "block.cuh",
-        "from[j][warp] = s[j];", "from[j][0] += s[j];",
+        "from[j][warp] = s[0];", "from[j][0] += s[0];",
         "read of memory that nobody has written",
     ),
     Mutant(
@@ -109,7 +109,7 @@ MUTANTS = [
     ),
     Mutant(
         "blocks overlap", "update.cuh",
-        "(int)(left < kBlock ? left : kBlock)", "(int)(left < kBlock + 1 ? left : kBlock + 1)",
+        "(int)(left < kBlock ? left : kBlock),\n            is_short", "(int)(left < kBlock + 1 ? left : kBlock + 1),\n            is_short",
         "race with another block",
         always=True,
     ),

@@ -4,6 +4,9 @@
 #include "backend.h"
 
 namespace nk::cpu {
+namespace {
+[[noreturn]] void refuse() { throw std::logic_error("simt: a tensor of the CPU came through"); }
+}  // namespace
 
 void set_parallel_for(ParallelFor) {}
 const char* isa() { return "simt"; }
@@ -12,8 +15,12 @@ int supported(const char** names, int room) {
   return 1;
 }
 bool select_isa(const char* name) { return name[0] == 's'; }
+
 void run(const Chunk*, int64_t count, int64_t) {
-  if (count > 0) throw std::logic_error("simt: a tensor of the CPU came through");
+  if (count > 0) refuse();
 }
+void outer_moments(const Outer&) { refuse(); }
+void conv_moments(const Conv&) { refuse(); }
+void moments(const Moments&) { refuse(); }
 
 }  // namespace nk::cpu
