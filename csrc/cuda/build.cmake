@@ -53,7 +53,9 @@ add_library(normkern_cuda OBJECT
 set_target_properties(normkern_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
 target_compile_features(normkern_cuda PRIVATE cuda_std_17)
 # No fused multiply-add that is not written as one: the same bits as on the CPU. A spilled register is a mistake here.
-target_compile_options(normkern_cuda PRIVATE -fmad=false -Werror=all-warnings -Xptxas=-warn-spills,-Werror)
+# Compressed, all architectures take a fifth of the room.
+target_compile_options(normkern_cuda PRIVATE
+  -fmad=false --compress-mode=size -Werror=all-warnings -Xptxas=-warn-spills,-Werror)
 # The runtime is linked statically and finds the driver when it is first asked: without one the CPU part works.
 set_target_properties(_C normkern_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
 target_link_libraries(_C PRIVATE normkern_cuda)
