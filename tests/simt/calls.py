@@ -88,15 +88,12 @@ def every_call():
     return every
 
 
-def random_lists(shapes, dtype, seed=0, lay_out=lambda x, i: x):
-    """w, g, v and h: lists of tensors of these shapes; `lay_out(x, i)` may put the i-th of each elsewhere in memory."""
+def random_lists(shapes, dtype, seed=0, lay_out=lambda x, name: x):
+    """w, g, v and h: lists of tensors of these shapes; `lay_out(x, "w")` may put one elsewhere in memory."""
     make = torch.Generator().manual_seed(seed)
     return [
-        [
-            lay_out(torch.randn(shape, generator=make, dtype=torch.float64).to(dtype), i)
-            for i, shape in enumerate(shapes)
-        ]
-        for _ in range(4)
+        [lay_out(torch.randn(shape, generator=make, dtype=torch.float64).to(dtype), name) for shape in shapes]
+        for name in "wgvh"
     ]
 
 

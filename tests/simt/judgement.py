@@ -15,15 +15,15 @@ OUT_OF_ALIGNMENT = {257: 1, 2049: 3}  # the tensors of so many coordinates, by s
 COORDINATES = 65536
 
 
-def lay_out(x, i):
-    """Some out of alignment, some strided."""
+def lay_out(x, name):
+    """Some out of alignment, some strided, one of them as its momentum buffer is not."""
     if x.numel() in OUT_OF_ALIGNMENT:
         room = torch.full((x.numel() + 8,), torch.nan, dtype=x.dtype)
         at = OUT_OF_ALIGNMENT[x.numel()]
         return room[at : at + x.numel()].copy_(x)
     if x.shape == (12, 5, 7):
         return x.transpose(0, 2).contiguous().transpose(0, 2)
-    if x.shape == (12, 5, 8):
+    if x.shape == (12, 5, 8) and name != "v":
         room = torch.full((12, 5, 11), torch.nan, dtype=x.dtype)
         return room[..., 2:10].copy_(x)
     return x
@@ -72,7 +72,7 @@ def moves_what_it_must_of_strided(backend, call, dtype):
     shape = (60, 70)
     read, wrote = (4200 * n for n in byte_model.bytes_per_coordinate(call.rule, call.measure, DTYPES[dtype]))
     with backend.in_place():
-        call(*random_lists([shape], dtype, lay_out=lambda x, i: torch.stack([x, x], -1)[..., 0]))
+        call(*random_lists([shape], dtype, lay_out=lambda x, _: torch.stack([x, x], -1)[..., 0]))
         got_read, got_written, *_ = backend.traffic()
     assert read <= got_read <= read + 200, f"{got_read} bytes read, the formula reads {read}"
     assert wrote <= got_written <= wrote + 300, f"{got_written} bytes written, the formula writes {wrote}"

@@ -70,14 +70,14 @@ MUTANTS = [
     Mutant(
         "partial shuffle", "block.cuh",
         "const double got = __shfl_xor_sync(", "double got = 0;\n        if (threadIdx.x % kWarp < 16 || kAway < 16) got = __shfl_xor_sync(",
-        "deadlock",
+        "__shfl_xor_sync",
         always=True,
     ),
     Mutant(
         "unwritten shared memory", "block.cuh",
         "    for (int k = 0; k < kWarps; k++) mine += from[lane][k];",
         "    for (int k = 0; k <= kWarps; k++) mine += from[lane][k];",
-        "",  # of the next sum's, or of nobody's, depending on the lane
+        "access outside every shared array",
     ),
     Mutant(
         "lost update in shared memory", "block.cuh",
@@ -98,7 +98,7 @@ MUTANTS = [
     Mutant(
         "one pack too many", "update.cuh",
         "  const int packed = aligned ? n / N * N : 0;", "  const int packed = aligned ? (n + N - 1) / N * N : 0;",
-        "",  # past the end, or another's coordinates
+        "access past the end",
         always=True,
     ),
     Mutant(
@@ -140,7 +140,7 @@ MUTANTS = [
     Mutant(
         "the wrong tensor", "update.cuh",
         "    if (table.first_block[middle] <= block)", "    if (table.first_block[middle] < block)",
-        "",
+        "access past the end",
     ),
     Mutant(
         "the last part forgotten", "run.cu",
@@ -150,7 +150,7 @@ MUTANTS = [
     Mutant(
         "strides of another stream", "update.cuh",
         "v += k * t.v[d]", "v += k * t.w[d]",
-        "",
+        "access outside every buffer",
     ),
 ]  # fmt: skip
 
