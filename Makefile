@@ -2,13 +2,15 @@
 #   make demo    train on handwritten digits: demo/curves.png, demo/train.json
 #   make test    the whole test suite (make test-slow: with the long sweeps)
 #   make lint    what CI checks of style and types
+#   make cuda    kernels for every GPU architecture, into build/cuda/, and what can be checked of them without a GPU
+#                (make cuda-sweep: with every kernel broken on purpose, and the table of docs/cuda.md)
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h) CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format bench bench-compare clean
+.PHONY: demo test test-slow lint format cuda cuda-sweep bench bench-compare clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -23,12 +25,24 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h,$(SOURCES))
+	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
+
+# In a folder of its own: what is installed keeps kernels for the GPU that is here, if there is one.
+cuda: .venv/ready
+	$(BIN)/python -m pip install --quiet cmake ninja "pybind11>=3.0"
+	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
+	  -DNORMKERN_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/cuda
+	NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/test_cuda_build.py tests/simt/test_sass.py
+
+cuda-sweep: cuda
+	CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/simt
+	cd tests && $(abspath $(BIN)/python) -m simt.sass_check $(CURDIR)/build/cuda/_C*.so --docs ../docs/cuda.md
 
 ifdef QUICK
 BENCH_JSON := build/bench.json

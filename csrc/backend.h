@@ -2,7 +2,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "gauge.h"
+#include "hyper.h"
 
 namespace nk {
 
@@ -24,17 +24,6 @@ enum class Rule : uint8_t {
   svag_combine,
   difference,
   welford
-};
-
-// The numbers of one param group, or of one call of an op.
-struct Hyper {
-  double lr, momentum, dampening, weight_decay;
-  double inverse_scale;  // 1/scale of the GradScaler, else 1; of a pair, that of the first gradient
-  bool maximize;
-  double second_inverse_scale;  // of a pair
-  double l;                     // of SVAG
-  double share;                 // 1/n, of Welford's update
-  GaugeStep gauge{};            // of the gauged rules, which need no lr, momentum, dampening or weight_decay
 };
 
 // Shape and strides, in elements, of tensors that do not share one dense layout.
@@ -152,5 +141,36 @@ void moments(const Moments&);
 void norm_sums(const NormBatch&);
 void embedding_moments(const EmbeddingBatch&);
 }  // namespace cpu
+
+namespace cuda {
+// Coordinates that one block of threads takes: a slot that has more is summed in parts.
+constexpr int64_t kBlock = 8192;
+NK_HD constexpr int64_t parts(int64_t slot_size) { return slot_size <= kBlock ? 1 : (slot_size + kBlock - 1) / kBlock; }
+
+// Slots whose sums come in `parts` parts each, one after another, every one a row; no parts: zeros.
+struct SlotParts {
+  double* out;
+  const double* parts_of_first;
+  int64_t slots, parts;
+  int own;  // columns that are summed
+};
+
+struct Queue {  // where to launch
+  int device;
+  void* stream;
+};
+
+// What is wrong, or null. Chunks are whole tensors of one device, with slots of equal size; `sums` of a tensor whose
+// slots come in parts is where the parts go, one row after another. Those that differ in hyper, rule, dtype or what
+// they measure are best not mixed: each change is another launch. Nothing waits for the device.
+const char* run(const Chunk* chunks, int64_t count, const Queue&);
+// After all runs: adds up the parts, in their order.
+const char* add_parts(const SlotParts* slots, int64_t count, int columns, const float* found_inf, const Queue&);
+// Before all runs: rows of NaN.
+const char* fill_nan(double* table, int64_t size, const float* found_inf, const Queue&);
+
+// The compute capabilities, 80 for 8.0, that the binary has machine code for; none: it was built without CUDA.
+int architectures(int* capabilities, int room);
+}  // namespace cuda
 
 }  // namespace nk

@@ -29,11 +29,45 @@ Rule step_rule(double momentum, bool nesterov) {
   return momentum == 0 ? Rule::plain : nesterov ? Rule::nesterov : Rule::momentum;
 }
 
+// Numbers that lie on a device, None where there is none: lr, weight_decay, grad_scale, found_inf.
+struct OnDevice {
+  DeviceNumbers numbers;
+  std::optional<int> device;
+};
+OnDevice on_device(const py::object& given, int group) {
+  OnDevice all;
+  if (given.is_none()) return all;
+  const auto tensors = given.cast<py::tuple>();
+  const auto take = [&](size_t i, const char* name, bool may_be_double) -> std::optional<View> {
+    const py::object entry = tensors[i];
+    if (entry.is_none()) return {};
+    const auto v = view(entry.ptr());
+    const bool fits = v && v->numel == 1 && (v->dtype == DType::f32 || (may_be_double && v->dtype == DType::f64));
+    if (!fits || v->device == kCpu || (all.device && *all.device != v->device))
+      throw py::value_error(where(group) + ": " + name + " on a device expected one float32" +
+                            (may_be_double ? " or float64" : "") + " number beside the others, got " +
+                            (v ? shape_text(*v) + " " : "") + describe(entry.ptr()));
+    all.device = v->device;
+    return v;
+  };
+  DeviceNumbers& n = all.numbers;
+  if (const auto v = take(0, "lr", true)) n.lr = v->data, n.lr_is_double = v->dtype == DType::f64;
+  if (const auto v = take(1, "weight_decay", true))
+    n.weight_decay = v->data, n.weight_decay_is_double = v->dtype == DType::f64;
+  if (const auto v = take(2, "grad_scale", false)) n.grad_scale = static_cast<const float*>(v->data);
+  if (const auto v = take(3, "found_inf", false)) n.found_inf = static_cast<const float*>(v->data);
+  return all;
+}
+
 // A group of a step: by its own numbers, or by those of its gauge.
-Pass::Group step_group(Hyper hyper, bool nesterov, Stats stats, int index, const GaugeStep* gauge) {
-  if (!gauge) return {hyper, step_rule(hyper.momentum, nesterov), stats, index};
+Pass::Group step_group(Pass& pass, Hyper hyper, bool nesterov, Stats stats, int index, const GaugeStep* gauge,
+                       const py::object& on_device) {
+  const OnDevice given = nk::on_device(on_device, index);
+  if (given.device) pass.hold(on_device);
+  hyper.on_device = given.numbers;
+  if (!gauge) return {hyper, step_rule(hyper.momentum, nesterov), stats, index, given.device};
   hyper.gauge = *gauge;
-  return {hyper, gauge->has_buffer ? Rule::gauged_momentum : Rule::gauged, stats, index};
+  return {hyper, gauge->has_buffer ? Rule::gauged_momentum : Rule::gauged, stats, index, given.device};
 }
 
 Hyper with_l(double l) { return {0, 0, 0, 0, 1, false, 1, l, 0}; }
@@ -77,6 +111,14 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "slot_count", [](const py::object& o, int stats) { return slot_count(o.ptr(), Stats(stats)); }, "param"_a,
       "stats"_a);
+  m.def(
+      "device_index",
+      [](const py::object& o) {
+        const auto v = view(o.ptr());
+        return v ? std::optional<int>(v->device) : std::nullopt;
+      },
+      "tensor"_a);
+  m.def("cuda_architectures", architectures);
   m.def("gather", Gather::lists, "params"_a, "state"_a, "key"_a);
   m.attr("CHUNK") = kChunk;
   m.def("outer_shape", outer_shape, "a"_a, "g"_a);
@@ -118,26 +160,27 @@ PYBIND11_MODULE(_C, m) {
           [](Pass& self, const py::list& params, const py::list& grads, const py::object& momentum_buffers,
              const py::object& first, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
              bool maximize, double inverse_scale, int stats, int group, const py::object& slots, const py::object& held,
-             double second_inverse_scale, double l, const GaugeStep* gauge) {
+             double second_inverse_scale, double l, const GaugeStep* gauge, const py::object& on_device) {
             const Hyper hyper{lr, momentum, dampening, weight_decay, inverse_scale, maximize, second_inverse_scale,
                               l,  0};
             return self.add(params, grads, momentum_buffers, first,
-                            step_group(hyper, nesterov, Stats(stats), group, gauge), slots, held);
+                            step_group(self, hyper, nesterov, Stats(stats), group, gauge, on_device), slots, held);
           },
           "params"_a, "grads"_a, "momentum_buffers"_a, "first"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a,
           "nesterov"_a, "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "slots"_a, "held"_a = py::none(),
-          "second_inverse_scale"_a = 1.0, "l"_a = 1.0, "gauge"_a = py::none())
+          "second_inverse_scale"_a = 1.0, "l"_a = 1.0, "gauge"_a = py::none(), "on_device"_a = py::none())
       .def(
           "add_whole",
           [](Pass& self, const py::list& params, const py::object& state, const py::str& key, double lr,
              double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, double inverse_scale,
-             int stats, int group, const GaugeStep* gauge) {
+             int stats, int group, const GaugeStep* gauge, const py::object& on_device) {
             const Hyper hyper{lr, momentum, dampening, weight_decay, inverse_scale, maximize, 1, 1, 0};
-            return self.add_whole(params, state, key, step_group(hyper, nesterov, Stats(stats), group, gauge),
+            return self.add_whole(params, state, key,
+                                  step_group(self, hyper, nesterov, Stats(stats), group, gauge, on_device),
                                   gauge != nullptr);
           },
           "params"_a, "state"_a, "key"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,
-          "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "gauge"_a = py::none())
+          "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "gauge"_a = py::none(), "on_device"_a = py::none())
       .def(
           "add_svag_combine",
           [](Pass& self, const py::list& a, const py::list& b, double l) {
@@ -163,7 +206,10 @@ PYBIND11_MODULE(_C, m) {
           },
           "means"_a, "samples"_a, "squares"_a, "share"_a, "stats"_a)
       .def("check", &Pass::check, "last"_a)
-      .def("run", &Pass::run, "table"_a)
+      .def("run", &Pass::run, "table"_a, "scratch"_a = py::none())
+      .def_property_readonly("like", &Pass::like)
+      .def_property_readonly("scratch_rows", &Pass::scratch_rows)
+      .def_property_readonly("devices", &Pass::devices)
       .def_property_readonly("slots", &Pass::slots)
       .def_property_readonly("columns", &Pass::columns)
       .def_property_readonly("slot_offsets", &Pass::slot_offsets);

@@ -293,6 +293,11 @@ struct PairSums {
   }
 };
 
+// How much of it a loop sums. A pair is always measured.
+enum class Measure { nothing, step, pair };
+template <Measure kMeasure>
+constexpr int kSums = kMeasure == Measure::pair ? StepSums::count + PairSums::count : StepSums::count;
+
 // ---- Moments down the rows of a matrix ----------------------------------------------------------------------------
 //
 // Of groups of rows. Within one, with a shift k near its values, in the arithmetic type:

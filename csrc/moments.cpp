@@ -8,7 +8,7 @@ namespace nk {
 namespace {
 
 View take(py::handle tensor) {
-  const auto v = view(tensor.ptr());
+  const auto v = view_on_cpu(tensor.ptr());
   if (!v) throw py::type_error("expected a tensor that a kernel takes, got " + describe(tensor.ptr()));
   return *v;
 }

@@ -15,7 +15,7 @@ constexpr double kMostReach = 0x1p40;
 
 // An argument that kernels take, of a given number of dimensions.
 View taken(const char* op, const char* name, const py::object& argument, const char* shape, int ndim) {
-  const auto v = view(argument.ptr());
+  const auto v = view_on_cpu(argument.ptr());
   if (!v)
     throw py::type_error(std::string(op) + ": " + name + " is " + describe(argument.ptr()) +
                          "; expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu");
@@ -104,7 +104,7 @@ ConvViews conv_views(const py::object& x, const py::object& g, const ConvNumbers
 
 // Memory that ops.py has made for the results.
 template <class X> X* result(const char* op, const char* name, const py::object& o, DType dtype, int64_t numel) {
-  const auto v = view(o.ptr());
+  const auto v = view_on_cpu(o.ptr());
   if (!v || v->dtype != dtype || v->numel != numel || !v->dense)
     throw py::value_error(std::string(op) + ": " + name + " expected " + std::to_string(numel) +
                           " dense numbers of the real type, got " + (v ? shape_text(*v) : describe(o.ptr())));

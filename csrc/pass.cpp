@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <tuple>
 #include <utility>
 
 #include <pybind11/stl.h>
@@ -71,7 +72,9 @@ void Pass::begin() {
   slot_offsets_.clear();
   slots_ = 0;
   reading_ = 0;
-  has_pairs_ = false;
+  has_pairs_ = has_cuda_ = false;
+  measured_ = kCpu;
+  like_ = py::object();
 }
 
 std::optional<View> Pass::read(PyObject* object, bool is_kept) {
@@ -83,8 +86,12 @@ bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, P
                 bool first, const Group& group, int i, int64_t slot, int64_t slot_count) {
   if (!w) return false;
   const Names& n = names(group.index);
+  const auto fits = [&](const std::optional<View>& other) {
+    return other && other->dtype == w->dtype && other->device == w->device;
+  };
   const auto g = read(grad, false);
-  if (!g || g->dtype != w->dtype) return false;
+  if (!fits(g) || (group.device_of_numbers && *group.device_of_numbers != w->device)) return false;
+  if (slot_count > 0 && !measures_on(w->device, param)) return false;
   if (!same_shape(*g, *w)) refuse_shape(group.index, n.g, i, *g, *w);
   if (writes_w(group.rule)) check_no_self_overlap(*w, n.w, i, group.index);
 
@@ -92,7 +99,7 @@ bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, P
   Operands t{*w, *g, *w, *g, has_buffer(group.rule), held && held != Py_None, i, group.index, false};
   if (t.has_v) {
     const auto v = read(buffer, true);
-    if (!v || v->dtype != w->dtype) return false;
+    if (!fits(v)) return false;
     if (!same_shape(*v, *w)) refuse_shape(group.index, n.v, i, *v, *w);
     check_no_self_overlap(*v, n.v, i, group.index);
     t.v = *v;
@@ -100,11 +107,12 @@ bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, P
   }
   if (t.has_h) {
     const auto h = read(held, false);
-    if (!h || h->dtype != w->dtype) return false;
+    if (!fits(h)) return false;
     if (!same_shape(*h, *w)) refuse_shape(group.index, n.h, i, *h, *w);
     t.h = *h;
     has_pairs_ = true;
   }
+  has_cuda_ = has_cuda_ || w->device != kCpu;
   if (t.has_v) written_.push_back(buffer);
   if (writes_w(group.rule)) written_.push_back(param);
   operands_.push_back(t);
@@ -222,18 +230,35 @@ py::tuple Pass::check(const py::object& last) {
   return written;
 }
 
+bool Pass::measures_on(int device, PyObject* param) {
+  if (!like_) {
+    measured_ = device;
+    like_ = py::reinterpret_borrow<py::object>(param);
+  }
+  return device == measured_;
+}
+
+bool Pass::runs_dense(const Operands& t, bool by_row) const {
+  const View& w = t.w;
+  return w.dense && t.g.dense && same_strides(w, t.g) && (!t.has_v || (t.v.dense && same_strides(w, t.v))) &&
+         (!t.has_h || (t.h.dense && same_strides(w, t.h))) && (!by_row || rows_are_contiguous(w));
+}
+
+Strided Pass::strided_of(const Operands& t) const {
+  return {
+      t.w.ndim, t.w.shape, t.w.strides, t.g.strides, t.has_v ? t.v.strides : nullptr, t.has_h ? t.h.strides : nullptr};
+}
+
+int Pass::last_round() const { return rounds_.empty() ? 0 : *std::max_element(rounds_.begin(), rounds_.end()); }
+
 // Cuts one parameter into chunks, each with the place where its sums go.
 void Pass::cut(const Operands& t, const Job& job, double* table) {
-  const int columns = this->columns(), own = StepSums::count + (t.has_h ? PairSums::count : 0);
+  const int columns = this->columns(), own = own_columns(t);
   const View& w = t.w;
-  const bool by_row = table && job.slot_count > 0 && job.by_row;
-  const bool dense =
-      w.dense && t.g.dense && same_strides(w, t.g) && (!t.has_v || (t.v.dense && same_strides(w, t.v))) &&
-      (!t.has_h || (t.h.dense && same_strides(w, t.h))) && (!by_row || rows_are_contiguous(w)) && !t.copies_first;
+  const bool by_row = table && this->by_row(job), dense = runs_dense(t, by_row) && !t.copies_first;
   const Strided* strided = nullptr;
   if (!dense) {
-    strided_.push_back(
-        {w.ndim, w.shape, w.strides, t.g.strides, t.has_v ? t.v.strides : nullptr, t.has_h ? t.h.strides : nullptr});
+    strided_.push_back(strided_of(t));
     strided = &strided_.back();
   }
   const auto chunk = [&](int64_t begin, int64_t size, int64_t slot_size, double* sums) {
@@ -271,36 +296,71 @@ void Pass::cut(const Operands& t, const Job& job, double* table) {
   }
 }
 
-void Pass::run(const py::object& table) {
+int64_t Pass::scratch_rows() const {
+  int64_t rows = 0;
+  for (size_t i = 0; i < operands_.size(); i++) {
+    const int64_t numel = operands_[i].w.numel, slots = jobs_[i].slot_count;
+    if (operands_[i].w.device == kCpu || numel == 0 || slots == 0) continue;
+    const int64_t parts = cuda::parts(by_row(jobs_[i]) ? numel / slots : numel);
+    if (parts > 1) rows += (by_row(jobs_[i]) ? slots : 1) * parts;
+  }
+  return rows;
+}
+
+std::vector<int> Pass::devices() const {
+  std::vector<int> all;
+  for (const Operands& t : operands_)
+    if (std::find(all.begin(), all.end(), t.w.device) == all.end()) all.push_back(t.w.device);
+  return all;
+}
+
+void Pass::run(const py::object& table, const py::object& scratch) {
   const int columns = this->columns();
-  double* sums = nullptr;
   if (has_pairs_ && (table.is_none() || slots_ == 0))
     throw py::value_error("Pass.run: pairs of gradients are always measured, expected slots and a table, got none");
-  if (slots_ > 0 && !table.is_none()) {
-    const auto t = view(table.ptr());
-    if (!t || t->dtype != DType::f64 || t->numel != slots_ * columns || !t->dense)
-      throw py::value_error("Pass.run: expected a dense float64 table of " + std::to_string(slots_) + " x " +
-                            std::to_string(columns) + ", got " + (t ? shape_text(*t) : describe(table.ptr())));
-    sums = static_cast<double*>(t->data);
-    std::fill(sums, sums + slots_ * columns, std::numeric_limits<double>::quiet_NaN());
+  const auto rows_of = [&](const py::object& rows, int64_t count, const char* name) -> double* {
+    const auto t = view(rows.ptr());
+    if (!t || t->dtype != DType::f64 || t->numel != count * columns || !t->dense || t->device != measured_)
+      throw py::value_error(std::string("Pass.run: expected a dense float64 ") + name + " of " + std::to_string(count) +
+                            " x " + std::to_string(columns) + ", got " + (t ? shape_text(*t) + " " : "") +
+                            describe(rows.ptr()));
+    return static_cast<double*>(t->data);
+  };
+  double* sums = slots_ > 0 && !table.is_none() ? rows_of(table, slots_, "table") : nullptr;
+  double* parts = sums && has_cuda_ && scratch_rows() > 0 ? rows_of(scratch, scratch_rows(), "scratch") : nullptr;
+  if (!has_cuda_) {
+    run_on_cpu(sums);
+  } else {
+    for (int device : devices())
+      if (device == kCpu)
+        run_on_cpu(measured_ == kCpu ? sums : nullptr);
+      else
+        run_on(device, measured_ == device ? sums : nullptr, parts);
   }
+  owned_.clear();
+  operands_.clear();
+  like_ = py::object();
+  complete_ = true;
+}
 
+void Pass::run_on_cpu(double* sums) {
+  const int columns = this->columns();
+  if (sums) std::fill(sums, sums + slots_ * columns, std::numeric_limits<double>::quiet_NaN());
   int64_t coordinates = 0, parts = 0;
-  int rounds = 1;
   for (size_t i = 0; i < operands_.size(); i++) {
+    if (operands_[i].w.device != kCpu) continue;
     coordinates += operands_[i].w.numel;
     if (sums && jobs_[i].slot_count > 0) parts += pieces(operands_[i].w.numel) + jobs_[i].slot_count;
-    if (!rounds_.empty()) rounds = std::max(rounds, rounds_[i] + 1);
   }
   strided_.clear();
   strided_.reserve(operands_.size());
   partials_.clear();
   partials_.reserve(parts * columns);  // chunks point into it
   pending_.clear();
-  for (int round = 0; round < rounds; round++) {
+  for (int round = 0, last = last_round(); round <= last; round++) {
     chunks_.clear();
     for (size_t i = 0; i < operands_.size(); i++)
-      if (rounds_.empty() || rounds_[i] == round) cut(operands_[i], jobs_[i], sums);
+      if (is_in(round, i) && operands_[i].w.device == kCpu) cut(operands_[i], jobs_[i], sums);
     std::optional<py::gil_scoped_release> released;
     if (coordinates > kReleaseGil) released.emplace();
     cpu::run(chunks_.data(), (int64_t)chunks_.size(), coordinates);
@@ -309,9 +369,59 @@ void Pass::run(const py::object& table) {
   for (const Pending& p : pending_)
     for (int64_t part = 0; part < p.count; part++)
       for (int j = 0; j < p.columns; j++) p.out[j] += partials_[p.first + part * columns + j];
-  owned_.clear();
-  operands_.clear();
-  complete_ = true;
+}
+
+void Pass::run_on(int device, double* table, double* scratch) {
+  const int columns = this->columns();
+  cuda::Queue queue{device, nullptr};
+  if (torch.exchange->current_work_stream(kDLCUDA, device, &queue.stream) != 0) throw py::error_already_set();
+  const auto check = [&](const char* error) {
+    if (error)
+      throw std::runtime_error(where(operands_[0].group) +
+                               ": a kernel could not be launched on cuda:" + std::to_string(device) +
+                               ", for compute capabilities " + architectures_text() + ": " + error);
+  };
+  const float* found_inf = hypers_.empty() ? nullptr : hypers_.front().on_device.found_inf;
+  strided_.clear();
+  strided_.reserve(operands_.size());
+  slot_parts_.clear();
+  int64_t written = 0;  // entries of the table
+  std::vector<std::vector<Chunk>> rounds(last_round() + 1);
+  for (size_t i = 0; i < operands_.size(); i++) {
+    const Operands& t = operands_[i];
+    const Job& job = jobs_[i];
+    if (t.w.device != device) continue;
+    double *out = table && job.slot_count ? table + job.slot * columns : nullptr, *sums = out;
+    const bool rows = out && by_row(job);
+    const int64_t slots = out ? job.slot_count : 1, slot_size = rows ? t.w.numel / slots : t.w.numel;
+    if (out) {
+      const int64_t parts = t.w.numel == 0 ? 0 : cuda::parts(slot_size);
+      if (parts > 1) sums = std::exchange(scratch, scratch + slots * parts * columns);
+      if (parts != 1) slot_parts_.push_back({out, sums, slots, parts, own_columns(t)});
+      written += slots * own_columns(t);
+    }
+    if (t.w.numel == 0) continue;
+    const Strided* strided = nullptr;
+    if (!runs_dense(t, rows)) {
+      strided_.push_back(strided_of(t));
+      strided = &strided_.back();
+    }
+    rounds[rounds_.empty() ? 0 : rounds_[i]].push_back({t.w.data, t.g.data, t.has_v ? t.v.data : nullptr,
+                                                        t.has_h ? t.h.data : nullptr, strided, 0, t.w.numel, slot_size,
+                                                        sums, columns, &hypers_[job.hyper], job.rule, t.w.dtype});
+  }
+  // Each kind of tensor is a launch of its own: those of a kind come together.
+  const auto kind = [](const Chunk& c) {
+    return std::make_tuple(c.strided != nullptr, c.hyper, c.rule, c.dtype, c.h != nullptr, c.sums != nullptr);
+  };
+  const auto comes_before = [&](const Chunk& a, const Chunk& b) { return kind(a) < kind(b); };
+  py::gil_scoped_release released;
+  if (table && written < slots_ * columns) check(cuda::fill_nan(table, slots_ * columns, found_inf, queue));
+  for (std::vector<Chunk>& chunks : rounds) {
+    std::stable_sort(chunks.begin(), chunks.end(), comes_before);
+    check(cuda::run(chunks.data(), (int64_t)chunks.size(), queue));
+  }
+  check(cuda::add_parts(slot_parts_.data(), (int64_t)slot_parts_.size(), columns, found_inf, queue));
 }
 
 }  // namespace nk

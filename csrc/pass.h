@@ -29,7 +29,8 @@ class Pass {
     Hyper hyper;
     Rule rule;  // of a parameter whose buffer has a history
     Stats stats;
-    int index;  // see `names`
+    int index;                                            // see `names`
+    std::optional<int> device_of_numbers = std::nullopt;  // where those of `hyper.on_device` lie
   };
 
   // Reads one group. Entries of `grads` that are None are skipped. `first`: positions whose buffer holds no history
@@ -48,10 +49,18 @@ class Pass {
   // holds it until the next step's.
   py::tuple check(const py::object& last);
 
-  // Writes the parameters, the buffers and, if there are slots, the table of sums: (slots, columns()) float64.
-  void run(const py::object& table);
+  // Holds what `hyper.on_device` of a group points to until `run` has launched.
+  void hold(const py::object& tensors) { owned_.push_back(tensors); }
+
+  // Writes the parameters, the buffers and, if there are slots, the table of sums: (slots, columns()) float64 on the
+  // device of what is measured, `like()`. There `scratch` is the same with scratch_rows() rows; on the CPU it is None.
+  void run(const py::object& table, const py::object& scratch);
 
   int64_t slots() const { return slots_; }
+  // A tensor on the device of what is measured; None: the CPU.
+  py::object like() const { return measured_ == kCpu ? py::object(py::none()) : like_; }
+  int64_t scratch_rows() const;
+  std::vector<int> devices() const;  // of all tensors
   int columns() const { return StepSums::count + (has_pairs_ ? PairSums::count : 0); }
   // Where each parameter's slots begin, in the order of `add`: the same tuple as long as nothing changes.
   py::tuple slot_offsets();
@@ -63,6 +72,17 @@ class Pass {
     int64_t slot, slot_count;  // slot_count 0: no statistics
     bool by_row;
   };
+  // What is measured is measured on one device: the first's.
+  bool measures_on(int device, PyObject* param);
+  bool runs_dense(const Operands&, bool by_row) const;
+  Strided strided_of(const Operands&) const;
+  bool by_row(const Job& job) const { return job.slot_count > 0 && job.by_row; }
+  int own_columns(const Operands& t) const { return StepSums::count + (t.has_h ? PairSums::count : 0); }
+  bool is_in(int round, size_t i) const { return rounds_.empty() || rounds_[i] == round; }
+  int last_round() const;
+  void run_on_cpu(double* table);
+  void run_on(int device, double* table, double* scratch);
+
   struct Pending {  // a slot whose sums come in several parts
     double* out;
     int64_t first, count;
@@ -85,7 +105,9 @@ class Pass {
   std::optional<View> read(PyObject* object, bool is_kept);
   std::vector<Place> places_;
   size_t reading_ = 0;
-  bool moved_ = true, complete_ = false, has_pairs_ = false;
+  bool moved_ = true, complete_ = false, has_pairs_ = false, has_cuda_ = false;
+  int measured_ = kCpu;
+  py::object like_;  // none yet: nothing is measured so far
 
   int64_t slots_ = 0;
   std::vector<int64_t> slot_offsets_, told_offsets_;
@@ -96,6 +118,7 @@ class Pass {
   std::vector<Strided> strided_;
   std::vector<double> partials_;
   std::vector<Pending> pending_;
+  std::vector<cuda::SlotParts> slot_parts_;
 };
 
 }  // namespace nk

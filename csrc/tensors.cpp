@@ -16,6 +16,14 @@ std::optional<DType> dtype_of(const DLDataType& t) {
   return {};
 }
 
+// Where kernels of this binary can run; pinned memory is the CPU's.
+std::optional<int> device_of(const DLDevice& d) {
+  static const bool has_cuda = !architectures().empty();
+  if (d.device_type == kDLCPU || d.device_type == kDLCUDAHost) return kCpu;
+  if (d.device_type == kDLCUDA && has_cuda) return d.device_id;
+  return {};
+}
+
 bool is_dense(const DLTensor& t, int64_t numel) {
   if (numel <= 1) return true;
   int64_t expected = 1;
@@ -42,7 +50,8 @@ std::optional<View> view(PyObject* object, const void* last) {
     return {};
   }
   const auto dtype = dtype_of(t.dtype);
-  if (!dtype || (t.device.device_type != kDLCPU && t.device.device_type != kDLCUDAHost)) return {};
+  const auto device = device_of(t.device);
+  if (!dtype || !device) return {};
   void* data = static_cast<char*>(t.data) + t.byte_offset;
   if (!data || data != last) {
     PyObject* negative = PyObject_Vectorcall(torch.is_neg, &object, 1, nullptr);
@@ -53,7 +62,12 @@ std::optional<View> view(PyObject* object, const void* last) {
   int64_t numel = 1;
   for (int d = 0; d < t.ndim; d++) numel *= t.shape[d];
   if (numel > 0 && !t.data) return {};
-  return View{data, t.ndim, t.shape, t.strides, numel, *dtype, is_dense(t, numel)};
+  return View{data, t.ndim, t.shape, t.strides, numel, *dtype, *device, is_dense(t, numel)};
+}
+
+std::optional<View> view_on_cpu(PyObject* object) {
+  const auto v = view(object);
+  return v && v->device == kCpu ? v : std::nullopt;
 }
 
 bool same_shape(const View& a, const View& b) {
@@ -67,6 +81,19 @@ bool same_strides(const View& a, const View& b) {
   for (int d = 0; d < a.ndim; d++)
     if (a.shape[d] != 1 && a.strides[d] != b.strides[d]) return false;
   return true;
+}
+
+std::vector<int> architectures() {
+  int all[32];
+  const int n = cuda::architectures(all, 32);
+  return {all, all + n};
+}
+
+std::string architectures_text() {
+  std::string text;
+  for (int a : architectures())
+    text += (text.empty() ? "" : ", ") + std::to_string(a / 10) + "." + std::to_string(a % 10);
+  return text;
 }
 
 std::string shape_text(const View& v) {

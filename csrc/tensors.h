@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "backend.h"
 #include "dlpack.h"
@@ -23,6 +24,8 @@ struct Torch {
 };
 extern Torch torch;
 
+constexpr int kCpu = -1;  // a device; the others are the indices of CUDA devices
+
 // A tensor that a kernel can run on. Borrowed: valid while the Python object lives and is not resized.
 struct View {
   void* data;
@@ -30,6 +33,7 @@ struct View {
   const int64_t *shape, *strides;
   int64_t numel;
   DType dtype;
+  int device;
   bool dense;  // its coordinates fill one stretch of memory, each once
 
   int item() const { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
@@ -42,8 +46,14 @@ struct View {
 // asked.
 std::optional<View> view(PyObject* object, const void* last = nullptr);
 
+// The same for what has kernels for the CPU alone.
+std::optional<View> view_on_cpu(PyObject* object);
+
 bool same_shape(const View&, const View&);
 bool same_strides(const View&, const View&);  // where the shape makes strides matter
+
+std::vector<int> architectures();  // see backend.h
+std::string architectures_text();  // "7.5, 8.0"
 
 std::string shape_text(const View&);
 std::string describe(PyObject* object);  // "torch.int64 on cpu", "str": what came, for error sentences

@@ -172,7 +172,7 @@ def check_scale_invariance(
 
 def _sums(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]] | None:
     """<w,g>, |w|^2, |g|^2 of each parameter; None if they have no values."""
-    if all(map(ops.kernel_takes, params)) and all(map(ops.kernel_takes, grads)):
+    if ops.kernels_take((*params, *grads)):
         dtypes = zip(params, grads, strict=True)
         if all(p.dtype == g.dtype and p.shape == g.shape for p, g in dtypes):
             table = ops.pair_sums(params, grads)[:, [0, 2, 3]]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -44,6 +46,7 @@ class GroupStep:
         "index",
         "left_to_torch",
         "lr",
+        "on_device",
         "options",
         "pair",
         "params",
@@ -63,12 +66,17 @@ class GroupStep:
         options: dict[str, Any],
         inverse_scale: float,
         pair: Pair | None = None,
+        scaler: tuple[Tensor | None, Tensor] | None = None,
     ) -> None:
-        """Reads and checks the group; writes nothing."""
+        """Reads and checks the group; writes nothing. `scaler`: grad_scale and found_inf that the kernel is to read."""
         self.plan, self.state, self.index, self.options, self.pair = plan, state, index, options, pair
         params = options["params"]
         self.params = params = params if type(params) is list else list(params)
-        self.lr, self.stats = number(options["lr"], "lr", index), options["stats"]
+        lr, weight_decay, self.stats = options["lr"], options["weight_decay"], options["stats"]
+        self.on_device: ops.OnDevice | None = None
+        if scaler is not None or isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
+            lr, weight_decay = self._numbers_on_device(lr, weight_decay, scaler)
+        self.lr: float | Tensor = lr if isinstance(lr, Tensor) else number(lr, "lr", index)
         self.code = 0 if self.stats is None else ops.stats_code(self.stats, place(index))
         momentum = number(options["momentum"], "momentum", index)
         self.slot = plan.slots
@@ -78,10 +86,10 @@ class GroupStep:
         self.wrappers: list[Tensor] = []  # DTensors whose local part the kernel writes
 
         arguments = (
-            self.lr,
+            1.0 if isinstance(self.lr, Tensor) else self.lr,
             momentum,
             number(options["dampening"], "dampening", index),
-            number(options["weight_decay"], "weight_decay", index),
+            1.0 if isinstance(weight_decay, Tensor) else number(weight_decay, "weight_decay", index),
             bool(options["nesterov"]),
             bool(options["maximize"]),
             inverse_scale if pair is None else pair.first_inverse_scale,
@@ -94,7 +102,11 @@ class GroupStep:
         gauge = None if self.gauge is None else self.gauge.step
         all_to_torch = options["differentiable"] or somebody_watches()
         state = state if (momentum != 0 if gauge is None else gauge.has_buffer) else None
-        if pair is None and not all_to_torch and plan.add_whole(params, state, BUFFER, *arguments, gauge):
+        if (
+            pair is None
+            and not all_to_torch
+            and plan.add_whole(params, state, BUFFER, *arguments, gauge, self.on_device)
+        ):
             return
         self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
         if pair is not None:
@@ -106,7 +118,7 @@ class GroupStep:
         grads = [None] * len(params) if all_to_torch else self.grads
         for i in missing:
             p, g = params[i], grads[i]
-            if g is not None and ops.kernel_takes(p) and ops.kernel_takes(g) and p.dtype == g.dtype:
+            if g is not None and ops.kernels_take((p, g)) and p.dtype == g.dtype:
                 self.buffers[i] = torch.empty_like(p, requires_grad=False)
                 self.created.append((p, self.buffers[i]))
         refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None, **self._more_arguments())
@@ -126,10 +138,25 @@ class GroupStep:
                 if _share_memory(pair.held[i], pair.grads[i]):
                     raise RuntimeError(ops.shared_pair(index, i))
 
+    def _numbers_on_device(self, lr: Any, weight_decay: Any, scaler: tuple[Tensor | None, Tensor] | None) -> Any:
+        """lr and weight_decay: as tensors where the kernel will read them, else as numbers."""
+        options, there = self.options, ops.device_index(self.params[0]) if self.params else None
+        lr_there = decay_there = None
+        if self.pair is None and options["decay"] == "coupled" and GAUGE not in options:
+            lr_there, decay_there = (
+                x if ops.device_index(x) == there else None for x in map(ops.if_on_device, (lr, weight_decay))
+            )
+        grad_scale, found_inf = (None, None) if scaler is None else scaler
+        self.on_device = (lr_there, decay_there, grad_scale, found_inf)
+        return tuple(
+            number(x, name, self.index) if at is None else at.detach()
+            for x, name, at in ((lr, "lr", lr_there), (weight_decay, "weight_decay", decay_there))
+        )
+
     def _more_arguments(self, held: list[Any] | None = None) -> dict[str, Any]:
         gauge = None if self.gauge is None else self.gauge.step
         if self.pair is None:
-            return {"gauge": gauge}
+            return {"gauge": gauge, "on_device": self.on_device}
         held, scale = self.pair.held if held is None else held, self.pair.second_inverse_scale
         return {"gauge": gauge, "held": held, "second_inverse_scale": scale, "l": self.pair.l}
 
@@ -146,6 +173,8 @@ class GroupStep:
                 _device_dtype_check_for_fused(p)
             if not (_is_dtensor(p) and self._add_shard(i, i in missing, arguments)):
                 _log.debug("%s: params[%d], %s, is stepped by torch's own loop", where, i, ops.describe(p))
+                if p.is_cuda and not ops.cuda_architectures():
+                    _warn_of_gpu()
                 self.left_to_torch.append(i)
 
     def _add_shard(self, i: int, first: bool, arguments: _Arguments) -> bool:
@@ -176,6 +205,10 @@ class GroupStep:
             _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
             slot += offset[0]
         return slot
+
+    def lr_now(self) -> float | Tensor:
+        """The learning rate of this step, whatever becomes of a tensor that holds it."""
+        return self.lr.clone() if isinstance(self.lr, Tensor) else self.lr
 
     def step_with_torch(self, grad_scale: Tensor | None) -> None:
         """torch's for-loop, on those parameters that the kernel cannot take."""
@@ -274,6 +307,17 @@ def with_torch_sums(table: Tensor, groups: list[GroupStep]) -> Tensor:
     for slot, rows in sums:
         table[slot : slot + len(rows), : rows.shape[1]] = rows
     return table
+
+
+@functools.cache
+def _warn_of_gpu() -> None:
+    """Once: what is right but slow."""
+    warnings.warn(
+        "normkern: this binary was built for CPUs only, and torch's own loop steps parameters on GPUs. To have kernels "
+        "for them: NORMKERN_CUDA=ON pip install --force-reinstall --no-deps --no-binary normkern normkern",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

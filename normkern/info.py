@@ -46,7 +46,7 @@ def info() -> dict[str, Any]:
         "binary": {
             "file": str(file),
             "bytes": file.stat().st_size,
-            "cuda_architectures": [],
+            "cuda_architectures": [f"{a // 10}.{a % 10}" for a in ops.cuda_architectures()],
             "libraries": needs and needs.libraries,
             "symbol_versions": needs and needs.versions,
         },
@@ -107,10 +107,11 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     quota = "" if cpu["quota"] is None else f", {cpu['quota']:g} by cgroup quota"
     versions = ", ".join(f"{kind} {version}" for kind, version in (b["symbol_versions"] or {}).items())
     runtimes = facts["openmp_runtimes"]
+    gpus = f" and compute capability {', '.join(b['cuda_architectures'])}" if b["cuda_architectures"] else ""
     lines = [
         ("normkern", facts["normkern"]),
         ("binary", b["file"]),
-        ("", f"{b['bytes'] / 1024:,.0f} KiB, for CPUs"),
+        ("", f"{b['bytes'] / 1024:,.0f} KiB, for CPUs{gpus}"),
         ("needs", "not an ELF file" if b["libraries"] is None else ", ".join(b["libraries"])),
         ("", versions),
         ("torch", f"{t['version']} (needs >= {t['floor']}), CUDA {t['cuda'] or 'no'}, DLPack {t['dlpack'] or 'no'}"),

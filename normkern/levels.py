@@ -78,7 +78,9 @@ class Levels:
     def of_groups(self, numbers: Sequence[Sequence[float]], device: torch.device) -> Tensor:
         """Numbers of the groups, for every row those of its group."""
         self._go_to(device)
-        return torch.tensor(numbers, dtype=torch.float64, device=device)[self._group_of_row]
+        # From pinned memory: the host does not wait for the device.
+        host = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)[self._group_of_row]
 
     def group_of_rows(self) -> list[int]:
         """Which of the measured groups each row belongs to."""
@@ -139,7 +141,9 @@ class Steps:
                 at += size
             self._key, self._levels = key, Levels(groups)
         sums = self._levels.sums(table[:, : len(ops.SUMS)])
-        hyperparameters = tuple(self._hyperparameters(index, lr) for index, lr, _ in measured.groups)
+        hyperparameters = tuple(
+            self._hyperparameters(index, number(lr, "lr", self._who)) for index, lr, _ in measured.groups
+        )
         return Step(self._levels, StepStats(sums, [""], (0,), [math.nan]), hyperparameters)
 
     def _hyperparameters(self, index: int, lr: float) -> Hyperparameters:

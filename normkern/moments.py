@@ -130,7 +130,7 @@ def _samples(x: object, name: str) -> Tensor:
 
 def _moments(tensors: list[Tensor], totals: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """`ops.moments`, or its eager twin for tensors that no kernel can take."""
-    if all(map(ops.kernel_takes, tensors)):
+    if all(map(ops.cpu_takes, tensors)):
         mean, centred, sq_norms = ops.moments(tensors, totals=totals)
     else:
         from . import reference

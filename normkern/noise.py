@@ -162,7 +162,7 @@ def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor |
 
 def pair_sums_of(a: list[Tensor | None], b: list[Tensor | None]) -> Tensor:
     """`ops.pair_sums`, or its eager twin for tensors that no kernel can take."""
-    if all(ops.kernel_takes(x) for x in (*a, *b) if x is not None):
+    if ops.kernels_take((*a, *b)):
         return ops.pair_sums(a, b)
     from . import reference
 

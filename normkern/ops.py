@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from typing import Any, Literal, TypeAlias, overload
 
@@ -39,6 +39,8 @@ gather = _C.gather
 describe = _C.describe
 shared_pair = _C.shared_pair
 kernel_takes = _C.kernel_takes
+#: The compute capabilities that the binary has kernels for, 80 for 8.0; none: it was built for CPUs only.
+cuda_architectures = _C.cuda_architectures
 slot_count = _C.slot_count
 isa = _C.isa
 supported_isas = _C.supported_isas
@@ -87,9 +89,41 @@ def stats_code(stats: Stats, where: str) -> int:
         raise ValueError(f'{where}: stats expected None, "tensor" or "row", got {stats!r}') from None
 
 
-def new_table(slots: int, columns: int = len(SUMS)) -> Tensor:
-    """An unwritten table of sums, (slots, columns) float64 on the CPU."""
-    return torch.empty((slots, columns), dtype=torch.float64, device="cpu")
+def new_table(slots: int, columns: int = len(SUMS), like: Tensor | None = None) -> Tensor:
+    """An unwritten table of sums, (slots, columns) float64 on the device of `like`, or the CPU."""
+    return torch.empty((slots, columns), dtype=torch.float64, device="cpu" if like is None else like.device)
+
+
+def new_scratch(step: Pass) -> Tensor | None:
+    """Where a `Pass` puts sums that come in parts; None where it needs no such place."""
+    return new_table(step.scratch_rows, step.columns, step.like) if step.like is not None else None
+
+
+def device_index(x: object) -> int | None:
+    """The index of the CUDA device whose kernels reach x, -1 for the CPU, None where no kernel takes x."""
+    return _C.device_index(x)
+
+
+def cpu_takes(x: object) -> bool:
+    """Whether the kernels that the CPU alone has, those of moments, take x."""
+    return device_index(x) == -1
+
+
+def kernels_take(tensors: Iterable[Any]) -> bool:
+    """Whether one call of an op takes them all: plain tensors of real dtypes, on one device. None is no tensor."""
+    devices = {device_index(x) for x in tensors if x is not None}
+    return None not in devices and len(devices) <= 1
+
+
+#: lr, weight_decay, grad_scale and found_inf where they lie on a device, else None.
+OnDevice: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def if_on_device(x: object) -> Tensor | None:
+    """x, if it is one number in the memory of a CUDA device, which a kernel can read by itself."""
+    if not isinstance(x, Tensor) or x.numel() != 1 or x.dtype not in (torch.float32, torch.float64):
+        return None
+    return x if device_index(x) not in (None, -1) else None
 
 
 def sgd_(
@@ -97,18 +131,19 @@ def sgd_(
     grads: Sequence[Tensor | None],
     momentum_buffers: list[Tensor | None] | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
-    weight_decay: float = 0.0,
+    weight_decay: float | Tensor = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     stats: Stats = None,
     held: Sequence[Tensor | None] | None = None,
     l: float = 1.0,
     held_scale: float = 1.0,
     gauge: GaugeStep | None = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor | None:
     r"""One step of SGD on a list of tensors, in one pass over memory; of SVAG, if there are pairs of gradients.
 
@@ -123,26 +158,34 @@ def sgd_(
         g = \tfrac12 (g_1 + g_2) + \tfrac12 \sqrt{2l-1}\,(g_1 - g_2)
 
     Args:
-        params: CPU tensors of float64, float32, bfloat16 or float16, any shapes and strides; updated in place.
+        params: tensors of float64, float32, bfloat16 or float16 on a CPU or a CUDA device, any shapes and strides;
+            updated in place. With `stats` all are on one device.
         grads: same shapes, dtypes and devices; None skips the parameter. Read only.
         momentum_buffers: one per parameter, updated in place; None entries are created and put into the list.
             Needed if `momentum` is not 0.
-        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`.
-        grad_scale: what the gradients were multiplied with.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`. lr and weight_decay may be
+            CUDA tensors of one float32 or float64 number beside the parameters: read when the kernel runs.
+        grad_scale: what the gradients were multiplied with; a CUDA tensor of one float32 number is read then too, but
+            for pairs.
         stats: "tensor" sums over each parameter, "row" over each index of its first dimension (ndim >= 2).
         held: the first gradients of pairs; None entries are no pairs. Pairs are always measured: None is "tensor" then.
         l: SVAG's, at least 1/2. The learning rate is taken as it is.
         held_scale: what the held gradients were multiplied with.
         gauge: `gauge_step` of the same lr, momentum, dampening, weight_decay and nesterov. Then `params` and
             `momentum_buffers` are what it says they are, before and after the step; the sums are of the true weights.
+        found_inf: of a GradScaler, a CUDA tensor of one float32 number: if it is not 0 when the kernel runs nothing is
+            written, the sums are NaN and new momentum buffers zeros.
 
     Returns:
-        None, or with `stats` a float64 tensor (slots, 5) on the CPU: `SUMS` of every slot, parameter after parameter;
-        NaN for a skipped one. With pairs (slots, 9): `PAIR_SUMS` too, after unscaling. Nothing is synchronised.
+        None, or with `stats` a float64 tensor (slots, 5) on their device: `SUMS` of every slot, parameter after
+        parameter; NaN for a skipped one. With pairs (slots, 9): `PAIR_SUMS` too, after unscaling. Nothing is
+        synchronised.
 
     Raises:
-        TypeError: an entry is not a plain CPU tensor of these dtypes, or dtypes differ.
+        TypeError: an entry is not a plain tensor of these dtypes on a device that the binary has kernels for; dtypes or
+            devices differ.
         ValueError: lengths or shapes differ, a tensor overlaps itself or part of another in memory. Nothing is written.
+        RuntimeError: the device refuses the kernel.
 
     Reference: the update of `torch.optim.SGD`; sums as in Li and Arora, arXiv 1910.07454, section 2; pairs as in Li,
     Malladi and Arora, arXiv 2102.12470, section 4.
@@ -160,7 +203,8 @@ def sgd_(
         buffers = list(momentum_buffers)
         for i, (p, g, v) in enumerate(zip(params, grads, buffers, strict=False)):
             if v is None and g is not None and isinstance(p, Tensor):
-                buffers[i] = torch.empty_like(p, requires_grad=False)
+                new = torch.empty_like if found_inf is None else torch.zeros_like
+                buffers[i] = new(p, requires_grad=False)
                 first.append(i)
     firsts = None if held is None else list(held)
     check_l(l, "sgd_")
@@ -169,15 +213,22 @@ def sgd_(
     step = Pass()
     step.begin()
     code = stats_code(stats, "sgd_")
-    of_first, of_second = (1 / grad_scale, 1.0) if firsts is None else (1 / held_scale, 1 / grad_scale)
+    on_device: OnDevice | None = None
+    given: Any = (lr, weight_decay, grad_scale)
+    if found_inf is not None or any(isinstance(x, Tensor) for x in given):
+        scale_there = if_on_device(grad_scale) if held is None else None
+        on_device = (if_on_device(lr), if_on_device(weight_decay), scale_there, found_inf)
+        given = tuple(float(x) if there is None else 1.0 for x, there in zip(given, on_device[:3], strict=True))
+    eta, decay, scale = given
+    of_first, of_second = (1 / scale, 1.0) if firsts is None else (1 / held_scale, 1 / scale)
     refused = step.add(
-        params, grads, buffers, first, lr, momentum, dampening, weight_decay, nesterov, maximize, of_first, code, -1,
-        None, firsts, of_second, l, gauge,
+        params, grads, buffers, first, eta, momentum, dampening, decay, nesterov, maximize, of_first, code, -1, None,
+        firsts, of_second, l, gauge, on_device,
     )  # fmt: skip
     if refused:
         lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}
         raise TypeError(_why_refused("sgd_", refused[0], lists))
-    table = _run(step, measured=stats is not None)
+    table = _run(step, measured=stats is not None, may_skip=found_inf is not None)
     if momentum_buffers is not None and buffers is not None:
         for i in first:
             momentum_buffers[i] = buffers[i]
@@ -250,12 +301,13 @@ def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | N
     r"""SVAG's combination of two gradients, in one pass: :math:`a' = \tfrac12 (a+b) + \tfrac12 \sqrt{2l-1}\,(a-b)`.
 
     Args:
-        grads_a: CPU tensors of float64, float32, bfloat16 or float16, any shapes and strides; updated in place.
+        grads_a: tensors of float64, float32, bfloat16 or float16 on one device, any shapes and strides; updated in
+            place.
         grads_b: same shapes and dtypes; read only. An entry may be None if its partner is.
         l: at least 1/2; 1 leaves `grads_a` as they are, to the bit.
 
     Raises:
-        TypeError: an entry is not a plain CPU tensor of these dtypes, or dtypes differ, or only one of two is None.
+        TypeError: an entry is not a plain tensor of these dtypes, dtypes or devices differ, or only one of two is None.
         ValueError: lengths or shapes differ, l < 1/2, memory overlaps. Nothing is written.
 
     Reference: Li, Malladi and Arora, arXiv 2102.12470, section 4. Nothing is synchronised.
@@ -279,12 +331,12 @@ def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]
     r"""What two gradients have in common, in one pass: `PAIR_SUMS` of every slot.
 
     Args:
-        grads_a, grads_b: CPU tensors of float64, float32, bfloat16 or float16, pairs of equal shape and dtype. An entry
-            may be None if its partner is: NaN.
+        grads_a, grads_b: tensors of float64, float32, bfloat16 or float16 on one device, pairs of equal shape and
+            dtype. An entry may be None if its partner is: NaN.
         stats: "tensor" or "row".
 
     Returns:
-        (slots, 4) float64 on the CPU: :math:`\langle a,b\rangle, |a-b|^2, |a|^2, |b|^2`. Nothing is synchronised.
+        (slots, 4) float64 on their device: :math:`\langle a,b\rangle, |a-b|^2, |a|^2, |b|^2`. Nothing is synchronised.
 
     Raises:
         TypeError, ValueError: as `svag_combine_`.
@@ -300,7 +352,7 @@ def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]
         raise TypeError(_why_refused("pair_sums", refused[0], {"grads_a": a, "grads_b": b}))
     table = _run(step, measured=True)
     assert table is not None
-    return table[:, [2, 3, 0, 1]]
+    return torch.cat([table[:, 2:4], table[:, :2]], dim=1)
 
 
 def welford_(
@@ -312,13 +364,14 @@ def welford_(
         m' = m + (x - m)/n, \quad s' = s + (x - m)(x - m')
 
     Args:
-        means, squares: CPU tensors of float64, float32, bfloat16 or float16; updated in place. Zeros before n = 1.
+        means, squares: tensors of float64, float32, bfloat16 or float16 on one device; updated in place. Zeros before
+            n = 1.
         samples: same shapes and dtypes; read only; None skips the entry.
         n: of this sample, from 1.
         stats: None, "tensor" or "row".
 
     Returns:
-        None, or with `stats` float64 (slots, 5) on the CPU: `SUMS` with m for the weights and x for the gradient.
+        None, or with `stats` float64 (slots, 5) on their device: `SUMS` with m for the weights and x for the gradient.
 
     Raises:
         TypeError, ValueError: as `sgd_`.
@@ -476,8 +529,8 @@ def moments(
     names = [f"x[{i}]" for i in range(len(tensors))] if isinstance(x, (list, tuple)) else ["x"]
     rows = check_samples("moments", tensors, names)
     for name, entry in zip(names, tensors, strict=True):
-        if not kernel_takes(entry):
-            raise TypeError(_not_taken("moments", name, entry))
+        if not cpu_takes(entry):
+            raise TypeError(_not_taken("moments", name, entry, "cpu"))
     real = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     with torch.no_grad():
         means = [torch.empty_like(entry[0], dtype=real) for entry in tensors]
@@ -550,7 +603,7 @@ def norm_sums(
         raise ValueError(f'norm_sums: channels expected "last" or "first", got {channels!r}')
     of_rows = {"rstd": rstd} if mean is None else {"mean": mean, "rstd": rstd}
     for name, entry in {"g": g, "x": x, **of_rows}.items():
-        if not kernel_takes(entry):
+        if not cpu_takes(entry):
             raise TypeError(_not_taken("norm_sums", name, entry))
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
     if g.ndim != 3:
@@ -607,7 +660,7 @@ def embedding_moments(
     op = "embedding_moments"
     if isinstance(num_embeddings, bool) or not isinstance(num_embeddings, int) or num_embeddings < 1:
         raise ValueError(f"{op}: num_embeddings expected a whole number from 1, got {num_embeddings!r}")
-    if not kernel_takes(g):
+    if not cpu_takes(g):
         raise TypeError(_not_taken(op, "g", g))
     plain = type(ids) is Tensor and ids.device.type == "cpu" and ids.layout == torch.strided
     if not plain or ids.dtype not in (torch.int64, torch.int32):
@@ -666,10 +719,12 @@ def check_l(l: object, where: str) -> float:
     return float(l)
 
 
-def _run(step: Pass, measured: bool) -> Tensor | None:
+def _run(step: Pass, measured: bool, may_skip: bool = False) -> Tensor | None:
     written = step.check(None)
-    table = new_table(step.slots, step.columns) if measured else None
-    step.run(table)
+    table = new_table(step.slots, step.columns, step.like) if measured else None
+    if table is not None and may_skip:
+        table.fill_(torch.nan)
+    step.run(table, new_scratch(step) if measured else None)
     torch.autograd.graph.increment_version(written)
     return table
 
@@ -704,12 +759,26 @@ def _why_refused(op: str, i: int, lists: dict[str, Any]) -> str:
     """The sentence for position `i`, which no kernel takes. The first list is the one that the others must match."""
     named = {name: x[i] for name, x in lists.items() if x is not None and x[i] is not None}
     for name, tensor in named.items():
-        if not kernel_takes(tensor):
+        if not cpu_takes(tensor):
             return _not_taken(op, f"{name}[{i}]", tensor)
     (first, model), *others = named.items()
-    name, tensor = next((n, t) for n, t in others if t.dtype != model.dtype)
-    return f"{op}: {name}[{i}] is {describe(tensor)} but {first}[{i}] is {describe(model)}; expected one dtype"
+    for name, tensor in others:
+        if tensor.dtype != model.dtype or tensor.device != model.device:
+            what = "dtype" if tensor.dtype != model.dtype else "device"
+            return f"{op}: {name}[{i}] is {describe(tensor)} but {first}[{i}] is {describe(model)}; expected one {what}"
+    return f"{op}: {first}[{i}] is {describe(model)} but others, or numbers of the call, are not; expected one device"
 
 
-def _not_taken(op: str, name: str, x: object) -> str:
-    return f"{op}: {name} is {describe(x)}; expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu"
+def _not_taken(op: str, name: str, x: object, devices: str | None = None) -> str:
+    return (
+        f"{op}: {name} is {describe(x)}; expected a torch.Tensor of float64, float32, bfloat16 or float16 on "
+        f"{devices or _where_kernels_run(x)}"
+    )
+
+
+def _where_kernels_run(tensor: Any) -> str:
+    if cuda_architectures():
+        return "cpu or cuda"
+    if getattr(getattr(tensor, "device", None), "type", None) != "cuda":
+        return "cpu"
+    return "cpu: this binary was built without CUDA (NORMKERN_CUDA=ON pip install --no-binary normkern normkern)"

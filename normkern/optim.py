@@ -59,10 +59,15 @@ class SGD(torch.optim.SGD):
     * ``norm_buffers``: the batch norms behind the weights, or pairs (running_mean, running_var), which follow when a
       power of two is taken out; [] if there are none. Without the key a warning says that they lag. Not saved.
 
-    Sparse and complex tensors, tensor subclasses, devices other than the CPU, gradients of another dtype than their
-    parameter: torch's own loop steps them, with its result; logger "normkern" says so at level DEBUG. So it does with
-    everything under a dispatch mode or a torch.func transform. A DTensor is stepped through its local shard, and its
-    sums are those of the shard. Several threads may step one optimizer: one after the other.
+    Sparse and complex tensors, tensor subclasses, gradients of another dtype than their parameter, devices that the
+    binary has no kernels for: torch's own loop steps them, with its result; logger "normkern" says so at level DEBUG.
+    So it does with everything under a dispatch mode or a torch.func transform, and, with `stats`, with parameters on
+    other devices than the first. A DTensor is stepped through its local shard, and its sums are those of the shard.
+    Several threads may step one optimizer: one after the other.
+
+    On CUDA devices nothing waits for the device, and a step can be captured in a graph after a first one: lr and
+    weight_decay may be CUDA tensors of one number, which the kernel reads. With ``fused=True`` it also reads what a
+    GradScaler has found, except with ``decay="exponential"``; a skipped step then keeps the sums of the last one.
 
     Raises, at a step, before anything is written:
         RuntimeError: a parameter is of an integer dtype.
@@ -191,14 +196,20 @@ class SGD(torch.optim.SGD):
     def _step_now(self) -> None:
         # GradScaler leaves these on an optimizer with fused=True for the duration of the call.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if self._skips(found_inf, grad_scale):
+        scaler = None
+        if found_inf is not None and self._kernel_may_skip(found_inf):
+            scaler = (grad_scale, found_inf)
+        elif self._skips(found_inf, grad_scale):
             return
-        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        inverse_scale = 1.0 if grad_scale is None or scaler is not None else 1.0 / float(grad_scale)
 
         step = self._step_plan
         step.begin()
         try:
-            groups = self._groups(inverse_scale)
+            groups = self._groups(inverse_scale, scaler)
+            if scaler is not None and self._leaves_a_trace(groups) and self._skips(found_inf, grad_scale):
+                step.begin()
+                return
             written = step.check(self._written)
         except BaseException:
             step.begin()  # lets go of the gradients
@@ -208,8 +219,14 @@ class SGD(torch.optim.SGD):
             if group.left_to_torch:
                 group.step_with_torch(grad_scale)
         measures = any(group.stats for group in groups) and not somebody_watches()
-        table = ops.new_table(step.slots, step.columns) if measures else None
-        step.run(table)
+        table = scratch = None
+        if measures:
+            table = ops.new_table(step.slots, step.columns, step.like)
+            if step.like is not None:
+                scratch = ops.new_scratch(step)
+                if scaler is not None and self._measured is not None:  # should the kernel skip
+                    table.copy_(self._measured.table)
+        step.run(table, scratch)
         increment_version(written)
         if written is not self._written:
             # A tensor that only Python refers to makes torch take the GIL whenever C++ so much as looks at it: a second
@@ -227,7 +244,7 @@ class SGD(torch.optim.SGD):
                 norms_lag |= not group.gauge.keep(self.param_groups[group.index])
         if table is not None:
             table = with_torch_sums(table, groups)
-            measured = [(group.index, group.lr, len(group.params)) for group in groups if group.stats]
+            measured = [(group.index, group.lr_now(), len(group.params)) for group in groups if group.stats]
             self._measured = _Measured(table, step.slot_offsets, measured)
         self._stepped(table)
         if norms_lag and not self._warned:  # last: a warning may be an error
@@ -241,10 +258,30 @@ class SGD(torch.optim.SGD):
         """Whether a GradScaler has found a gradient that is no number."""
         return found_inf is not None and float(found_inf) != 0
 
-    def _groups(self, inverse_scale: float) -> list[GroupStep]:
+    def _kernel_may_skip(self, found_inf: Tensor) -> bool:
+        """Whether the kernel is to look at `found_inf` itself: it lies beside the parameters, on a CUDA device."""
+        there = ops.device_index(found_inf)
+        return there not in (None, -1) and all(
+            group["decay"] == "coupled"
+            and GAUGE not in group
+            and all(p.device == found_inf.device for p in group["params"])
+            for group in self.param_groups
+        )
+
+    def _leaves_a_trace(self, groups: list[GroupStep]) -> bool:
+        """Whether a step of which the kernel skips its part would still change something, so that we must know."""
+        plan, before = self._step_plan, self._measured
+        measures = any(group.stats for group in groups)
+        return (measures and (before is None or before.table.shape != (plan.slots, plan.columns))) or any(
+            group.created or group.left_to_torch or group.wrappers for group in groups
+        )
+
+    def _groups(self, inverse_scale: float, scaler: tuple[Tensor | None, Tensor] | None) -> list[GroupStep]:
         """Every param group, read and checked; nothing is written."""
         plan, state = self._step_plan, self.state
-        return [GroupStep(plan, state, i, group, inverse_scale) for i, group in enumerate(self.param_groups)]
+        return [
+            GroupStep(plan, state, i, group, inverse_scale, scaler=scaler) for i, group in enumerate(self.param_groups)
+        ]
 
     def _stepped(self, table: Tensor | None) -> None:
         """What a kind of SGD does after a step, with the table of what it measured."""
@@ -318,14 +355,14 @@ class _Measured:
 
     __slots__ = ("groups", "offsets", "table", "told")
 
-    def __init__(self, table: Tensor, offsets: tuple[int, ...], groups: list[tuple[int, float, int]]) -> None:
+    def __init__(self, table: Tensor, offsets: tuple[int, ...], groups: list[tuple[int, float | Tensor, int]]) -> None:
         self.table, self.offsets, self.groups = table, offsets, groups
         self.told: StepStats | None = None
 
     def stats(self, param_groups: list[dict[str, Any]]) -> StepStats:
         if self.told is None:
             names: list[str] = []
-            lr: list[float] = []
+            lr: list[float | Tensor] = []
             for index, group_lr, size in self.groups:
                 given = param_groups[index].get("param_names")
                 names += given[:size] if given else [f"{index}.{i}" for i in range(size)]

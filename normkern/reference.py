@@ -23,20 +23,23 @@ def sgd_(
     grads: Sequence[Tensor | None],
     momentum_buffers: list[Tensor | None] | None = None,
     *,
-    lr: float,
+    lr: float | Tensor,
     momentum: float = 0.0,
     dampening: float = 0.0,
-    weight_decay: float = 0.0,
+    weight_decay: float | Tensor = 0.0,
     nesterov: bool = False,
     maximize: bool = False,
-    grad_scale: float = 1.0,
+    grad_scale: float | Tensor = 1.0,
     stats: Stats = None,
     held: Sequence[Tensor | None] | None = None,
     l: float = 1.0,
     held_scale: float = 1.0,
     gauge: GaugeStep | None = None,
+    found_inf: Tensor | None = None,
 ) -> Tensor | None:
     """`ops.sgd_`, one tensor and one operation at a time."""
+    if found_inf is not None and found_inf.item() != 0:
+        grads = [None] * len(grads)
     table, pairs = [], held is not None and any(h is not None for h in held)
     stats = stats or (None if held is None else "tensor")
     scale, z, _ = NEW_GAUGE if gauge is None else gauge.before

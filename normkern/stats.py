@@ -45,7 +45,7 @@ class StepStats:
     names: list[str]
     slots: dict[str, slice]
 
-    def __init__(self, table: Tensor, names: list[str], offsets: tuple[int, ...], lr: list[float]) -> None:
+    def __init__(self, table: Tensor, names: list[str], offsets: tuple[int, ...], lr: list[float | Tensor]) -> None:
         """`table` (slots, 5); `names`, `offsets` (where each one's slots begin) and `lr` per parameter."""
         ends = (*offsets[1:], table.shape[0])
         self.names = names
@@ -113,9 +113,13 @@ class StepStats:
     @cached_property
     def effective_lr(self) -> Tensor:
         """lr / |w|^2, the learning rate on the unit sphere (arXiv 2010.02916, section 2)."""
-        lr = torch.tensor(self._lr, dtype=torch.float64, device=self._table.device)
-        counts = torch.tensor(self._counts, device=self._table.device)
-        return lr.repeat_interleave(counts, output_size=self._table.shape[0]) / self.weight_sq
+        parts = []
+        for lr, slots in _runs(self._lr, self._counts):  # made by kernels: a copy from the host would wait
+            if isinstance(lr, Tensor):
+                parts.append(lr.double().view(1).expand(slots))
+            else:
+                parts.append(torch.full((slots,), lr, dtype=torch.float64, device=self._table.device))
+        return torch.cat(parts) / self.weight_sq if parts else self.weight_sq.clone()
 
     def to_dict(self) -> dict[str, dict[str, float | list[float]]]:
         """Plain numbers for a logger: name -> quantity -> number (a list for ``stats="row"``). Synchronises."""
@@ -127,6 +131,17 @@ class StepStats:
 
     def __repr__(self) -> str:
         return f"StepStats({len(self.names)} parameters, {self._table.shape[0]} slots)"
+
+
+def _runs(lr: list[float | Tensor], counts: list[int]) -> list[tuple[float | Tensor, int]]:
+    """(learning rate, slots that have it), one after another."""
+    runs: list[tuple[float | Tensor, int]] = []
+    for x, count in zip(lr, counts, strict=True):
+        if runs and (x is runs[-1][0] or (isinstance(x, float) and x == runs[-1][0])):
+            runs[-1] = (x, runs[-1][1] + count)
+        else:
+            runs.append((x, count))
+    return runs
 
 
 _DERIVED = (

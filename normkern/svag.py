@@ -276,7 +276,10 @@ class SVAG(SGD):
     def found_inf(self) -> None:
         self.__dict__.pop("_found_inf", None)
 
-    def _groups(self, inverse_scale: float) -> list[GroupStep]:
+    def _kernel_may_skip(self, found_inf: Tensor) -> bool:
+        return False  # what is held is let go of then
+
+    def _groups(self, inverse_scale: float, scaler: tuple[Tensor | None, Tensor] | None) -> list[GroupStep]:
         groups = []
         for i, group in enumerate(self.param_groups):
             options, pair = self._kernel_options(i, group), self._pair(i, group, inverse_scale)
@@ -392,7 +395,7 @@ def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | N
     tensor([-1.])
     """
     a, b = list(grads_a), list(grads_b)
-    if all(ops.kernel_takes(x) for x in (*a, *b) if x is not None):
+    if ops.kernels_take((*a, *b)):
         return ops.svag_combine_(a, b, l)
     from . import reference
 

@@ -1,7 +1,12 @@
 """What every test may ask for."""
 
+import contextlib
+
 import pytest
 import torch
+from simt import build
+from simt.backend import Backend
+from simt.needs import need
 
 from normkern import ops
 
@@ -9,6 +14,68 @@ from normkern import ops
 @pytest.fixture(params=ops.supported_isas())
 def isa(request):
     """Each instruction-set level that this machine can run."""
+    before = ops.isa()
+    ops.select_isa(request.param)
+    yield request.param
+    ops.select_isa(before)
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """The CUDA kernels in the emulator, without the checks of every access: see tests/simt."""
+    need(build.missing())
+    return Backend(checked=False)
+
+
+def no_gpu():
+    """Why the kernels cannot run on a GPU here, and what would help; None if they can."""
+    if not ops.cuda_architectures():
+        return "this binary was built without CUDA; NORMKERN_CUDA=ON pip install -e . builds it with"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU here"
+    return None
+
+
+@contextlib.contextmanager
+def on_gpu():
+    """Tensors are made on the GPU for as long as this lasts."""
+    if reason := no_gpu():
+        pytest.skip(reason)
+    torch.set_default_device("cuda")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+_CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+
+
+@pytest.fixture(params=["cpu", _CUDA])
+def device(request):
+    """Where the test makes its tensors."""
+    with on_gpu() if request.param == "cuda" else contextlib.nullcontext():
+        yield request.param
+
+
+@pytest.fixture
+def gpu():
+    """The test makes its tensors on the GPU."""
+    with on_gpu():
+        yield
+
+
+@pytest.fixture(params=[*ops.supported_isas(), "simt", _CUDA])
+def backend(request):
+    """Whatever runs an op: each instruction-set level that this machine can run, the CUDA kernels in the emulator, a GPU."""
+    if request.param == "cuda":
+        with on_gpu():
+            yield request.param
+        return
+    if request.param == "simt":
+        with request.getfixturevalue("emulated").in_place():
+            yield request.param
+        return
     before = ops.isa()
     ops.select_isa(request.param)
     yield request.param

@@ -10,7 +10,7 @@ class Fenced:
 
     def __init__(self, values: torch.Tensor, offset: int = 0) -> None:
         n = values.numel()
-        self.block = torch.full((n + 2 * FENCE + offset,), torch.nan, dtype=values.dtype)
+        self.block = torch.full((n + 2 * FENCE + offset,), torch.nan, dtype=values.dtype, device=values.device)
         self.start = FENCE + offset
         self.tensor = self.block[self.start : self.start + n].view(values.shape)
         self.tensor.copy_(values)
@@ -19,6 +19,11 @@ class Fenced:
         """Nobody wrote outside."""
         outside = torch.cat([self.block[: self.start], self.block[self.start + self.tensor.numel() :]])
         return bool(outside.isnan().all())
+
+
+def here(x: torch.Tensor) -> torch.Tensor:
+    """x, from a generator of the CPU's for the same numbers everywhere, where tensors are made by default."""
+    return x.to(torch.get_default_device())
 
 
 def bits(x: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from memory import same_bits
+from memory import here, same_bits
 
 from normkern import ops
 
@@ -15,9 +15,9 @@ def steps(dtype, stats="tensor", nesterov=False, count=3):
     """Three steps of a list of tensors large enough for the thread pool: (tensors, table of sums)."""
     make = torch.Generator().manual_seed(1)
     shapes = [*((n,) for n in SIZES), (300, 77), (3, 2 * ops.CHUNK + 1)]
-    params, buffers = ([torch.randn(s, generator=make).to(dtype) for s in shapes] for _ in range(2))
+    params, buffers = ([here(torch.randn(s, generator=make, device="cpu").to(dtype)) for s in shapes] for _ in range(2))
     for _ in range(count):
-        grads = [torch.randn(s, generator=make).to(dtype) for s in shapes]
+        grads = [here(torch.randn(s, generator=make, device="cpu").to(dtype)) for s in shapes]
         table = ops.sgd_(
             params,
             grads,
@@ -69,14 +69,14 @@ def test_thread_counts_agree(isa, dtype, stats):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_measuring_changes_nothing(isa, dtype):
+def test_measuring_changes_nothing(backend, dtype):
     plain, _ = steps(dtype, None)
     for stats in ("tensor", "row"):
         measured, _ = steps(dtype, stats)
         assert all(same_bits(a, b) for a, b in zip(plain, measured, strict=True))
 
 
-def test_alignment_and_neighbours_change_nothing(isa):
+def test_alignment_and_neighbours_change_nothing(backend):
     w, g = torch.randn(1003), torch.randn(1003)
     expected = w.clone()
     sums = ops.sgd_([expected], [g], lr=0.1, stats="tensor")
@@ -88,4 +88,7 @@ def test_alignment_and_neighbours_change_nothing(isa):
         others = [torch.randn(50), shifted_w, torch.randn(3)]
         table = ops.sgd_(others, [torch.randn(50), shifted_g, torch.randn(3)], lr=0.1, stats="tensor")
         assert same_bits(shifted_w, expected)
-        assert same_bits(table[1], sums[0])
+        if backend not in ("simt", "cuda"):
+            assert same_bits(table[1], sums[0])
+        else:  # packs where memory is aligned: another thread adds another coordinate
+            torch.testing.assert_close(table[1], sums[0], rtol=1e-14, atol=0)

@@ -12,7 +12,7 @@ import torch
 import normkern
 from normkern import doctor, machine, ops
 from normkern.__main__ import main
-from normkern.doctor import differences, environment, numbers, threads
+from normkern.doctor import differences, environment, gpu, numbers, threads
 from normkern.doctor.finding import Check, failed, note, ok, skipped
 
 OPS = {op.name: op for op in numbers.OPS}
@@ -400,9 +400,38 @@ def test_module_that_cannot_be_imported(tmp_path, monkeypatch, capsys):
 
 def test_devices(monkeypatch):
     monkeypatch.setattr(machine, "gpus", list)
-    assert environment.devices().verdict == "ok"
+    monkeypatch.setattr(ops, "cuda_architectures", list)
+    assert gpu.devices() == ok("kernels for CPUs; torch sees no GPU")
     monkeypatch.setattr(machine, "gpus", lambda: [{"name": "Some GPU", "capability": "9.0"}])
-    assert environment.devices() == note("kernels for CPUs only: tensors on Some GPU are stepped by torch's own loop")
+    assert gpu.devices() == note(
+        "kernels for CPUs only: tensors on Some GPU are stepped by torch's own loop; "
+        "NORMKERN_CUDA=ON pip install --no-binary normkern normkern builds those for GPUs"
+    )
+    assert gpu.same_as_cpu().verdict == "skipped"
+    monkeypatch.setattr(ops, "cuda_architectures", lambda: [80, 90])
+    assert gpu.devices() == ok("kernels for CPUs and compute capability 8.0, 9.0; torch sees Some GPU (9.0)")
+
+
+def test_gpu_kernels_that_are_wrong(monkeypatch):
+    """The comparison, with the CPU in the GPU's place, finds one coordinate that is off."""
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "Some GPU", "capability": "9.0"}])
+    monkeypatch.setattr(ops, "cuda_architectures", lambda: [90])
+    compare = gpu._difference
+    monkeypatch.setattr(gpu, "_difference", lambda device, *rest: compare("cpu", *rest))
+    assert gpu.same_as_cpu().verdict == "ok"
+    right, calls = ops.sgd_, []
+
+    def wrong(params, *arguments, **options):
+        sums = right(params, *arguments, **options)
+        calls.append(0)
+        if len(calls) % 2 == 0:  # every second call is the GPU's
+            params[1][20000] *= 1.01
+        return sums
+
+    monkeypatch.setattr(ops, "sgd_", wrong)
+    found = gpu.same_as_cpu()
+    assert found.verdict == "failed"
+    assert found.measured.startswith("cuda:0, plain, float64, stats='tensor': tensor of shape (20011,) differs by")
 
 
 def test_torchs_own_sgd_is_no_failure_of_ours(monkeypatch):

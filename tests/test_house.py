@@ -40,6 +40,17 @@ def test_loops_include_no_standard_library():
                 assert name in ("<stdint.h>", "<immintrin.h>", "<arm_neon.h>"), f"{path.name} includes {name}"
 
 
+def test_kernels_include_no_standard_library():
+    for path in (CSRC / "cuda").glob("*.cu*"):
+        assert all(name.startswith('"') for name in includes(path)), path
+    assert includes(CSRC / "cuda" / "device.h") == ['"../formulas.h"', "<cuda_runtime.h>", '"simt.h"']
+
+
+def test_only_device_h_knows_who_compiles_the_kernels():
+    knowing = {p.name for p in CSRC.rglob("*.[ch]*") if "__CUDACC__" in p.read_text()}
+    assert knowing == {"device.h", "formulas.h"}
+
+
 def test_no_torch_header_anywhere():
     for path in CSRC.rglob("*.[ch]*"):
         assert not [n for n in includes(path) if re.search("torch/|ATen/|c10/", n)], path

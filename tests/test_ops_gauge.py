@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from memory import Fenced, same_bits
+from memory import Fenced, here, same_bits
 from test_ops import DTYPES, random_case
 
 from normkern import ops, reference
@@ -90,9 +90,9 @@ def magnitude(step, w, g, v, grad_scale=1.0):
     return new, abs(step.keep) * w + abs(step.grad_to_weight) * g + abs(step.buffer_to_weight) * new
 
 
-def assert_within(got, exact, size, isa, what):
+def assert_within(got, exact, size, backend, what):
     real = torch.float64 if got.dtype == torch.float64 else torch.float32
-    budget = (BUDGET_ULP_V2 if isa == "v2" else BUDGET_ULP) + (BUDGET_ULP_OF_ORACLE if real == torch.float64 else 0)
+    budget = (BUDGET_ULP_V2 if backend == "v2" else BUDGET_ULP) + (BUDGET_ULP_OF_ORACLE if real == torch.float64 else 0)
     allowed = 0.5 * budget * torch.finfo(real).eps * size
     if got.dtype != real:
         info = torch.finfo(got.dtype)
@@ -113,7 +113,7 @@ def assert_sums(table, before, grad, after, step, what):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gauged_step_against_reference(isa, name, dtype):
+def test_gauged_step_against_reference(backend, name, dtype):
     """T5.1, a single step: every dtype, ISA, size and alignment; new buffers are never read."""
     step, options, first = gauge_of(name), CASES[name][1], CASES[name][2] == Buffers.FIRST
     for size in SIZES:
@@ -131,8 +131,8 @@ def test_gauged_step_against_reference(isa, name, dtype):
                 None, gauge=step,
             )  # fmt: skip
             plan.check(None)
-            table = ops.new_table(1)
-            plan.run(table)
+            table = ops.new_table(1, like=plan.like)
+            plan.run(table, ops.new_scratch(plan))
 
             exact_w, exact_g, exact_v = (x.double() for x in (w, g, v))
             buffers = [exact_v if has_buffer and not first else None]
@@ -142,11 +142,11 @@ def test_gauged_step_against_reference(isa, name, dtype):
             what = f"{name} {dtype} size {size} offset {offset}"
             # Decay takes most of w away in one step: the oracle loses what cancels there.
             lost = step.scale / step.next[0] * exact_w.abs() if dtype == torch.float64 else 0.0
-            assert_within(fw, exact, sizes[1] + lost, isa, what + " w")
+            assert_within(fw, exact, sizes[1] + lost, backend, what + " w")
             if has_buffer:
                 # So it does where z w is taken out of the true buffer.
                 lost = abs(step.next[0] ** 2 * step.next[1]) * sizes[1] if dtype == torch.float64 else 0.0
-                assert_within(fv, buffers[0], sizes[0] + lost, isa, what + " v")
+                assert_within(fv, buffers[0], sizes[0] + lost, backend, what + " v")
             else:
                 assert same_bits(fv, v), "a buffer was written"
             assert same_bits(fg, g), "the gradient was written"
@@ -159,7 +159,7 @@ def test_gauged_step_against_reference(isa, name, dtype):
 )
 @pytest.mark.parametrize("l", [1, 4.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gauged_pairs_against_reference(isa, name, l, dtype):
+def test_gauged_pairs_against_reference(backend, name, l, dtype):
     """SVAG's combination first, the gauge after it; what pairs measure is of the true scale."""
     step, options, buffers = gauge_of(name), dict(CASES[name][1]), CASES[name][2]
     options |= {"grad_scale": 3.0, "held_scale": 2.0, "l": l}
@@ -172,9 +172,9 @@ def test_gauged_pairs_against_reference(isa, name, l, dtype):
         sums = reference.sgd_([exact], [g.double()], exact_kept, held=[h.double()], gauge=step, **options)
         combined = math.sqrt(2 * l - 1) * (h.double().abs() / 2 + g.double().abs() / 3)
         sizes = magnitude(step, w.double(), 2 * combined, None if buffers == Buffers.FIRST else v.double())
-        assert_within(got, exact, 2 * sizes[1], isa, f"{name} {size} w")
+        assert_within(got, exact, 2 * sizes[1], backend, f"{name} {size} w")
         if step.has_buffer:
-            assert_within(kept[0], exact_kept[0], 2 * sizes[0] + 2 * sizes[1], isa, f"{name} {size} v")
+            assert_within(kept[0], exact_kept[0], 2 * sizes[0] + 2 * sizes[1], backend, f"{name} {size} v")
         assert table.shape == (1, 9)
         torch.testing.assert_close(table[:, 5:], sums[:, 5:], rtol=1e-5, atol=1e-5 * float(sums[:, 7:].sum()))
         torch.testing.assert_close(table[:, :2], sums[:, :2], rtol=1e-5, atol=0)
@@ -182,7 +182,7 @@ def test_gauged_pairs_against_reference(isa, name, l, dtype):
 
 @pytest.mark.parametrize("name", ["kept shift", "leave nesterov"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gauged_rows_are_tensor_sums_of_each_row(isa, name, dtype):
+def test_gauged_rows_are_tensor_sums_of_each_row(backend, name, dtype):
     step, options = gauge_of(name), CASES[name][1]
     shapes = [(7, 3), (3, ops.CHUNK + 17), (ops.CHUNK + 1, 2), (5,), (), (4, 0)]
     params = [random_case(math.prod(s), dtype, seed=1)[0].view(s) for s in shapes]
@@ -205,7 +205,7 @@ def test_gauged_rows_are_tensor_sums_of_each_row(isa, name, dtype):
     "name", ["plain shift", "first shift", "kept shift", "resting shift", "nesterov shift", "leave kept"]
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_any_strides_give_the_same_bits(isa, name, dtype):
+def test_any_strides_give_the_same_bits(backend, name, dtype):
     step, options, buffers = gauge_of(name), CASES[name][1], CASES[name][2]
     shape = (6, 5, 7, 31)
     w, g, v = (x.view(shape) for x in random_case(math.prod(shape), dtype))
@@ -232,11 +232,11 @@ def steps(dtype, stats="tensor", nesterov=False):
     """Enough steps to cross a rescaling, of tensors large enough for the thread pool: (tensors, last sums, shifts)."""
     make = torch.Generator().manual_seed(1)
     shapes = [(1,), (9,), (4097,), (ops.CHUNK,), (5 * ops.CHUNK + 3,), (300, 77)]
-    params, buffers = ([torch.randn(s, generator=make).to(dtype) for s in shapes] for _ in range(2))
+    params, buffers = ([here(torch.randn(s, generator=make, device="cpu").to(dtype)) for s in shapes] for _ in range(2))
     gauge, shifts, options = (0.73, 0.2, 5), 0, {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.3, "nesterov": nesterov}
     for _ in range(3):
         step = ops.gauge_step(gauge, 0.1, 0.5, 0.0, 0.3, nesterov)
-        grads = [torch.randn(s, generator=make).to(dtype) for s in shapes]
+        grads = [here(torch.randn(s, generator=make, device="cpu").to(dtype)) for s in shapes]
         table = ops.sgd_(params, grads, buffers, grad_scale=3.0, stats=stats, gauge=step, **options)
         gauge, shifts = step.next, shifts + step.shift
     assert shifts == 1
@@ -266,7 +266,7 @@ def test_isa_levels_agree(dtype, nesterov):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_and_measuring_change_nothing(isa, dtype):
+def test_threads_and_measuring_change_nothing(backend, dtype):
     results = []
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
@@ -278,7 +278,7 @@ def test_threads_and_measuring_change_nothing(isa, dtype):
 @pytest.mark.parametrize("stats", [None, "tensor"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_a_shift_is_invisible_to_the_bit(isa, dtype, momentum, stats):
+def test_a_shift_is_invisible_to_the_bit(backend, dtype, momentum, stats):
     """T5.6: beside a step of the same numbers without weight decay, whose lr takes up the powers of two."""
     w, g, v = random_case(3 * ops.CHUNK + 5, dtype)
     ours, theirs = w.clone(), w.clone()
@@ -298,7 +298,7 @@ def test_a_shift_is_invisible_to_the_bit(isa, dtype, momentum, stats):
     assert exponent >= (1 if momentum else 6)
 
 
-def test_infinite_and_missing_numbers_stay_where_they_are(isa):
+def test_infinite_and_missing_numbers_stay_where_they_are(backend):
     """A coefficient of 0 is no 0 * inf: what is infinite stays infinite, and NaN stays in its place."""
     for name in ("plain", "plain shift", "first", "kept", "kept shift"):
         step, options = gauge_of(name), CASES[name][1]

@@ -13,6 +13,8 @@ from twins import DTYPES, assert_follow, give_gradients, parameters
 
 import normkern
 
+pytestmark = pytest.mark.usefixtures("device")
+
 VARIANTS = {
     "plain": {},
     "decay": {"weight_decay": 0.1},

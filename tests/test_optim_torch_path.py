@@ -3,9 +3,13 @@
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from twins import assert_follow, give_gradients, parameters
 
 import normkern
+from normkern import group_step, ops
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 class Subclass(torch.Tensor):
@@ -164,3 +168,19 @@ def test_negative_bit_after_a_gradient_that_stayed():
     w.grad = torch._neg_view(memory)
     opt.step()
     assert w.tolist() == [-3.0] * 7
+
+
+@pytest.mark.skipif(bool(ops.cuda_architectures()), reason="this binary has kernels for GPUs")
+def test_a_binary_for_cpus_says_so_when_a_gpus_tensor_arrives():
+    group_step._warn_of_gpu.cache_clear()
+    with FakeTensorMode():
+        w = nn.Parameter(torch.ones(3, device="cuda:0"))
+        w.grad = torch.ones(3, device="cuda:0")
+    opt = normkern.SGD([w], lr=0.1)
+    with pytest.warns(UserWarning, match="this binary was built for CPUs only, .* NORMKERN_CUDA=ON pip install"):
+        opt.step()
+    opt.step()  # once is enough
+    with pytest.raises(
+        TypeError, match=r"sgd_: params\[0\] is .*FakeTensor.* cuda:0; expected .* on cpu: this binary was"
+    ):
+        ops.sgd_([w], [w.grad], lr=0.1)

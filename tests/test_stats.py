@@ -10,6 +10,8 @@ from torch import nn
 import normkern
 from normkern import ops
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(40, 3, 3, 3), (7,), (5, ops.CHUNK + 3), (), (2, 3)]
 VARIANTS = [

@@ -1,6 +1,7 @@
 """The same parameters twice, the same gradients for both, and how closely two optimizers must agree on them."""
 
 import torch
+from memory import here
 from torch import nn
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -9,13 +10,15 @@ SHAPES = [(), (0,), (1,), (33,), (16, 3), (8, 4, 3, 3), (40000,)]
 
 def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
     make = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(s, generator=make, dtype=torch.float64).to(dtype)) for s in shapes]
+    return [
+        nn.Parameter(here(torch.randn(s, generator=make, dtype=torch.float64, device="cpu").to(dtype))) for s in shapes
+    ]
 
 
 def give_gradients(*lists, seed, skip=()):
     make = torch.Generator().manual_seed(seed)
     for i, twins in enumerate(zip(*lists, strict=True)):
-        g = torch.randn(twins[0].shape, generator=make, dtype=torch.float64)
+        g = here(torch.randn(twins[0].shape, generator=make, dtype=torch.float64, device="cpu"))
         for p in twins:
             p.grad = None if i in skip else g.to(p.dtype)
 

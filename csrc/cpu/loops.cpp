@@ -22,16 +22,13 @@ template <int N> struct Sums {
     for (Lanes& x : s) x = Lanes::all(0.0);
   }
 
-  void flush(double* out, double inverse_scale, const GaugeStep* gauge) {
+  void flush(double* out, const Hyper& hyper, bool is_gauged) {
     double sums[N];
     for (int j = 0; j < N; j++) {
       sums[j] = total(s[j]);
       s[j] = Lanes::all(0.0);
     }
-    StepSums::unscale(sums, inverse_scale);
-    if (gauge) StepSums::to_true_scale(sums, gauge->scale, gauge->moved, gauge->drift);
-    if constexpr (N > StepSums::count)
-      if (gauge) PairSums::to_true_scale(sums + StepSums::count, gauge->scale);
+    in_user_units<N>(sums, hyper, is_gauged);
     for (int j = 0; j < N; j++) out[j] = sums[j];
   }
 };
@@ -44,8 +41,8 @@ template <int N> class Slots {
         columns_(c.columns),
         slot_size_(c.slot_size),
         left_(c.slot_size),
-        inverse_scale_(c.h ? 1.0 : c.hyper->inverse_scale),
-        gauge_(is_gauged ? &c.hyper->gauge : nullptr) {}
+        hyper_(*c.hyper),
+        is_gauged_(is_gauged) {}
 
   template <class Run> void each(int64_t n, Run run) {  // run(begin, size, sums)
     for (int64_t k = 0; k < n;) {
@@ -61,7 +58,7 @@ template <int N> class Slots {
 
  private:
   void next() {
-    sums_.flush(out_, inverse_scale_, gauge_);
+    sums_.flush(out_, hyper_, is_gauged_);
     out_ += columns_;
     left_ = slot_size_;
   }
@@ -69,15 +66,11 @@ template <int N> class Slots {
   double* out_;
   int columns_;
   int64_t slot_size_, left_;
-  double inverse_scale_;  // the loops sum a single gradient as it lies in memory, a pair after its unscaling
-  const GaugeStep* gauge_;
+  const Hyper& hyper_;
+  bool is_gauged_;
 };
 
 // ---- The update ------------------------------------------------------------------------------------------
-
-enum class Measure { nothing, step, pair };  // a pair is always measured
-template <Measure kMeasure>
-constexpr int kSums = kMeasure == Measure::pair ? StepSums::count + PairSums::count : StepSums::count;
 
 // Where the coordinates of a run begin: weights, gradient, buffer, first gradient of a pair.
 template <class T> struct Streams {
@@ -214,31 +207,6 @@ struct Walk {
 };
 
 // ---- One chunk -------------------------------------------------------------------------------------------
-
-template <class R> Coefficients<R> coefficients(const Hyper& h, bool is_pair, bool is_gauged) {
-  const double scale = is_pair ? 1.0 : h.inverse_scale;
-  const GaugeStep& g = h.gauge;
-  return {(R)h.lr,
-          (R)(is_gauged ? g.momentum : h.momentum),
-          (R)(1 - h.dampening),
-          (R)h.weight_decay,
-          (R)(h.maximize ? -scale : scale),
-          (R)h.inverse_scale,
-          (R)h.second_inverse_scale,
-          (R)0.5,
-          (R)(__builtin_sqrt(2 * h.l - 1) / 2),
-          (R)h.share,
-          h.weight_decay != 0,
-          h.l == 1,
-          (R)g.keep,
-          (R)g.unkeep,
-          (R)g.grad_to_buffer,
-          (R)g.weight_to_buffer,
-          (R)g.grad_to_weight,
-          (R)g.buffer_to_weight,
-          g.weight_to_buffer != 0,
-          g.grad_to_weight != 0};
-}
 
 // Strided memory is gathered into a block that is dense and stays in L1, and scattered from it.
 template <class Rule, Measure kMeasure, class T>

@@ -15,6 +15,7 @@ import normkern
 
 from .. import machine, ops
 from ..info import dlpack_version
+from . import gpu
 from .finding import Check, Finding, failed, note, ok, skipped
 
 _DLPACK_MAJOR = 1  # what csrc/dlpack.h declares
@@ -138,14 +139,6 @@ def _owner(file: str) -> str:
     return found[1] if found else "the system"
 
 
-def devices() -> Finding:
-    """The build has kernels for the devices that torch sees."""
-    gpus = machine.gpus()
-    if not gpus:
-        return ok("kernels for CPUs; torch sees no GPU")
-    return note(f"kernels for CPUs only: tensors on {gpus[0]['name']} are stepped by torch's own loop")
-
-
 def torchs_own() -> Finding:
     """What torch's fused SGD makes of bfloat16 and float16 on this CPU. Not our failure, but a reason to know."""
     wrong = []
@@ -167,6 +160,7 @@ def checks(brought_by: dict[str, str]) -> list[Check]:
         Check("binary", binary),
         Check("ISA level", level),
         Check("OpenMP runtimes", lambda: openmp(brought_by)),
-        Check("devices", devices),
+        Check("devices", gpu.devices),
+        Check("GPU kernels", gpu.same_as_cpu),
         Check("torch's fused SGD", torchs_own),
     ]

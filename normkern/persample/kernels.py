@@ -24,7 +24,7 @@ Triple = tuple[Tensor, Tensor | None, Tensor]
 
 
 def _kernels(*tensors: Tensor) -> ModuleType | Any:
-    if all(ops.kernel_takes(x) for x in tensors):
+    if all(ops.cpu_takes(x) for x in tensors):
         return ops
     from .. import reference
 
@@ -75,7 +75,7 @@ def _gram(a: Tensor, g: Tensor) -> Triple:
 
 def row_sq_norms(x: Tensor) -> Tensor:
     """|x_b|^2 of every row of a matrix, in float64."""
-    if ops.kernel_takes(x):
+    if ops.cpu_takes(x):
         return ops.row_sq_norms(x)
     from .. import reference
 

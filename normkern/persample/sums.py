@@ -33,7 +33,7 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 def sq_norm(x: Tensor) -> Tensor:
     """|x|^2 in float64, of no dimension."""
-    if ops.kernel_takes(x) and x.numel():
+    if ops.cpu_takes(x) and x.numel():
         rows = ops.row_sq_norms(x.flatten(1) if x.dim() > 1 else x.reshape(1, -1))
         return rows.sum() if len(rows) > 1 else rows[0]
     return x.detach().double().square().sum()

@@ -1,0 +1,14 @@
+// absent.cpp - the CUDA back end of a binary that has none: tensors.cpp lets no CUDA tensor through.
+#include "../backend.h"
+
+namespace nk::cuda {
+namespace {
+constexpr const char* kAbsent = "this build of normkern has no CUDA kernels";
+}
+
+const char* run(const Chunk*, int64_t, const Queue&) { return kAbsent; }
+const char* add_parts(const SlotParts*, int64_t, int, const float*, const Queue&) { return kAbsent; }
+const char* fill_nan(double*, int64_t, const float*, const Queue&) { return kAbsent; }
+int architectures(int*, int) { return 0; }
+
+}  // namespace nk::cuda

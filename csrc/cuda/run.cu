@@ -1,0 +1,185 @@
+// run.cu - the launches: tables of tensors, one after another, on the caller's stream. Includes no standard library.
+#include "update.cuh"
+
+namespace nk::cuda {
+namespace {
+
+// ---- Two small kernels ----------------------------------------------------------------------------------------------
+
+struct PartsTable {
+  int count, columns;
+  uint32_t first_block[kTensors + 1];
+  SlotParts slots[kTensors];
+};
+
+constexpr int kMostSums = kSums<Measure::pair>;
+
+// A block per slot: each thread takes every so many parts, in their order, then the block adds up.
+__global__ void __launch_bounds__(kThreads)
+    sum_parts(const PartsTable __grid_constant__ table, const float* found_inf) {
+  NK_SHARED(double, shared, [kMostSums][kWarps]);
+  if (skips(found_inf)) return;
+  const int i = entry_of(table, blockIdx.x);
+  const SlotParts& slots = table.slots[i];
+  const int64_t slot = blockIdx.x - table.first_block[i];
+  const double* from = slots.parts_of_first + slot * slots.parts * table.columns;
+  double s[kMostSums] = {};
+  for (int64_t part = threadIdx.x; part < slots.parts; part += kThreads)
+#pragma unroll
+    for (int j = 0; j < kMostSums; j++)
+      if (j < slots.own) s[j] += from[part * table.columns + j];
+  block_sum(s, shared);
+  if (threadIdx.x == 0)
+#pragma unroll
+    for (int j = 0; j < kMostSums; j++)
+      if (j < slots.own) slots.out[slot * table.columns + j] = s[j];
+}
+
+__global__ void __launch_bounds__(kThreads) write_nan(double* table, int64_t size, const float* found_inf) {
+  if (skips(found_inf)) return;
+  for (int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x; i < size; i += (int64_t)gridDim.x * kThreads)
+    table[i] = __builtin_nan("");
+}
+
+// ---- Launches -------------------------------------------------------------------------------------------------------
+
+// Makes a device the current one for as long as it lives.
+class Current {
+ public:
+  explicit Current(int device) {
+    error_ = cudaGetDevice(&before_);
+    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
+    moved_ = error_ == cudaSuccess && before_ != device;
+  }
+  ~Current() {
+    if (moved_) cudaSetDevice(before_);
+  }
+  const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
+
+ private:
+  int before_ = 0;
+  bool moved_ = false;
+  cudaError_t error_;
+};
+
+const char* launched() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+constexpr uint32_t kMostBlocks = 0x7fffffff;  // in a grid
+
+Measure measure_of(const Chunk& c) { return c.h ? Measure::pair : c.sums ? Measure::step : Measure::nothing; }
+
+bool same_kernel(const Chunk& a, const Chunk& b) {
+  return a.hyper == b.hyper && a.rule == b.rule && a.dtype == b.dtype && measure_of(a) == measure_of(b) && !a.strided &&
+         !b.strided && a.columns == b.columns;
+}
+
+Tensor tensor_of(const Chunk& c) { return {c.w, c.g, c.v, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size}; }
+
+template <class... Arguments> void launch(DType dtype, const Arguments&... arguments) {
+  switch (dtype) {
+    case DType::f64:
+      return Updates<double>::launch(arguments...);
+    case DType::f32:
+      return Updates<float>::launch(arguments...);
+    case DType::bf16:
+      return Updates<bf16>::launch(arguments...);
+    case DType::f16:
+      return Updates<f16>::launch(arguments...);
+  }
+}
+
+constexpr const char* kTooLarge = "a tensor has more coordinates than a grid of blocks can take";
+
+const char* run_strided(const Chunk& c, cudaStream_t stream) {
+  StridedTensor t;
+  t.columns = c.columns, t.rule = c.rule, t.tensor = tensor_of(c), t.ndim = 0;
+  const Strided& from = *c.strided;
+  for (int d = 0; d < from.ndim; d++) {
+    if (from.shape[d] == 1) continue;
+    const int64_t size = from.shape[d], w = from.w[d], g = from.g[d], v = from.v ? from.v[d] : 0,
+                  h = from.h ? from.h[d] : 0;
+    const int last = t.ndim - 1;
+    // A dimension that continues the one before it, in every stream, is part of it.
+    if (last >= 0 && t.w[last] == w * size && t.g[last] == g * size && t.v[last] == v * size && t.h[last] == h * size) {
+      t.shape[last] *= size, t.w[last] = w, t.g[last] = g, t.v[last] = v, t.h[last] = h;
+    } else {
+      t.shape[t.ndim] = size, t.w[t.ndim] = w, t.g[t.ndim] = g, t.v[t.ndim] = v, t.h[t.ndim] = h;
+      t.ndim++;
+    }
+  }
+  const int64_t blocks = nk::cuda::blocks(t.tensor);
+  if (blocks > kMostBlocks) return kTooLarge;
+  launch(c.dtype, measure_of(c), (uint32_t)blocks, stream, t, *c.hyper);
+  return launched();
+}
+
+}  // namespace
+
+const char* run(const Chunk* chunks, int64_t count, const Queue& queue) {
+  const Current current(queue.device);
+  if (current.error()) return current.error();
+  const auto stream = static_cast<cudaStream_t>(queue.stream);
+  Table table;
+  for (int64_t i = 0; i < count;) {
+    const Chunk& first = chunks[i];
+    if (first.strided) {
+      if (const char* error = run_strided(first, stream)) return error;
+      i++;
+      continue;
+    }
+    table.count = 0, table.columns = first.columns, table.first_block[0] = 0;
+    int64_t blocks = 0;
+    for (; i < count && table.count < kTensors && (&chunks[i] == &first || same_kernel(first, chunks[i])); i++) {
+      const Tensor t = tensor_of(chunks[i]);
+      const int64_t more = nk::cuda::blocks(t);
+      if (more > kMostBlocks) return kTooLarge;
+      if (blocks + more > kMostBlocks) break;
+      table.tensors[table.count++] = t;
+      table.first_block[table.count] = (uint32_t)(blocks += more);
+    }
+    launch(first.dtype, first.rule, measure_of(first), (uint32_t)blocks, stream, table, *first.hyper);
+    if (const char* error = launched()) return error;
+  }
+  return nullptr;
+}
+
+const char* add_parts(const SlotParts* slots, int64_t count, int columns, const float* found_inf, const Queue& queue) {
+  const Current current(queue.device);
+  if (current.error()) return current.error();
+  PartsTable table;
+  for (int64_t i = 0; i < count;) {
+    table.count = 0, table.columns = columns, table.first_block[0] = 0;
+    int64_t blocks = 0;
+    for (; i < count && table.count < kTensors && blocks + slots[i].slots <= kMostBlocks; i++) {
+      table.slots[table.count++] = slots[i];
+      table.first_block[table.count] = (uint32_t)(blocks += slots[i].slots);
+    }
+    if (table.count == 0) return kTooLarge;
+    NK_LAUNCH(sum_parts, dim3((uint32_t)blocks), dim3(kThreads), 0, static_cast<cudaStream_t>(queue.stream), table,
+              found_inf);
+    if (const char* error = launched()) return error;
+  }
+  return nullptr;
+}
+
+const char* fill_nan(double* table, int64_t size, const float* found_inf, const Queue& queue) {
+  const Current current(queue.device);
+  if (current.error()) return current.error();
+  if (size == 0) return nullptr;
+  const int64_t blocks = (size + kThreads - 1) / kThreads, most = 1024;
+  NK_LAUNCH(write_nan, dim3((uint32_t)(blocks < most ? blocks : most)), dim3(kThreads), 0,
+            static_cast<cudaStream_t>(queue.stream), table, size, found_inf);
+  return launched();
+}
+
+int architectures(int* capabilities, int room) {
+  int n = 0;
+  for (int architecture : kArchitectures)
+    if (n < room) capabilities[n++] = architecture / 10;
+  return n;
+}
+
+}  // namespace nk::cuda

@@ -1,0 +1,115 @@
+"""Compiles the shipped .cu files, or others, with g++ and the emulator into a library; what is unchanged is kept."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build" / "simt"
+
+EMULATOR = [HERE / name for name in ("launch.cpp", "check.cpp", "runtime.cpp")]
+# The numbers policy of CMakeLists.txt; FMA hardware, as every GPU has it. A cast from an array to packs is what nvcc
+# allows everywhere.
+FLAGS = (
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-march=x86-64-v3", "-ffp-contract=off", "-fno-strict-aliasing",
+    "-fno-threadsafe-statics", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+)  # fmt: skip
+FAST = ("-O2",)
+# Without the last two, g++ splits loads of 16 bytes and repeats stores, and the bytes counted are not the kernel's.
+CHECKED = ("-O1", "-g", "-fsanitize=thread", "-fno-tree-sra", "-fno-move-loop-stores")
+
+
+def missing() -> str | None:
+    """What this machine lacks to run kernels under the emulator, and how to get it."""
+    if sys.platform != "linux" or os.uname().machine != "x86_64":
+        return f"the emulator switches its fibers on x86-64 Linux, this is {os.uname().machine} {sys.platform}"
+    if not shutil.which("g++"):
+        return "the emulator compiles kernels with g++, which is not here (Debian: apt install g++)"
+    return None
+
+
+def digest(*parts) -> str:
+    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+
+
+def headers_digest(folders) -> str:
+    files = sorted(p for folder in folders for suffix in ("*.h", "*.cuh") for p in folder.rglob(suffix))
+    return digest(*(f"{p.name}\0{p.read_text()}" for p in files))
+
+
+def _compile(source: Path, flags) -> Path:
+    near = source.parent.parent  # a mutant has a csrc/ of its own, and finds its headers beside itself
+    headers = headers_digest([near if (near / "formulas.h").exists() else CSRC, HERE])
+    command = ["g++", *FLAGS, *flags, f"-I{CSRC}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
+    target = BUILD / f"{source.stem}-{digest(headers, source.read_text(), command)}.o"
+    if not target.exists():
+        made = f"{target}.{os.getpid()}"
+        run([*command, "-o", made])
+        os.replace(made, target)
+    return target
+
+
+def run(command) -> None:
+    """A compiler.
+
+    Raises:
+        RuntimeError: it failed; the text is what it said.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def library(name: str, kernels, *, checked: bool, host=(), flags=()) -> Path:
+    """A shared library of kernel sources and, uninstrumented, host sources, with the emulator.
+
+    Args:
+        name: of the file.
+        kernels: .cu files, instrumented if `checked`.
+        host: further sources.
+        flags: for all of them.
+
+    Raises:
+        RuntimeError: g++ failed; the text is what it said.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    for old in BUILD.iterdir():  # of sources that have changed since
+        if old.is_file() and time.time() - old.stat().st_mtime > 7 * 24 * 3600:
+            old.unlink(missing_ok=True)
+    jobs = [(k, (*(CHECKED if checked else FAST), *flags)) for k in kernels]
+    jobs += [(h, ("-O1", *flags)) for h in host]
+    jobs += [(e, ("-O2",)) for e in EMULATOR]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: _compile(*job), jobs))
+    target = BUILD / f"{name}-{digest(*objects)}.so"
+    if not target.exists():
+        made = f"{target}.{os.getpid()}"
+        run(["g++", "-shared", "-o", made, *map(str, objects)])
+        os.replace(made, target)
+    return target
+
+
+def binding(*, checked: bool, kernels=()) -> Path:
+    """The whole binary once more, with emulated kernels in place of both back ends: a module named `_C`.
+
+    Args:
+        checked: examine every access.
+        kernels: .cu files that take the place of the shipped ones of the same names.
+    """
+    import pybind11
+
+    name = "checked" if checked else "fast"
+    # Types of the real binary, and of the other build, have other names.
+    flags = (f"-Dnk=nk_{name}", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
+    shipped = {path.name: path for path in sorted((CSRC / "cuda").glob("*.cu"))}
+    chosen = (shipped | {path.name: path for path in kernels}).values()
+    host = [*sorted(CSRC.glob("*.cpp")), HERE / "no_cpu.cpp"]
+    return library(f"_C-{name}", chosen, checked=checked, host=host, flags=flags)

@@ -1,0 +1,40 @@
+"""Bytes that a kernel must move: what the formula reads and writes of each coordinate, and nothing else."""
+
+import re
+from dataclasses import dataclass
+
+from .build import CSRC
+
+#: Bytes of a coordinate as it is stored.
+STORAGE = {"double": 8, "float": 4, "bf16": 2, "f16": 2}
+#: The names that backend.h gives the ways to measure.
+MEASURES = ("nothing", "step", "pair")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A struct of formulas.h."""
+
+    name: str
+    reads_v: bool
+    writes_v: bool
+    writes_w: bool
+    gauged: bool
+
+
+def rules() -> dict[str, Rule]:
+    """Every rule of formulas.h that back ends instantiate, in its order."""
+    text = (CSRC / "formulas.h").read_text()
+    listed = re.search(r"using Rules = List<([^>]*)>", text)
+    found = {}
+    for name in re.findall(r"\w+", listed[1]):
+        body = re.search(rf"struct {name} \{{\s*static constexpr bool ([^;]*);", text)
+        flags = dict(re.findall(r"(\w+) = (true|false)", body[1]))
+        found[name] = Rule(name, **{flag: value == "true" for flag, value in flags.items()})
+    return found
+
+
+def bytes_per_coordinate(rule: str, measure: str, storage: str) -> tuple[int, int]:
+    """(read, written) of one coordinate: w and g, v where the rule keeps it, the first gradient of a pair."""
+    r, size = rules()[rule], STORAGE[storage]
+    return size * (2 + r.reads_v + (measure == "pair")), size * (r.writes_w + r.writes_v)

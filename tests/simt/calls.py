@@ -1,0 +1,131 @@
+"""Every kernel of the update family as a call: a rule of formulas.h, a way to measure, lists of tensors."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from normkern import ops
+
+from .byte_model import MEASURES, rules
+
+LR, MOMENTUM, WEIGHT_DECAY, L = 0.1, 0.9, 0.01, 3.0
+STEPS = {
+    "Sgd": {},
+    "SgdMomentum": {"momentum": MOMENTUM},
+    "SgdMomentumFirst": {"momentum": MOMENTUM},
+    "SgdNesterov": {"momentum": MOMENTUM, "nesterov": True},
+    "SgdNesterovFirst": {"momentum": MOMENTUM, "nesterov": True},
+    "Gauged": {},
+    "GaugedMomentum": {"momentum": MOMENTUM, "nesterov": True},
+    "GaugedMomentumFirst": {"momentum": MOMENTUM},
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """One launch, or a few of one kind."""
+
+    rule: str
+    measure: str
+    stats: str = field(default="tensor")  # of what is measured
+
+    def __str__(self):
+        return f"{self.rule}-{self.measure}" + ("-row" if self.stats == "row" else "")
+
+    @property
+    def first(self):
+        """The momentum buffer is memory that nobody has written."""
+        return self.rule.endswith("First")
+
+    def __call__(self, w, g, v, h, blank=lambda tensor: None):
+        """Updates in place. `blank` is told of memory that the kernel has no right to read before it writes it."""
+        code = ops.stats_code(None if self.measure == "nothing" else self.stats, "test")
+        step = ops.Pass()
+        step.begin()
+        if self.rule == "SvagCombine":
+            refused = step.add_svag_combine(w, g, L)
+        elif self.rule == "Difference":
+            refused = step.add_difference(w, g, code)
+        elif self.rule == "Welford":
+            refused = step.add_welford(w, g, v, 1 / 7, code)
+        else:
+            refused = self._add_step(step, w, g, v, h, code)
+        assert not refused
+        step.check(None)
+        table = scratch = None
+        if code:
+            table, scratch = ops.new_table(step.slots, step.columns), ops.new_scratch(step)
+            for tensor in (table, scratch, *(v if self.first else ())):
+                if tensor is not None:
+                    blank(tensor)
+        step.run(table, scratch)
+        return table
+
+    def _add_step(self, step, w, g, v, h, code):
+        options = {"momentum": 0.0, "nesterov": False, **STEPS[self.rule]}
+        has_buffer = bool(options["momentum"])
+        gauge = None
+        if self.rule.startswith("Gauged"):
+            buffers = ops.Buffers.FIRST if self.first else ops.Buffers.KEPT if has_buffer else ops.Buffers.NONE
+            before = (1.2, 0.3 if has_buffer and not self.first else 0.0, 5)
+            gauge = ops.gauge_step(
+                before, LR, options["momentum"], 0.0, WEIGHT_DECAY, options["nesterov"], buffers=buffers
+            )
+        pair = self.measure == "pair"
+        return step.add(
+            w, g, v if has_buffer else None, list(range(len(w))) if self.first else [], LR, options["momentum"], 0.0,
+            WEIGHT_DECAY, options["nesterov"], False, 0.5, code, -1, None, h if pair else None, 0.25 if pair else 1.0,
+            L if pair else 1.0, gauge,
+        )  # fmt: skip
+
+
+def every_call():
+    """Whatever the update family has kernels for."""
+    steps = [Call(rule, measure) for rule in STEPS for measure in MEASURES]
+    others = [("SvagCombine", "nothing"), ("Difference", "step"), ("Welford", "nothing"), ("Welford", "step")]
+    every = steps + [Call(*other) for other in others]
+    assert {call.rule for call in every} == set(rules())
+    return every
+
+
+def random_lists(shapes, dtype, seed=0, lay_out=lambda x, name: x):
+    """w, g, v and h: lists of tensors of these shapes; `lay_out(x, "w")` may put one elsewhere in memory."""
+    make = torch.Generator().manual_seed(seed)
+    return [
+        [lay_out(torch.randn(shape, generator=make, dtype=torch.float64).to(dtype), name) for shape in shapes]
+        for name in "wgvh"
+    ]
+
+
+def _step(dtype, **options):
+    """Parameters, buffers and sums after a step of a short list."""
+    w, g, v, _ = random_lists([(5,), (300,), (9, 40), (8195,)], dtype, seed=1)
+    table = ops.sgd_(w, g, v, momentum=MOMENTUM, stats="row", **options)
+    return [*w, *v, table]
+
+
+def numbers_on_device(dtype, on_device):
+    """lr, weight_decay and grad_scale are read by the kernel."""
+    number = torch.tensor if on_device else lambda x, dtype=None: torch.tensor(x, dtype=dtype).item()
+    single = _step(dtype, lr=number(LR), weight_decay=number(WEIGHT_DECAY), grad_scale=number(4.0))
+    wide = _step(
+        dtype, lr=number(LR, dtype=torch.float64), weight_decay=number(WEIGHT_DECAY, dtype=torch.float64)
+    )  # fmt: skip
+    return single + wide
+
+
+def nothing_found(dtype, on_device):
+    """found_inf is 0: an ordinary step."""
+    return _step(dtype, lr=LR, **({"found_inf": torch.zeros(1)} if on_device else {}))
+
+
+def skipped_tensors(dtype, on_device):
+    """More tensors than a launch takes, some of them without a gradient: rows of NaN."""
+    w, g, v, _ = random_lists([(1 + i % 7,) for i in range(600)], dtype)
+    g[3] = g[400] = None
+    table = ops.sgd_(w, g, v, lr=LR, momentum=MOMENTUM, stats="tensor")
+    assert table.isnan().any(1).nonzero().flatten().tolist() == [3, 400]
+    return [*w, *v, table.nan_to_num(-1.0)]
+
+
+SPECIAL = (numbers_on_device, nothing_found, skipped_tensors)

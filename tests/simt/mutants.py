@@ -1,0 +1,178 @@
+"""The shipped kernels, broken on purpose, one at a time.
+
+python -m simt.mutants NAME      prints what the emulator, or a comparison, has to say of that one (from tests/)
+"""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import build
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One edit of one file."""
+
+    name: str
+    file: str  # in csrc/cuda/
+    old: str
+    new: str
+    says: str  # part of the complaint
+    always: bool = False  # also where there is no time for all of them
+
+    def sources(self) -> list[Path]:
+        """The kernels of float and the launchers with the edit, in a folder of their own.
+
+        Raises:
+            ValueError: the text to replace is not there exactly once.
+        """
+        shipped = (build.CSRC / "cuda" / self.file).read_text()
+        if (count := shipped.count(self.old)) != 1:
+            raise ValueError(f"mutant {self.name!r}: expected once in {self.file}, found {count} times: {self.old!r}")
+        folder = build.BUILD / "mutants" / self.name.replace(" ", "-")
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(build.CSRC, folder)
+        (folder / "cuda" / self.file).write_text(shipped.replace(self.old, self.new))
+        return [folder / "cuda" / "update_f32.cu", folder / "cuda" / "run.cu"]
+
+    def verdict(self) -> str:
+        """What is said of it, by an interpreter of its own; nothing if nobody objects."""
+        done = subprocess.run(
+            [sys.executable, "-m", "simt.mutants", self.name],
+            capture_output=True, text=True, check=False, cwd=build.HERE.parent, timeout=300,
+        )  # fmt: skip
+        if done.returncode not in (0, 1):
+            raise RuntimeError(f"mutant {self.name!r}, exit code {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+
+MUTANTS = [
+    Mutant(
+        "missing barrier", "block.cuh",
+        "  __syncthreads();\n  if (warp != 0) return;", "  if (warp != 0) return;",
+        "read of memory that nobody has written: read of 8 bytes at shared",
+        always=True,
+    ),
+    Mutant(
+        "barrier in a branch", "block.cuh",
+        "  __syncthreads();\n  if (warp != 0) return;",
+        "  if (warp == 0)\n    __syncthreads();\n  else\n    __syncthreads();\n  if (warp != 0) return;",
+        "divergent __syncthreads",
+    ),
+    Mutant(
+        "early return", "update.cuh",
+        "    if (is_short) return;", "    if (is_short || (int)threadIdx.x >= left) return;",
+        "return",
+    ),
+    Mutant(
+        "partial shuffle", "block.cuh",
+        "const double got = __shfl_xor_sync(", "double got = 0;\n        if (threadIdx.x % kWarp < 16 || kAway < 16) got = __shfl_xor_sync(",
+        "__shfl_xor_sync",
+        always=True,
+    ),
+    Mutant(
+        "unwritten shared memory", "block.cuh",
+        "    for (int k = 0; k < kWarps; k++) mine += from[lane][k];",
+        "    for (int k = 0; k <= kWarps; k++) mine += from[lane][k];",
+        "access outside every shared array",
+    ),
+    Mutant(
+        "lost update in shared memory", "block.cuh",
+        "from[j][warp] = s[0];", "from[j][0] += s[0];",
+        "read of memory that nobody has written",
+    ),
+    Mutant(
+        "misaligned packs", "update.cuh",
+        "  const int packed = aligned ? n / N * N : 0;", "  const int packed = n / N * N;\n  (void)aligned;",
+        "misaligned access: read of 16 bytes",
+        always=True,
+    ),
+    Mutant(
+        "no packs", "update.cuh",
+        "  const int packed = aligned ? n / N * N : 0;", "  const int packed = aligned && n < 0;",
+        "not all accesses are of 16 bytes",
+    ),
+    Mutant(
+        "one pack too many", "update.cuh",
+        "  const int packed = aligned ? n / N * N : 0;", "  const int packed = aligned ? (n + N - 1) / N * N : 0;",
+        "access past the end",
+        always=True,
+    ),
+    Mutant(
+        "off by one in the tail", "update.cuh",
+        "      if (at >= n) continue;\n      x.w[k] = real(t.w[at]);",
+        "      if (at > n) continue;\n      x.w[k] = real(t.w[at]);",
+        "access past the end",
+    ),
+    Mutant(
+        "blocks overlap", "update.cuh",
+        "(int)(left < kBlock ? left : kBlock),\n            is_short", "(int)(left < kBlock + 1 ? left : kBlock + 1),\n            is_short",
+        "race with another block",
+        always=True,
+    ),
+    Mutant(
+        "parts added by atomics", "update.cuh",
+        "  if (threadIdx.x == 0) write_sums(t.sums + block * columns, s, h, is_gauged);",
+        "  in_user_units<N>(s, h, is_gauged);\n  if (threadIdx.x == 0)\n"
+        "    for (int j = 0; j < N; j++) atomicAdd(t.sums + slot * each * columns + j, s[j]);",
+        "read of memory that nobody has written: atomic of 8 bytes",
+        always=True,
+    ),
+    Mutant(
+        "a new buffer is read", "update.cuh",
+        "if constexpr (Rule::reads_v) v[j].load(t.v + at);", "if constexpr (Rule::writes_v) (void)*(const volatile T*)(v[j].load(t.v + at), t.v + at);",
+        "read of memory that nobody has written: read of 4 bytes",
+    ),
+    Mutant(
+        "the gradient read twice", "update.cuh",
+        "g[j].load(t.g + at);", "g[j].load(t.g + at);\n      (void)*(const volatile uint32_t*)(t.g + at);",
+        "bytes read, the formula reads",
+        always=True,
+    ),
+    Mutant(
+        "too few blocks of rows", "update.cuh",
+        "(slots + slots_per_block(t) - 1) / slots_per_block(t)", "(slots + slots_per_block(t) - 2) / slots_per_block(t)",
+        "differs from the CPU's",
+    ),
+    Mutant(
+        "the wrong tensor", "update.cuh",
+        "    if (table.first_block[middle] <= block)", "    if (table.first_block[middle] < block)",
+        "access past the end",
+    ),
+    Mutant(
+        "the last part forgotten", "run.cu",
+        "part < slots.parts; part += kThreads", "part < slots.parts - 1; part += kThreads",
+        "sums are not the CPU's",
+    ),
+    Mutant(
+        "strides of another stream", "update.cuh",
+        "v += k * t.v[d]", "v += k * t.w[d]",
+        "access outside every buffer",
+    ),
+]  # fmt: skip
+
+
+def main(name: str) -> int:
+    import torch
+
+    from . import judgement
+    from .backend import Backend
+    from .calls import Call
+
+    mutant = next(m for m in MUTANTS if m.name == name)
+    backend = Backend(checked=True, kernels=mutant.sources())
+    try:
+        for call in (Call("SgdMomentum", "step"), Call("SgdMomentum", "step", "row"), Call("SgdMomentumFirst", "step")):
+            judgement.same_as_cpu(backend, call, torch.float32, seeds=(1, 2))
+            judgement.moves_what_it_must(backend, call, torch.float32)
+    except (AssertionError, RuntimeError) as complaint:
+        print(complaint)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

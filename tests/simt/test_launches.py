@@ -1,0 +1,90 @@
+"""Around the kernels: numbers that lie on the device, lists of any length, launches that are refused."""
+
+import pytest
+import torch
+from memory import same_bits
+
+from normkern import ops
+
+from .backend import Refused
+from .calls import SPECIAL
+from .judgement import DTYPES
+
+
+@pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_cases_have_the_bits_of_the_cpu(checked, case, dtype):
+    expected = case(dtype, on_device=False)
+    with checked.in_place():
+        got = case(dtype, on_device=True)
+    for a, b in zip(got, expected, strict=True):
+        if a.dtype == torch.float64 and a.ndim == 2:
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        else:
+            assert same_bits(a, b)
+
+
+@pytest.mark.parametrize("stats", [None, "tensor"])
+def test_what_the_scaler_found_stops_the_step(checked, stats):
+    w, g, v = (torch.randn(9000) for _ in range(3))
+    before = w.clone(), v.clone()
+    with checked.in_place():
+        table = ops.sgd_([w], [g], [v], lr=0.1, momentum=0.9, stats=stats, found_inf=torch.ones(1))
+    assert same_bits(w, before[0])
+    assert same_bits(v, before[1])
+    assert table is None or table.isnan().all()
+
+
+def test_nothing_to_do_launches_nothing(checked):
+    with checked.in_place():
+        before = checked.launches()
+        ops.sgd_([], [], lr=0.1)
+        ops.sgd_([torch.ones(0), torch.ones(3, 0)], [torch.ones(0), torch.ones(3, 0)], lr=0.1)
+        ops.sgd_([torch.ones(3)], [None], lr=0.1)
+        assert checked.launches() == before
+
+
+def test_a_launch_for_each_table_and_no_more(checked):
+    params, grads = ([torch.ones(5) for _ in range(600)] for _ in range(2))
+    with checked.in_place():
+        before = checked.launches()
+        ops.sgd_(params, grads, lr=0.5)
+        assert checked.launches() - before <= 3
+    assert all((p == 0.5).all() for p in params)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (Refused.OUT_OF_RESOURCES, "too many resources requested for launch"),
+        (Refused.NO_KERNEL_IMAGE, "no kernel image is available for execution on the device"),
+    ],
+)
+@pytest.mark.parametrize("skipped", [0, 1, 2])
+def test_a_refused_launch_is_an_error_with_the_name_of_the_op(checked, error, text, skipped):
+    """Each launch is looked at: the step's, and the one that adds up its parts."""
+    params, grads = [torch.ones(9000), torch.ones(3)], [torch.ones(9000), None]
+    with checked.in_place():
+        checked.refuse_launch(error, after=skipped)
+        with pytest.raises(RuntimeError, match=rf"sgd_: a kernel could not be launched on cuda:0, .*: {text}"):
+            ops.sgd_(params, grads, lr=0.1, stats="tensor")
+        ops.sgd_(params, grads, lr=0.1, stats="tensor")  # the error is not left behind
+
+
+def test_no_device_is_an_error_with_the_name_of_the_op(checked):
+    with checked.in_place():
+        checked.devices(count=0)
+        with pytest.raises(RuntimeError, match=r"sgd_: .*no CUDA-capable device is detected"):
+            ops.sgd_([torch.ones(3)], [torch.ones(3)], lr=0.1)
+
+
+def test_a_device_that_is_not_the_current_one(checked):
+    w = torch.ones(3)
+    with checked.in_place():
+        checked.devices(count=2, current=0, of_tensors=1)
+        ops.sgd_([w], [torch.ones(3)], lr=0.5)
+        assert checked.current_device() == 0
+        checked.devices(count=1, current=0, of_tensors=1)
+        with pytest.raises(RuntimeError, match=r"sgd_: .* on cuda:1, .*: invalid device ordinal"):
+            ops.sgd_([w], [torch.ones(3)], lr=0.5)
+    assert (w == 0.5).all()

@@ -1,0 +1,35 @@
+"""The judge is judged once more: the shipped kernels with one mistake each, all of which must be caught."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from . import build
+from .mutants import MUTANTS
+from .needs import need
+
+
+def judge(mutants):
+    need(build.missing())
+    build.binding(checked=True)  # what they all share
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        verdicts = list(pool.map(lambda mutant: mutant.verdict(), mutants))
+    alive = [m.name for m, verdict in zip(mutants, verdicts, strict=True) if not verdict]
+    assert not alive, "nobody objects to these"
+    unexpected = [(m.name, m.says, v) for m, v in zip(mutants, verdicts, strict=True) if m.says not in v]
+    assert not unexpected, "\n".join(f"{name}: expected {says!r}, got {v!r}" for name, says, v in unexpected)
+
+
+def test_mutants_are_caught():
+    judge([m for m in MUTANTS if m.always])
+
+
+@pytest.mark.slow
+def test_the_other_mutants_are_caught():
+    judge([m for m in MUTANTS if not m.always])
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+def test_mutants_still_apply(mutant):
+    mutant.sources()
