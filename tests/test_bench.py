@@ -225,7 +225,7 @@ def test_right_moments_are_found_right(dtype):
     assert right.moments_fault(lambda given: torch_moments(given, "squares"), dtype) == ""
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_wrong_moments_are_found_wrong(dtype):
     def difference_of_squares(given):
         x = given.x
@@ -243,10 +243,11 @@ def noise_peer(job, make):
     return NoisePeer("somebody", job, make)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch.func
 @pytest.mark.parametrize("net", NETS)
 def test_right_noise_is_found_right(net):
     for peer in NOISE_PEERS:
-        if peer.name in (PLAIN, "torch.func") or peer.name.startswith("normkern"):
+        if not peer.needs:
             assert noise_right.fault(peer, net) == "", peer.name
 
 

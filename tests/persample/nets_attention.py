@@ -48,13 +48,13 @@ def attention_square():
     return numbers(Attended(4, 4, mask="causal"), 4, 4, 4)
 
 
-@ATTENTION("exact or refused")
+@ATTENTION()
 def attention_time_major():
     """batch_first=False: (T, B, D) inside."""
     return numbers(Attended(time_major=True), 4, 5, 8)
 
 
-@ATTENTION("exact or refused")
+@ATTENTION()
 def attention_time_major_square():
     """The same with T == B: who takes the first dimension for the samples is wrong here."""
     return numbers(Attended(4, 2, time_major=True), 4, 4, 4)
@@ -214,13 +214,13 @@ def encoder_layer_norm_first():
     return numbers(Encoder(layer), 4, 5, 8)
 
 
-@ATTENTION("exact or refused")
+@ATTENTION()
 def encoder_layer_time_major():
     """batch_first=False: every layer inside sees (T, B, D)."""
     return numbers(Encoder(nn.TransformerEncoderLayer(8, 2, 12, 0.0), time_major=True), 4, 5, 8)
 
 
-@ATTENTION("exact or refused")
+@ATTENTION()
 def encoder_layer_time_major_square():
     """The same with T == B."""
     return numbers(Encoder(nn.TransformerEncoderLayer(8, 2, 12, 0.0), time_major=True), 4, 4, 8)

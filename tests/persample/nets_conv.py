@@ -228,7 +228,7 @@ class Functional(nn.Module):
         return F.conv_transpose2d(x, self.d)
 
 
-@CONV("exact or refused")
+@CONV()
 def conv_functional():
     """F.pad, F.conv2d, unfold, a weight on the left of a product, F.conv_transpose2d."""
     return numbers(Functional(), 3, 2, 5, 6)

@@ -143,7 +143,7 @@ class TwoInputs(nn.Module):
         return self.head(torch.tanh(self.bilinear(a, b)))
 
 
-@DENSE("exact or refused")
+@DENSE()
 def bilinear():
     """nn.Bilinear of two inputs."""
     return Problem(TwoInputs(), (torch.randn(5, 5), torch.randn(5, 4)), torch.randint(4, (5,)), cross_entropy)
@@ -209,19 +209,19 @@ class WeightFirst(nn.Module):
         return self.head(torch.tanh(self.a @ x.mT + self.b).mT)
 
 
-@DENSE("exact or refused")
+@DENSE()
 def weight_first():
     """w @ x.t() + b: samples along the last dimension."""
     return numbers(WeightFirst(5, 7), 4, 5)
 
 
-@DENSE("exact or refused")
+@DENSE()
 def weight_first_square():
     """The same with all sizes equal: who takes the first dimension for the samples is wrong here."""
     return numbers(WeightFirst(4, 4), 4, 4)
 
 
-@DENSE("exact or refused")
+@DENSE()
 def weight_first_of_rows():
     """w @ x.mT on (B, T, D), a broadcast matmul."""
     return numbers(WeightFirst(5, 7), 4, 6, 5)
@@ -241,7 +241,7 @@ class MoreProducts(nn.Module):
         return torch.mv(torch.tanh(x), self.v).unsqueeze(1) + (x * self.v).sum(-1, keepdim=True)
 
 
-@DENSE("exact or refused")
+@DENSE()
 def more_products():
     """addmm, bmm, mv."""
     return numbers(MoreProducts(), 4, 5)
@@ -335,7 +335,7 @@ class Affine(nn.Module):
         return self.head(torch.maximum(x, self.floor - 1))
 
 
-@DENSE("exact or refused")
+@DENSE()
 def affine_by_hand():
     """Elementwise operations of broadcast parameters."""
     return numbers(Affine(), 4, 5, 6)

@@ -115,7 +115,7 @@ def rms_norm_by_hand_cube():
     return numbers(stack(LlamaNorm(4), nn.Linear(4, 4), LlamaNorm(4), nn.Linear(4, 4)), 4, 4, 4)
 
 
-@NORM("exact or refused")
+@NORM()
 def rms_norm_with_offset():
     """(1 + weight) * normalised: a function of the weight alone meets the samples."""
     return numbers(stack(nn.Linear(6, 8), LlamaNorm(8, 1.0), nn.SiLU(), nn.Linear(8, 2)), 4, 5, 6)

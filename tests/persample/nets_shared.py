@@ -189,19 +189,19 @@ def recurrent_by_hand():
     return numbers(Recurrent("linear"), 4, 6, 4)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def recurrent_rnn_cell():
     """nn.RNNCell."""
     return numbers(Recurrent("rnn"), 4, 5, 4)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def recurrent_lstm_cell():
     """nn.LSTMCell."""
     return numbers(Recurrent("lstm"), 4, 5, 4)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def recurrent_gru_cell():
     """nn.GRUCell."""
     return numbers(Recurrent("gru"), 4, 5, 4)
@@ -239,19 +239,19 @@ def siamese():
     return pair(Siamese())
 
 
-@SHARED("exact or refused")
+@SHARED()
 def siamese_concatenated():
     """torch.cat([a, b]): rows b and B + b are one sample's, not rows 2b and 2b + 1."""
     return pair(Siamese("cat"))
 
 
-@SHARED("exact or refused")
+@SHARED()
 def siamese_stacked():
     """(2, B, D)."""
     return pair(Siamese("stack"))
 
 
-@SHARED("exact or refused")
+@SHARED()
 def siamese_stacked_of_two():
     """(2, B, D) with B == 2."""
     return Problem(Siamese("stack"), (torch.randn(2, 5), torch.randn(2, 5)), torch.randn(2, 1), squares)
@@ -393,25 +393,25 @@ class TimeMajor(nn.Module):
         return y.view(tokens, batch, -1).transpose(0, 1)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def time_major():
     """x.transpose(0, 1) before the layers."""
     return numbers(TimeMajor(), 4, 3, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def time_major_square():
     """The same with T == B: who takes the first dimension for the samples is wrong here."""
     return numbers(TimeMajor(), 4, 4, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def time_major_folded():
     """(T * B, D): rows t B + b are sample b's."""
     return numbers(TimeMajor(fold=True), 4, 3, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def time_major_folded_square():
     """The same with T == B."""
     return numbers(TimeMajor(fold=True), 4, 4, 5)
@@ -434,19 +434,19 @@ class Copies(nn.Module):
         return self.b(torch.tanh(self.a(y))).view(batch, 3, -1)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def copies_together():
     """repeat_interleave(3, 0) of samples, repeat(B, 1) of a parameter."""
     return numbers(Copies("interleave"), 4, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def copies_apart():
     """repeat(3, 1) of samples, repeat_interleave(B, 0) of a parameter."""
     return numbers(Copies("repeat"), 4, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def copies_apart_square():
     """The same with three samples."""
     return numbers(Copies("repeat"), 3, 5)
@@ -473,31 +473,31 @@ class Piecewise(nn.Module):
         return self.net(x[order])[order.argsort()]
 
 
-@SHARED("exact or refused")
+@SHARED()
 def samples_one_by_one():
     """A loop in the model: layers see (T, D)."""
     return numbers(Piecewise("one by one"), 4, 3, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def samples_one_by_one_square():
     """The same with T == B: who takes the first dimension for the samples is wrong here."""
     return numbers(Piecewise("one by one"), 4, 4, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def samples_in_halves():
     """Two calls of half the batch."""
     return numbers(Piecewise("halves"), 4, 3, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def samples_backwards():
     """flip(0) before the layers and after them: the norms belong to other rows."""
     return numbers(Piecewise("backwards"), 4, 3, 5)
 
 
-@SHARED("exact or refused")
+@SHARED()
 def samples_sorted():
     """Sorted before the layers, and back after them."""
     return numbers(Piecewise("sorted"), 4, 3, 5)

@@ -112,7 +112,7 @@ def rows_by_index():
     return words(Rows(), 4, 5)
 
 
-@TOKENS("exact or refused")
+@TOKENS()
 def embedding_bag():
     """nn.EmbeddingBag of (B, T), with padding_idx."""
     return words(stack(nn.EmbeddingBag(WORDS, WIDTH, mode="mean", padding_idx=0), nn.Tanh(), nn.Linear(WIDTH, 3)), 4, 5)
@@ -128,7 +128,7 @@ def embedding_sparse():
     return words(Reader(nn.Embedding(WORDS, WIDTH, sparse=True)), 4, 5)
 
 
-@TOKENS("exact or refused")
+@TOKENS()
 def embedding_max_norm():
     """Rows renormalised in place by the forward."""
     return words(Reader(nn.Embedding(WORDS, WIDTH, max_norm=1.0)), 4, 5)
@@ -336,13 +336,13 @@ def learned_queries_expanded():
     return numbers(Perceiver("expand", 4), 4, 6, 5)
 
 
-@TOKENS("exact or refused")
+@TOKENS()
 def learned_queries_projected_once():
     """A Linear of a parameter, (Q, D), before it meets a sample."""
     return numbers(Perceiver("broadcast"), 4, 6, 5)
 
 
-@TOKENS("exact or refused")
+@TOKENS()
 def learned_queries_projected_once_square():
     """The same with Q == B: (B, D) that are not samples."""
     return numbers(Perceiver("broadcast", 4), 4, 6, 5)

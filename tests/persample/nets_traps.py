@@ -114,7 +114,7 @@ def given(tokens):
     return Problem(Given(), (ids,), torch.randn(4, 1), squares, common=common)
 
 
-@TRAPS("exact or refused")
+@TRAPS()
 def positions_given():
     """Arguments without samples."""
     return given(6)
@@ -218,7 +218,7 @@ class Experts(nn.Module):
         return self.head(torch.tanh(torch.bmm(weight, x.unsqueeze(2)).squeeze(2)))
 
 
-@TRAPS("exact or refused")
+@TRAPS()
 def mixed_experts():
     """einsum of scores with a three-dimensional parameter, then a product per sample."""
     return classes(Experts(), 4, 5)
@@ -237,13 +237,13 @@ class ParallelHeads(nn.Module):
         return torch.einsum("bthe,hed->btd", y, self.out)
 
 
-@TRAPS("exact or refused")
+@TRAPS()
 def heads_by_einsum():
     """Grouped products."""
     return numbers(ParallelHeads(), 4, 5, 12)
 
 
-@TRAPS("exact or refused")
+@TRAPS()
 def heads_by_einsum_square():
     """All sizes B."""
     return numbers(ParallelHeads(4, 4), 4, 4, 16)
@@ -264,7 +264,7 @@ class FirstState(nn.Module):
         return self.head(h)
 
 
-@TRAPS("exact or refused")
+@TRAPS()
 def recurrent_from_a_learned_state():
     """The first step joins a layer with a parameter of one row, not with samples."""
     return numbers(FirstState(), 4, 3, 4)
