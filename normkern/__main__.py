@@ -110,6 +110,13 @@ def _add_train(commands: Commands) -> None:
         help="the same weight decay in another form: as an exponentially growing learning rate",
     )
     parser.add_argument(
+        "--noise-every",
+        type=_whole_number(1, 1_000_000),
+        default=argparse.SUPPRESS,
+        metavar="STEPS",
+        help="measure the noise of the samples' gradients, in eval mode, every so many steps (svag: of its own accord)",
+    )
+    parser.add_argument(
         "--epochs",
         type=_whole_number(1, 100_000),
         default=train.EPOCHS,
@@ -130,6 +137,11 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(
             f"argument --decay: exponential expected --optimizer {takers}, got --optimizer {arguments.optimizer}"
         )
+    if "noise_every" in arguments and arguments.optimizer == "svag":
+        parser.error(
+            "argument --noise-every: expected an --optimizer other than svag, which measures the noise itself, "
+            "got --optimizer svag"
+        )
     # Asked for before the work begins: a missing matplotlib must not cost a training run.
     if _lacks(train.PACKAGES, parser):
         return 1
@@ -138,7 +150,8 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     except OSError as error:
         parser.error(f"argument --out: expected a folder that exists or can be made, got {arguments.out} ({error})")
     l = getattr(arguments, "l", train.SVAG_L)
-    train.run(arguments.optimizer, arguments.epochs, arguments.seed, arguments.out, l, arguments.decay)
+    noise_every = getattr(arguments, "noise_every", None)
+    train.run(arguments.optimizer, arguments.epochs, arguments.seed, arguments.out, l, arguments.decay, noise_every)
     return 0
 
 

@@ -8,6 +8,9 @@ decide alone. The demo prints and draws that angle beside its prediction.
 `normkern.SVAG` takes l times as many steps of 1/l the size, from two batches each, and an epoch of its run is as much
 time as one of the others': l times their steps, 2l times their passes over the data. It tells of the gradient noise.
 
+With ``--noise-every 10`` every tenth batch is looked at once more, for the noise of its samples' gradients, and the run
+is the same to the bit.
+
 With ``--decay exponential`` nothing shrinks the weights: an exponentially growing learning rate does what the decay
 did, and the run is the same.
 """
@@ -162,6 +165,57 @@ def shifted(images: Tensor, generator: torch.Generator) -> Tensor:
     return windows[torch.arange(len(images), device=images.device), :, down, right]
 
 
+class SampleNoise:
+    """The noise of the samples' gradients in every n-th batch, from a forward and backward apart from the training's.
+
+    In eval mode: with the statistics of its batch, a sample has no gradient of its own.
+    """
+
+    #: Sums of a measurement, in this order.
+    SUMS = ("trace_sigma", "grad_sq_norm", "grad_sq_norm_unbiased")
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.SGD, every: int) -> None:
+        self.model, self.optimizer, self.every = model, optimizer, every
+        self.steps = 0
+        self.measured: list[tuple[int, Tensor]] = []  # since they were told: batch size, `SUMS`
+        self._noise = normkern.GradientNoise(model)
+        self._names = {p: name for name, p in model.named_parameters()}
+
+    def before_step(self, images: Tensor, labels: Tensor) -> None:
+        """Of the batch that the step is to be from; leaves no gradients."""
+        self.steps += 1
+        if self.steps % self.every:
+            return
+        self.optimizer.zero_grad()
+        self.model.eval()
+        with self._noise:
+            F.cross_entropy(self.model(images), labels).backward()  # type: ignore[no-untyped-call]
+        self.model.train()
+        result = self._noise.result()
+        self.optimizer.zero_grad()
+        # Under --decay exponential gradients are those of the weights without decay times the scale between the two.
+        scales = self.optimizer.true_scale() if isinstance(self.optimizer, normkern.SGD) else None
+        sums = torch.zeros(len(self.SUMS), dtype=torch.float64, device=images.device)
+        for i, group in enumerate(self.optimizer.param_groups):
+            for p in group["params"]:
+                of = result.per_param[self._names[p]]
+                sums += torch.stack([getattr(of, key) for key in self.SUMS]) / (scales[i] if scales else 1.0) ** 2
+        self.measured.append((result.batch_size, sums))
+
+    def told(self) -> dict[str, float | None]:
+        """Ratios of means over what was measured since the last call; None for what is no finite number.
+
+        `nsr_batch` and `gns` as in `GradientNoise`, with the means that they are ratios of.
+        """
+        measured, self.measured = self.measured, []
+        if not measured:
+            return dict.fromkeys(("gns", "nsr_batch", *self.SUMS))
+        trace, square, unbiased = torch.stack([sums for _, sums in measured]).mean(0)
+        of_batch = torch.stack([sums[0] / batch for batch, sums in measured]).mean()
+        numbers = {"gns": trace / unbiased, "nsr_batch": of_batch / square}
+        return finite(numbers | dict(zip(self.SUMS, (trace, square, unbiased), strict=True)))
+
+
 def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.SGD,
@@ -169,6 +223,7 @@ def train_epoch(
     labels: Tensor,
     generator: torch.Generator,
     after_step: Callable[[], None],
+    noise: SampleNoise | None = None,
 ) -> tuple[float, list[normkern.StepStats]]:
     """One pass over the training images in random order: the mean loss, and what each step measured."""
     model.train()
@@ -176,7 +231,10 @@ def train_epoch(
     steps = []
     order = torch.randperm(len(images), generator=generator).to(images.device)
     for batch in torch.split(order, BATCH_SIZE):
-        loss = F.cross_entropy(model(shifted(images[batch], generator)), labels[batch])
+        batch_images = shifted(images[batch], generator)
+        if noise is not None:
+            noise.before_step(batch_images, labels[batch])
+        loss = F.cross_entropy(model(batch_images), labels[batch])
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -240,9 +298,13 @@ NOISE = {
 
 
 def told_noise(noise: normkern.Noise) -> dict[str, float | None]:
-    """Signal, noise and their ratio with standard errors, as JSON can hold them: None for what is no finite number."""
-    numbers = {key: getattr(noise, field).item() for key, field in NOISE.items()}
-    return {key: x if math.isfinite(x) else None for key, x in numbers.items()}
+    """Signal, noise and their ratio with standard errors."""
+    return finite({key: getattr(noise, field) for key, field in NOISE.items()})
+
+
+def finite(numbers: dict[str, Tensor]) -> dict[str, float | None]:
+    """As JSON can hold them: None for what is no finite number."""
+    return {key: x.item() if x.isfinite() else None for key, x in numbers.items()}
 
 
 @torch.no_grad()
@@ -315,13 +377,13 @@ def plot(
 ) -> None:
     """Panels over the epochs, as PNG: loss, test accuracy, effective LR, angular update against its prediction.
 
-    And of a run that has it the gradient noise: its ratio to the signal; and both.
+    And of a run that has it the gradient noise: its ratio to the signal, or the noise scale; and both.
     """
     from matplotlib.figure import Figure
 
     ends = [row["epoch"] for row in curves]
     middles = [end - 0.5 for end in ends]
-    has_noise = "nsr" in curves[0]
+    has_noise = "trace_sigma" in curves[0]
     figure = Figure(figsize=(10, 10.5 if has_noise else 7), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(3 if has_noise else 2, 2)
@@ -355,7 +417,7 @@ def plot(
     angle.set_ylim(bottom=0)
     angle.legend(loc="upper right")
     if has_noise:
-        plot_noise(panels[2, 0], panels[2, 1], curves)
+        (plot_noise if "nsr" in curves[0] else plot_noise_scale)(panels[2, 0], panels[2, 1], curves)
 
     falling = [row["epoch"] - 1 for row in curves if row["lr"] < LR]
     for panel in panels.flat:
@@ -367,25 +429,39 @@ def plot(
 
 
 def plot_noise(ratio: Axes, parts: Axes, curves: list[dict[str, Any]]) -> None:
-    """The panels of the gradient noise. Estimates may be negative, and a logarithmic axis leaves those out."""
-    ends = [row["epoch"] for row in curves]
-
-    def draw(panel: Axes, key: str, label: str) -> None:
-        known = [
-            (end, row[key], row[f"{key}_stderr"] or 0.0) for end, row in zip(ends, curves, strict=True) if row[key]
-        ]
-        if any(value > 0 for _, value, _ in known):
-            where, values, errors = zip(*[entry for entry in known if entry[1] > 0], strict=True)
-            panel.errorbar(where, values, yerr=errors, marker=".", capsize=2, linewidth=1, label=label)
-            panel.set_yscale("log", nonpositive="clip")
-
-    draw(ratio, "nsr", "")
+    """The panels of the noise of batch gradients."""
+    draw_positive(ratio, "nsr", "", curves)
     ratio.set(title="Noise-to-signal ratio of a batch gradient", ylabel=r"tr $\Sigma$ / $|\nabla L|^2$")
-    draw(parts, "trace_sigma", r"noise: tr $\Sigma$")
-    draw(parts, "grad_sq_norm_unbiased", r"signal: $|\nabla L|^2$")
+    plot_noise_and_signal(parts, curves)
     parts.set(title="Noise and signal (bars: standard errors)")
+
+
+def plot_noise_scale(scale: Axes, parts: Axes, curves: list[dict[str, Any]]) -> None:
+    """The panels of the noise of the samples' gradients."""
+    draw_positive(scale, "gns", "", curves)
+    scale.axhline(BATCH_SIZE, color="black", linestyle="--", label=f"the batch: {BATCH_SIZE}")
+    scale.set(title="Gradient noise scale", ylabel=r"tr $\Sigma$ / $|\nabla L|^2$ (samples)", yscale="log")
+    scale.legend()
+    plot_noise_and_signal(parts, curves)
+    parts.set(title="Noise of a sample, and signal")
+
+
+def plot_noise_and_signal(parts: Axes, curves: list[dict[str, Any]]) -> None:
+    """What their ratio is made of."""
+    draw_positive(parts, "trace_sigma", r"noise: tr $\Sigma$", curves)
+    draw_positive(parts, "grad_sq_norm_unbiased", r"signal: $|\nabla L|^2$", curves)
     if parts.has_data():
-        parts.legend(loc="lower left")
+        parts.legend()
+
+
+def draw_positive(panel: Axes, key: str, label: str, curves: list[dict[str, Any]]) -> None:
+    """A curve over the epochs. Estimates may be negative, and a logarithmic axis leaves those out."""
+    known = [(row["epoch"], row[key], row.get(f"{key}_stderr") or 0.0) for row in curves if row[key]]
+    if any(value > 0 for _, value, _ in known):
+        where, values, errors = zip(*[entry for entry in known if entry[1] > 0], strict=True)
+        bars = errors if any(errors) else None
+        panel.errorbar(where, values, yerr=bars, marker=".", capsize=2, linewidth=1, label=label)
+        panel.set_yscale("log", nonpositive="clip")
 
 
 def print_times(console: Console, seconds: dict[str, float], parameters: int) -> None:
@@ -408,11 +484,20 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
     console.print(table)
 
 
-def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_L, decay: str = "coupled") -> None:
+def run(
+    optimizer_name: str,
+    epochs: int,
+    seed: int,
+    out: Path,
+    l: float = SVAG_L,
+    decay: str = "coupled",
+    noise_every: int | None = None,
+) -> None:
     """Train, print a line per epoch, time the optimizers; leave ``train.json`` and ``curves.png`` in `out`.
 
     `l` is SVAG's. Its epochs are those of the original run: as long in time, and as much of the schedule. `decay`: of
-    `EXPONENTIAL`, "coupled" or "exponential".
+    `EXPONENTIAL`, "coupled" or "exponential". `noise_every`: of all but SVAG, so many steps apart the noise of the
+    samples' gradients is measured.
     """
     from rich.console import Console
     from rich.progress import Progress
@@ -426,6 +511,7 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
     optimizer = make_optimizer(optimizer_name, groups, l)
     epoch_steps = math.ceil(len(images) / BATCH_SIZE)
     names = [name for name, _ in groups[0]["params"]]
+    sample_noise = None if noise_every is None else SampleNoise(model, optimizer, noise_every)
 
     # Constant for the first half, which is when the equilibrium shows; then straight to zero.
     def factor(epoch: int) -> float:
@@ -457,6 +543,12 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
             f"as much time as {epoch_steps} of SGD.\n"
             "Passes: over the data, so far. nsr: noise-to-signal ratio of a batch gradient, and its standard error."
         )
+    if noise_every is not None:
+        console.print(
+            f"From the samples' gradients, in eval mode, every {noise_every} steps: the gradient noise scale, gns, in "
+            "samples (unbiased, so\nnegative where noise hides the signal); the noise-to-signal ratio of a batch "
+            "gradient, nsr_batch."
+        )
     if decay == "exponential":
         console.print(
             "Weight decay as an exponential learning rate, on the convolutions; exponential LR: that of the run "
@@ -465,6 +557,7 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
     console.print(
         "\nepoch     loss   test accuracy   effective LR   angular update   predicted"
         + ("   passes      nsr   +-" if pairs else "")
+        + ("       gns   nsr_batch" if sample_noise is not None else "")
         + ("   exponential LR" if decay == "exponential" else "")
     )
     curves: list[dict[str, Any]] = []
@@ -478,7 +571,7 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
                 count = epoch_ends[epoch] - epoch_ends[epoch - 1]
                 row["loss"], new_steps = train_pairs(model, optimizer, schedule, batches, count, advance)
             else:
-                row["loss"], new_steps = train_epoch(model, optimizer, images, labels, generator, advance)
+                row["loss"], new_steps = train_epoch(model, optimizer, images, labels, generator, advance, sample_noise)
                 schedule.step()
             row["test_accuracy"] = accuracy(model, test_images, test_labels)
             row["predicted_angular_update"] = predicted_angle(row["lr"] / l if pairs else row["lr"])
@@ -493,6 +586,10 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
                 row |= told_noise(optimizer.noise())
                 ratio, error = ("-" if x is None else f"{x:.3g}" for x in (row["nsr"], row["nsr_stderr"]))
                 more = f"  {row['passes']:7.1f}  {ratio:>7}   {error}"
+            if sample_noise is not None:
+                row |= sample_noise.told()
+                scale, ratio = ("-" if x is None else f"{x:.3g}" for x in (row["gns"], row["nsr_batch"]))
+                more = f"{scale:>10}  {ratio:>10}"
             if decay == "exponential" and isinstance(optimizer, normkern.SGD):
                 row["exponential_lr"] = exponential_lr(optimizer, row["lr"])
                 more += f"{row['exponential_lr']:17.5g}"
@@ -517,6 +614,7 @@ def run(optimizer_name: str, epochs: int, seed: int, out: Path, l: float = SVAG_
         "hyperparameters": {"lr": LR, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE}
         | ({"l": l} if pairs else {})
         | ({"decay": decay} if decay != "coupled" else {}),
+        "noise_every": noise_every,
         "device": torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads",
         "versions": {"normkern": normkern.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "curves": curves,

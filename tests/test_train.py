@@ -1,5 +1,6 @@
 """The demo does what it says: its data, its results, its errors."""
 
+import copy
 import json
 import math
 import sys
@@ -179,6 +180,145 @@ def test_exponential_decay_prints_its_learning_rate(capsys, tmp_path):
     assert len(line) == len(head)
 
 
+EVERY = ("--noise-every", "20")  # the 20th and the 40th of 45 steps
+
+
+@pytest.fixture(scope="module")
+def of_samples(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("samples")
+    return run(folder, *EVERY), folder
+
+
+def without_noise(row):
+    return {key: x for key, x in row.items() if key not in ("gns", "nsr_batch", *train.SampleNoise.SUMS)}
+
+
+def test_noise_of_samples_is_told(of_samples, first):
+    (row,) = of_samples[0]["curves"]
+    assert of_samples[0]["noise_every"] == 20
+    assert without_noise(row) == first[0]["curves"][0], "the same run"
+    assert row["trace_sigma"] > 0
+    assert row["gns"] == pytest.approx(row["trace_sigma"] / row["grad_sq_norm_unbiased"])
+    assert row["nsr_batch"] == pytest.approx(row["trace_sigma"] / train.BATCH_SIZE / row["grad_sq_norm"])
+    assert (of_samples[1] / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert first[0]["noise_every"] is None
+    assert "gns" not in first[0]["curves"][0]
+
+
+def few_steps(optimizer_name, every):
+    """Everything that five steps leave, the last from a smaller batch."""
+    torch.manual_seed(0)
+    images, labels, *_ = (x[: 4 * train.BATCH_SIZE + 5] for x in train.digits())
+    generator = torch.Generator().manual_seed(0)
+    model = train.ResNet()
+    optimizer = train.make_optimizer(optimizer_name, [{"params": list(model.parameters())}])
+    noise = None if every is None else train.SampleNoise(model, optimizer, every)
+    loss, _ = train.train_epoch(model, optimizer, images, labels, generator, lambda: None, noise)
+    assert noise is None or len(noise.measured) == 5 // every
+    state = [x for of in optimizer.state.values() for x in of.values()]
+    grads = [p.grad for p in model.parameters()]
+    return [
+        torch.tensor(loss), *model.state_dict().values(), *state, *grads, generator.get_state(), torch.get_rng_state(),
+        torch.tensor([module.training for module in model.modules()]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_noise_of_samples_leaves_the_training_as_it_is_to_the_bit(optimizer, every):
+    for a, b in zip(few_steps(optimizer, None), few_steps(optimizer, every), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_noise_of_samples_is_that_of_gradient_noise_in_ratios_of_means():
+    images, labels, *_ = train.digits()
+    torch.manual_seed(0)
+    model = train.ResNet()
+    model(images[:100])  # running statistics that are some
+    optimizer = train.make_optimizer("torch", [{"params": list(model.parameters())}])
+    noise = train.SampleNoise(model, optimizer, 2)
+    batches = [slice(0, 8), slice(8, 40), slice(40, 50), slice(50, 90)]
+    for batch in batches:
+        noise.before_step(images[batch], labels[batch])
+    told = noise.told()
+    results = []
+    for batch in batches[1::2]:
+        other = copy.deepcopy(model).eval()
+        with normkern.GradientNoise(other) as of_batch:
+            torch.nn.functional.cross_entropy(other(images[batch]), labels[batch]).backward()
+        results.append(of_batch.result())
+    mean = {key: sum(getattr(r, key) for r in results) / 2 for key in train.SampleNoise.SUMS}
+    of_batch = sum(r.trace_sigma / r.batch_size for r in results) / 2
+    expected = mean | {
+        "gns": mean["trace_sigma"] / mean["grad_sq_norm_unbiased"], "nsr_batch": of_batch / mean["grad_sq_norm"],
+    }  # fmt: skip
+    assert told == {key: pytest.approx(x.item(), rel=1e-12) for key, x in expected.items()}
+    assert all(p.grad is None for p in model.parameters())
+    assert set(noise.told().values()) == {None}, "nothing since"
+
+
+def test_noise_of_samples_under_exponential_decay_is_of_the_run_with_weight_decay():
+    images, labels = (x[:32] for x in train.digits()[:2])
+    torch.manual_seed(0)
+    model = train.ResNet()
+    model(images)
+    ours, scale = copy.deepcopy(model), 0.8
+    with torch.no_grad():
+        for module in ours.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight /= scale
+            elif isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean /= scale
+                module.running_var /= scale**2
+    told = []
+    for net in (model, ours):
+        groups = [{"params": [p for p in net.parameters() if (p.ndim == 4) == convolutions]} for convolutions in (1, 0)]
+        optimizer = train.make_optimizer("normkern", groups)
+        if net is ours:
+            optimizer.param_groups[0]["gauge"] = (scale, 0.0, 0)
+        noise = train.SampleNoise(net, optimizer, 1)
+        noise.before_step(images, labels)
+        told.append(noise.told())
+    assert told[1] == pytest.approx(told[0], rel=0.01)
+
+
+@pytest.mark.parametrize("every", ["20", "46"])
+def test_noise_of_samples_prints_two_columns(every, of_samples, capsys, tmp_path):
+    (row,) = run(tmp_path, "--noise-every", every)["curves"]
+    lines = capsys.readouterr().out.splitlines()
+    head = next(line for line in lines if line.startswith("epoch"))
+    assert head.split()[-2:] == ["gns", "nsr_batch"]
+    line = lines[lines.index(head) + 1]
+    assert len(line) == len(head)
+    if every == "46":
+        assert line.split()[-2:] == ["-", "-"]
+    else:
+        assert line.split()[-2:] == [f"{row['gns']:.3g}", f"{row['nsr_batch']:.3g}"]
+        assert row == of_samples[0]["curves"][0], "the same seed, the same run"
+
+
+def test_noise_of_samples_has_panels(monkeypatch, tmp_path):
+    from matplotlib.figure import Figure
+
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: saved.append(self))
+    common = {"loss": 1.0, "lr": 0.1, "test_accuracy": 0.5, "angular_update": None, "predicted_angular_update": 0.1}
+    sums = [(9.0, 3.0, 1.0), (None, None, None), (4.0, 1.0, -1.0), (6.0, 3.0, 2.0)]
+    scales = (9.0, None, -4.0, 3.0)
+    curves = [
+        {"epoch": i, **common, "gns": scale, "nsr_batch": 0.1, **dict(zip(train.SampleNoise.SUMS, of, strict=True))}
+        for i, (scale, of) in enumerate(zip(scales, sums, strict=True), start=1)
+    ]
+    train.plot(tmp_path / "curves.png", "title", curves, [], [])
+    panels = {panel.get_title(): panel for panel in saved[0].axes}
+    drawn = [line.get_xydata().tolist() for line in panels["Gradient noise scale"].lines]
+    assert drawn[0] == [[1, 9], [4, 3]], "what a logarithmic axis can show"
+    assert drawn[1][0][1] == train.BATCH_SIZE
+    noise, signal = (line.get_xydata().tolist() for line in panels["Noise of a sample, and signal"].lines)
+    assert noise == [[1, 9], [3, 4], [4, 6]]
+    assert signal == [[1, 1], [4, 2]]
+
+
 def test_batches_of_pairs_are_whole_and_each_pass_is_another_order():
     images, labels = torch.arange(150.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(150)
     batches = train.batches_of_pairs(images, labels, torch.Generator().manual_seed(0))
@@ -233,6 +373,15 @@ def test_prediction():
         (
             ["--optimizer", "torch", "--decay", "exponential"],
             "argument --decay: exponential expected --optimizer normkern or svag, got --optimizer torch",
+        ),
+        (["--noise-every", "0"], "argument --noise-every: expected a whole number from 1 to"),
+        (["--noise-every", "-3"], "argument --noise-every: expected a whole number from 1 to"),
+        (["--noise-every", "2.5"], "got '2.5'"),
+        (["--noise-every", "often"], "got 'often'"),
+        (
+            ["--noise-every", "10", "--optimizer", "svag"],
+            "argument --noise-every: expected an --optimizer other than svag, which measures the noise itself, "
+            "got --optimizer svag",
         ),
         (["--out", __file__], "argument --out: expected a folder that exists or can be made"),
     ],
