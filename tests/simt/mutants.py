@@ -165,7 +165,7 @@ def main(name: str) -> int:
     mutant = next(m for m in MUTANTS if m.name == name)
     backend = Backend(checked=True, kernels=mutant.sources())
     try:
-        for call in (Call("SgdMomentum", "step"), Call("SgdMomentum", "step", "row"), Call("SgdMomentumFirst", "step")):
+        for call in (Call("SgdMomentumFirst", "step"), Call("SgdMomentum", "step"), Call("SgdMomentum", "step", "row")):
             judgement.same_as_cpu(backend, call, torch.float32, seeds=(1, 2))
             judgement.moves_what_it_must(backend, call, torch.float32)
     except (AssertionError, RuntimeError) as complaint:
