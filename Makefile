@@ -41,7 +41,8 @@ cuda: .venv/ready
 	NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/test_cuda_build.py tests/simt/test_sass.py
 
 cuda-sweep: cuda
-	CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/simt
+	CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/simt \
+	  tests/test_ops.py tests/test_ops_pairs.py tests/test_ops_gauge.py tests/test_bitwise.py
 	cd tests && $(abspath $(BIN)/python) -m simt.sass_check $(CURDIR)/build/cuda/_C*.so --docs ../docs/cuda.md
 
 ifdef QUICK

@@ -49,6 +49,8 @@ def on_gpu():
 
 
 _CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+#: The emulator takes minutes to build and to run: `make cuda-sweep` has it.
+_SIMT = pytest.param("simt", marks=pytest.mark.slow)
 
 
 @pytest.fixture(params=["cpu", _CUDA])
@@ -65,7 +67,7 @@ def gpu():
         yield
 
 
-@pytest.fixture(params=[*ops.supported_isas(), "simt", _CUDA])
+@pytest.fixture(params=[*ops.supported_isas(), _SIMT, _CUDA])
 def backend(request):
     """Whatever runs an op: each instruction-set level that this machine can run, the CUDA kernels in the emulator, a GPU."""
     if request.param == "cuda":
