@@ -5,12 +5,13 @@
 #   make cuda    kernels for every GPU architecture, into build/cuda/, and what can be checked of them without a GPU
 #                (make cuda-sweep: with every kernel broken on purpose, and the table of docs/cuda.md)
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
+#   make bench-noise    the part about single gradients' noise: bench/results/noise.json, the README's table of it
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format cuda cuda-sweep bench bench-compare clean
+.PHONY: demo test test-slow lint format cuda cuda-sweep bench bench-noise bench-compare clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -57,6 +58,12 @@ bench: .venv/ready .venv/bench-ready
 	mkdir -p $(dir $(BENCH_JSON))
 	$(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-quiet $(if $(QUICK),--quick) --benchmark-json=$(BENCH_JSON)
 	$(BIN)/python -m bench.report $(BENCH_JSON) $(BENCH_TO)
+
+# Of these alone, in half the time: bench/results/noise.json and the table of single gradients.
+bench-noise: .venv/ready .venv/bench-ready
+	$(BIN)/python -m pytest -c bench/pytest.ini bench -k "bench_noise or moments" --benchmark-quiet \
+	  --benchmark-json=bench/results/noise.json
+	$(BIN)/python -m bench.report bench/results/noise.json --readme README.md
 
 bench-compare: .venv/ready .venv/bench-ready
 	$(BIN)/python -m bench.compare $(OLD) $(NEW)

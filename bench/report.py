@@ -105,13 +105,15 @@ def cells(row: Row) -> list[str]:
 
 
 def readme_table(results: Results) -> str:
-    """The cases as Markdown: our time and rate, and how many times longer the others take."""
+    """The cases as Markdown: our time and rate, and how many times longer the others take. Empty if there were none."""
     lines = table_head("case", "normkern", "GB/s", *COLUMNS.values())
+    without_rows = len(lines)
     for group, rows in results.groups.items():
         if ours := rows.get("normkern"):
             rate = digits(ours.rate or 0.0)
             lines.append(table_row(group, scaled(ours.seconds), rate, *times(results, ours, COLUMNS)))
-    return "\n".join([*lines, "", f"After GB/s: times normkern's step. -: not measured. {where(results)}"])
+    told = f"After GB/s: times normkern's step. -: not measured. {where(results)}"
+    return "\n".join([*lines, "", told]) if len(lines) > without_rows else ""
 
 
 def svag_table(results: Results) -> str:
@@ -191,8 +193,9 @@ def main() -> None:
     # Piped into a file, rich would cut the tables at 80 columns.
     show(console if console.is_terminal else Console(width=120), results)
     if arguments.readme:
-        write_between_marks(arguments.readme, readme_table(results))
-        for table, marks in ((svag_table(results), SVAG_MARKS), (noise_table(results), NOISE_MARKS)):
+        # A file of some benchmarks alone leaves the other tables as they are.
+        tables = ((readme_table, MARKS), (svag_table, SVAG_MARKS), (noise_table, NOISE_MARKS))
+        for table, marks in ((make(results), marks) for make, marks in tables):
             if table and any(mark in arguments.readme.read_text() for mark in marks):
                 write_between_marks(arguments.readme, table, marks)
     if arguments.plot:
