@@ -27,7 +27,7 @@ def numbers(kernel, stride=1, padding=0, dilation=1, groups=1):
 
 
 # Every path, and every boundary of tiles (9 or 6 rows, 32 or 16 columns), units (36 x 32), blocks (504 x 512), chunks
-# (256 positions, 512 of a sample): (x, channels of g, size of g, kernel, numbers).
+# (512 positions, 1024 of a sample): (x, channels of g, size of g, kernel, numbers).
 CASES = {
     "one": ((1, 1, 1), 1, (1,), (1,), {}),
     "3x3": ((3, 5, 9, 8), 33, (9, 8), (3, 3), {"padding": 1}),
@@ -53,12 +53,12 @@ CASES = {
     "long": ((2, 3, 1300), 9, (1300,), (5,), {"padding": 2}),
     "long, dilated": ((2, 3, 1300), 9, (1200,), (3,), {"dilation": 50}),
     "large": ((2, 2, 40, 30), 9, (40, 30), (3, 3), {"padding": 1}),
-    "wide": ((1, 2, 3, 700), 9, (3, 700), (3, 3), {"padding": 1}),
+    "wide": ((1, 2, 3, 1100), 9, (3, 1100), (3, 3), {"padding": 1}),
     "large, few outputs": ((2, 33, 40, 30), 2, (40, 30), (3, 3), {"padding": 1}),
     "large, depthwise": ((2, 20, 40, 30), 20, (40, 30), (3, 3), {"padding": 1, "groups": 20}),
     "3d": ((2, 3, 5, 6, 7), 10, (5, 6, 7), (3, 3, 3), {"padding": 1}),
-    "3d, large": ((1, 2, 9, 10, 11), 5, (9, 10, 11), (1, 2, 3), {"padding": (0, 0, 1)}),
-    "3d, slabs larger than a chunk": ((1, 2, 3, 26, 25), 5, (3, 26, 25), (3, 3, 3), {"padding": 1}),
+    "3d, large": ((1, 2, 9, 11, 12), 5, (9, 11, 12), (1, 2, 3), {"padding": (0, 0, 1)}),
+    "3d, slabs larger than a chunk": ((1, 2, 3, 34, 33), 5, (3, 34, 33), (3, 3, 3), {"padding": 1}),
     "3d, strided": ((2, 3, 7, 8, 9), 10, (4, 3, 5), (2, 3, 1), {"stride": (2, 3, 2), "dilation": (1, 2, 1)}),
     "same, left only": ((2, 3, 9), 5, (9,), (4,), {"padding": 3}),
     "same, right only": ((2, 3, 9), 5, (9,), (4,), {}),
