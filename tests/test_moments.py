@@ -15,7 +15,7 @@ from normkern import ops, reference
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WITH_FMA = [name for name in ops.supported_isas() if name not in ("v2", "portable")]
 ROWS = (1, 2, 3, 7, 8, 9, 17, 128, 129, 300)  # eight at a time, 128 to a group
-COLUMNS = (0, 1, 7, 9, 15, 16, 17, 33, 1023, 1024, 1025, 2100)  # 8 or 16 at a time, 1024 to a tile
+COLUMNS = (0, 1, 7, 9, 15, 16, 17, 33, 1023, 1024, 1025, 2100)  # 8 or 16 at a time, 1024 to a row's sum
 
 
 def samples(rows, *shape, dtype=torch.float32, seed=0):
@@ -146,6 +146,20 @@ def test_list_is_one_problem(isa, dtype):
     torch.testing.assert_close(totals, of_flat, **near)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_wide_tiles(isa, dtype):
+    """Many columns are taken more at a time, and none of them knows."""
+    x = samples(10, 1025, dtype=dtype).repeat(1, 1025)[:, 7:]
+    x[:, 500_000] = 1e-30
+    mean, centred, norms = ops.moments(x)
+    for begin in (0, 2000, 4090, 499_990, x.shape[1] - 1000):
+        part = slice(begin, begin + 1000)
+        expected = ops.moments(x[:, part])
+        assert same_bits(mean[part], expected[0])
+        assert same_bits(centred[part], expected[1])
+    torch.testing.assert_close(norms, x.double().square().sum(1), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_everywhere(dtype):
     """Whatever the number of threads, and on every level with FMA hardware."""
@@ -192,7 +206,7 @@ def test_constant_columns_have_no_variance(isa):
         assert result.nsr == 0
 
 
-@pytest.mark.parametrize("rows", [16, 129, 4000])
+@pytest.mark.parametrize("rows", [16, 129, 40_000])
 def test_first_rows_are_no_measure_of_the_rest(isa, rows):
     """Outliers among the rows that give the first shift, a drift, blocks of other means, and zeros before noise."""
     noise = torch.randn(rows, 64, dtype=torch.float64)
@@ -208,7 +222,7 @@ def test_first_rows_are_no_measure_of_the_rest(isa, rows):
         mean, centred, _ = ops.moments(x)
         exact_mean, exact_centred, _ = reference.moments(x.double())
         spread = (exact_centred / rows).sqrt()
-        assert ((centred.double() / exact_centred - 1).abs() <= 3e-5).all(), name
+        assert ((centred.double() / exact_centred - 1).abs() <= 1e-5).all(), name
         assert ((mean.double() - exact_mean).abs() <= 1e-6 * spread + 1e-7 * exact_mean.abs()).all(), name
 
 

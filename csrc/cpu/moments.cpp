@@ -26,17 +26,18 @@ template <class R> struct Kept {
   double all_sq = 0;  // of all rows
 };
 
-// Rows one after another: in place, or gathered into a block that stays in L1.
+// Some columns of rows one after another: in place, or gathered into a block that stays in L1.
 template <class T> struct Rows {
   const T* x;
-  int64_t stride;
+  int64_t stride, columns;
 };
-template <class T> Rows<T> find_rows(const SampleTile& c, int64_t first, int64_t count, T* block) {
+template <class T> Rows<T> find_rows(const SampleTile& c, int64_t first, int64_t count, int64_t begin, T* block) {
   const T* x = (const T*)c.x + first * c.row_stride;
-  if (!c.offsets) return {x, c.row_stride};
-  for (int64_t j = 0; j < c.size; j++)
-    for (int64_t r = 0; r < count; r++) block[r * kColumns + j] = x[c.offsets[j] + r * c.row_stride];
-  return {block, kColumns};
+  const int64_t size = c.size - begin < kPart ? c.size - begin : kPart;
+  if (!c.offsets) return {x + begin, c.row_stride, size};
+  for (int64_t j = 0; j < size; j++)
+    for (int64_t r = 0; r < count; r++) block[r * kPart + j] = x[c.offsets[begin + j] + r * c.row_stride];
+  return {block, kPart, size};
 }
 
 template <class T> double square_norm(const T* row, int64_t size) {
@@ -48,16 +49,30 @@ template <class T> double square_norm(const T* row, int64_t size) {
   return total(sum);
 }
 
+// The first shift: the mean of the first rows, counted from the first of them, so that of a constant column it is
+// exactly that constant.
+template <class R, class T, class Load> NK_HD Side<R, kSide<R>> first_shift(const Rows<T>& rows, int count,
+                                                                            Load columns) {
+  using S = Side<R, kSide<R>>;
+  const S first = columns(rows.x), zero = S::all(0);
+  S sum = zero;
+  for (int r = 1; r < count; r++) sum = sum + (columns(rows.x + r * rows.stride) - first);
+  return finite_or(fma(S::all((R)(1 / (double)count)), sum, first), zero);
+}
+
 template <int N> struct Count {};
 
+// `first`: how many rows make the shift, which these rows begin with; else 0.
 template <bool kSquares, int N, class R, class T>
-void add_rows(Count<N>, const Rows<T>& rows, int64_t size, Kept<R>& kept, double* row_sq) {
+void add_rows(Count<N>, const Rows<T>& rows, int first, int64_t at, Kept<R>& kept, double* row_sq) {
   using S = Side<R, kSide<R>>;
   constexpr Width<kSide<R>> wide;
+  R *const kept_shift = kept.shift + at, *const kept_s = kept.s + at, *const kept_q = kept.q + at;
   S norms[N];
   for (S& norm : norms) norm = S::all(0);
-  every_side<R, T>(size, [&](int64_t j, auto columns) {
-    const S shift = load(kept.shift + j, wide);
+  every_side<R, T>(rows.columns, [&](int64_t j, auto columns) {
+    if (first) store(kept_shift + j, first_shift<R>(rows, first, columns));
+    const S shift = load(kept_shift + j, wide);
     S s = S::all(0), q = s;  // a few rows before all: fewer roundings on any one row's way
 #pragma GCC unroll 8
     for (int r = 0; r < N; r++) {
@@ -65,32 +80,15 @@ void add_rows(Count<N>, const Rows<T>& rows, int64_t size, Kept<R>& kept, double
       norms[r] = fma(value, value, norms[r]);
       GroupMoments::add<kSquares>(s, q, shift, value);
     }
-    store(kept.s + j, load(kept.s + j, wide) + s);
-    if constexpr (kSquares) store(kept.q + j, load(kept.q + j, wide) + q);
+    store(kept_s + j, load(kept_s + j, wide) + s);
+    if constexpr (kSquares) store(kept_q + j, load(kept_q + j, wide) + q);
   });
   for (int r = 0; r < N; r++) {
     double sum = total(norms[r]);
-    if (sizeof(R) == 4 && !(is_finite(sum) && sum >= kLeast * (double)size))
-      sum = square_norm(rows.x + r * rows.stride, size);
+    if (sizeof(R) == 4 && !(is_finite(sum) && sum >= kLeast * (double)rows.columns))
+      sum = square_norm(rows.x + r * rows.stride, rows.columns);
     kept.all_sq += sum;
     if (row_sq) row_sq[r] += sum;
-  }
-}
-
-// The first shift: the mean of the first rows, counted from the first of them, so that of a constant column it is
-// exactly that constant.
-template <class R, class T> void start(const Rows<T>& rows, int count, int64_t size, Kept<R>& kept) {
-  using S = Side<R, kSide<R>>;
-  const S share = S::all((R)(1 / (double)count)), zero = S::all(0);
-  every_side<R, T>(size, [&](int64_t j, auto columns) {
-    const S first = columns(rows.x);
-    S sum = zero;
-    for (int r = 1; r < count; r++) sum = sum + (columns(rows.x + r * rows.stride) - first);
-    store(kept.shift + j, finite_or(fma(share, sum, first), zero));
-  });
-  for (int64_t j = 0; j < size; j += kLanes) {
-    store(kept.mean + j, load_as<double>(kept.shift + j));
-    store(kept.centred + j, Lanes::all(0));
   }
 }
 
@@ -98,9 +96,11 @@ template <bool kSquares, class R> void join(int64_t before, int64_t rows, int64_
   const double n0 = (double)before, n1 = (double)rows;
   const Lanes share = Lanes::all(1 / n1), moved = Lanes::all(n1 / (n0 + n1)), cross = Lanes::all(n0 * n1 / (n0 + n1));
   for (int64_t j = 0; j < size; j += kLanes) {
-    Lanes mean = load(kept.mean + j, Width<kLanes>{}), centred = load(kept.centred + j, Width<kLanes>{});
-    GroupMoments::join(mean, centred, load_as<double>(kept.shift + j), load_as<double>(kept.s + j),
-                       load_as<double>(kept.q + j), share, moved, cross);
+    const Lanes shift = load_as<double>(kept.shift + j);
+    Lanes mean = before ? load(kept.mean + j, Width<kLanes>{}) : shift;
+    Lanes centred = before ? load(kept.centred + j, Width<kLanes>{}) : Lanes::all(0);
+    GroupMoments::join(mean, centred, shift, load_as<double>(kept.s + j), load_as<double>(kept.q + j), share, moved,
+                       cross);
     store(kept.mean + j, mean);
     if constexpr (kSquares) store(kept.centred + j, centred);
     store_as(kept.shift + j, finite_or(mean, Lanes::all(0)));
@@ -108,19 +108,21 @@ template <bool kSquares, class R> void join(int64_t before, int64_t rows, int64_
 }
 
 // False: float arithmetic cannot hold what came up, and nothing is right but the rows' norms.
-template <bool kSquares, class R, class T> bool pass(const SampleTile& c, double* row_sq) {
+template <bool kSquares, class R, class T> __attribute__((noinline)) bool pass(const SampleTile& c, double* row_sq) {
   Kept<R> kept;
-  T block[kRows * kColumns];
-  const int first = c.rows < kFirst ? (int)c.rows : kFirst;
-  start<R>(find_rows(c, 0, first, block), first, c.size, kept);
+  T block[kRows * kPart];
+  const auto add = [&](auto count, int64_t r, int64_t size) {
+    const int first = r ? 0 : c.rows < kFirst ? (int)c.rows : kFirst;
+    for (int64_t j = 0; j < c.size; j += kPart)
+      add_rows<kSquares>(count, find_rows(c, r, first ? first : size, j, block), first, j, kept,
+                         row_sq ? row_sq + r : nullptr);
+  };
   const int64_t padded = (c.size + kSide<R> - 1) / kSide<R> * kSide<R>;
   for (int64_t begin = 0, r = 0; begin < c.rows; begin = r) {
     const int64_t end = begin + kGroup < c.rows ? begin + kGroup : c.rows;
     for (int64_t j = 0; j < padded; j++) kept.s[j] = kept.q[j] = 0;
-    for (; r + kRows <= end; r += kRows)
-      add_rows<kSquares>(Count<kRows>{}, find_rows(c, r, kRows, block), c.size, kept, row_sq ? row_sq + r : nullptr);
-    for (; r < end; r++)
-      add_rows<kSquares>(Count<1>{}, find_rows(c, r, 1, block), c.size, kept, row_sq ? row_sq + r : nullptr);
+    for (; r + kRows <= end; r += kRows) add(Count<kRows>{}, r, kRows);
+    for (; r < end; r++) add(Count<1>{}, r, 1);
     join<kSquares>(begin, r - begin, c.size, kept);
   }
   Lanes mean_sq = Lanes::all(0), sum = mean_sq;

@@ -16,8 +16,8 @@ template <class R> R at(const void* p, int64_t i) { return ((const R*)p)[i]; }
 template <class R> R mean_at(const NormPart& n, int64_t i) { return n.mean ? at<R>(n.mean, i) : 0; }
 
 template <class R> struct Kept {
-  alignas(64) R weight[kColumns], bias[kColumns];
-  alignas(64) double weight_sum[kColumns], bias_sum[kColumns];
+  alignas(64) R weight[kPart], bias[kPart];
+  alignas(64) double weight_sum[kPart], bias_sum[kPart];
 };
 
 template <int N, class R, class T> void add_rows(const NormPart& n, int64_t first, Kept<R>& kept) {

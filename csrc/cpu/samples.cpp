@@ -52,12 +52,12 @@ void find_columns(const Samples& s, int64_t begin, int64_t size, int64_t* offset
 }  // namespace
 
 void moments(const Moments& m) {
-  std::vector<int64_t> first_tile{0};  // of each tensor
   int64_t columns = 0;
-  for (int64_t i = 0; i < m.count; i++) {
-    first_tile.push_back(first_tile.back() + pieces(m.samples[i].columns, kColumns));
-    columns += m.samples[i].columns;
-  }
+  for (int64_t i = 0; i < m.count; i++) columns += m.samples[i].columns;
+  // Wide tiles are faster, but a small matrix has to be enough for all threads.
+  const int64_t width = std::clamp(pieces(columns, kTasks * kPart) * kPart, kPart, kColumns);
+  std::vector<int64_t> first_tile{0};  // of each tensor
+  for (int64_t i = 0; i < m.count; i++) first_tile.push_back(first_tile.back() + pieces(m.samples[i].columns, width));
   const int64_t tiles = first_tile.back(), tasks = task_count(tiles, m.rows), sums = m.rows + 2;
   const int item = item_size(m.dtype), real = real_size(m.dtype);
   const auto run = table().moments[(int)m.dtype];
@@ -71,7 +71,7 @@ void moments(const Moments& m) {
     for (; tile < end; tile++) {
       while (tile >= first_tile[i + 1]) i++;
       const Samples& s = m.samples[i];
-      const int64_t begin = (tile - first_tile[i]) * kColumns, size = std::min(kColumns, s.columns - begin);
+      const int64_t begin = (tile - first_tile[i]) * width, size = std::min(width, s.columns - begin);
       int64_t offsets[kColumns];
       if (s.ndim) find_columns(s, begin, size, offsets);
       run({static_cast<const char*>(s.x) + (s.ndim ? 0 : begin * item), m.rows, s.row_stride, size,
@@ -96,7 +96,7 @@ void norm_sums(const NormBatch& n) {
   };
   // A sample's rows, or its columns, in parts; small samples together.
   const int64_t length = n.along_rows ? n.rows : n.columns;
-  const int64_t part = n.along_rows ? std::max<int64_t>(1, kChunk / std::max<int64_t>(1, n.columns)) : kColumns;
+  const int64_t part = n.along_rows ? std::max<int64_t>(1, kChunk / std::max<int64_t>(1, n.columns)) : kPart;
   const int64_t parts = pieces(length, part), work = n.rows * n.columns;
   const int64_t together = std::max<int64_t>(1, kChunk * parts / std::max<int64_t>(1, work)), all = n.samples * parts;
 

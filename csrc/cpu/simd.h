@@ -114,7 +114,18 @@ NK_HD Eight<double> eight_doubles(const Side<float, 16>& x, int k) {
 }
 #endif
 
-NK_HD double total(const Eight<double>& x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+// The sum, by halves.
+NK_HD double total(const Eight<double>& x) {
+  typedef double Four __attribute__((vector_size(32)));
+  typedef double Two __attribute__((vector_size(16)));
+  Four four[2];
+  __builtin_memcpy(four, &x, sizeof four);
+  const Four sum = four[0] + four[1];
+  Two two[2];
+  __builtin_memcpy(two, &sum, sizeof two);
+  const Two last = two[0] + two[1];
+  return last[0] + last[1];
+}
 NK_HD double total(const Side<float, 16>& x) { return total(eight_doubles(x, 0) + eight_doubles(x, 1)); }
 
 // ---- Memory: values of a storage type, widened on the way in, rounded once on the way out ---------------------------
