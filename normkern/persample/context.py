@@ -32,7 +32,33 @@ class GradientNoise:
     .. math::
         L = \sum_b w_b \ell_b, \qquad c_b = \nabla(w_b \ell_b), \qquad \sum_b c_b = \texttt{.grad}, \qquad g_b = u\, c_b
 
-    with u = B for ``reduction="mean"`` and 1 for ``"sum"``.
+    with u = B for ``reduction="mean"`` and 1 for ``"sum"``. ``.grad`` becomes what it always becomes, to rounding: the
+    layers' weight gradients come from the same pass as their statistics. The model is not touched, and hooks are
+    removed at the end. Several backwards in one context, of a forward each, are one batch.
+
+    Args:
+        model: any module with trainable parameters in float64, float32, bfloat16 or float16.
+        stats: of "nsr" (the scalars alone, the cheapest), "norms" (a number for each sample), "variance"
+            (elementwise), "projections" (on the mean; one backward in a context).
+        reduction: of the loss over samples; ratios do not need it.
+        batch_size: B; None: the leading dimension of the first tensor that the model is given.
+        uncovered: what becomes of parameters whose use hides the samples: "raise" an error that names them, "estimate"
+            them by a further backward with random signs (`signs`), or "exclude" them; `coverage` tells.
+        check: whether every layer is compared with autograd in the first context ("first"), always or never. That what
+            arrives in ``.grad`` is what was measured is checked always.
+
+    On the CPU by kernels, elsewhere by torch. Nothing is synchronised there but by checks and a call that returns.
+
+    Raises:
+        TypeError, ValueError: arguments; a batch of less than two samples; a batch_size that is not the model's.
+        RuntimeError: batch statistics, operations that mix samples, a compiled model, contexts inside each other, a
+            backward outside of its context or a second one of one forward, contributions that do not add up.
+        NotImplementedError: a parameter that is not covered, with ``uncovered="raise"``.
+
+    A loss that couples samples by itself (contrastive, over the batch) cannot be seen.
+
+    Reference: McCandlish et al., arXiv 1812.06162, for the noise scale; Gray et al., arXiv 2411.00999, for norms in the
+    pass of the weight gradient.
 
     >>> import torch, normkern
     >>> model = torch.nn.Linear(2, 1, bias=False)
