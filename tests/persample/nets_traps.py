@@ -288,6 +288,7 @@ def _swap(x: torch.Tensor) -> torch.Tensor:
 def scripted_swap(x):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.14
         return torch.jit.script(_swap)(x)
 
 
