@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from contributions import WITH_FMA, assert_all_same, assert_right, on_all_levels, real_of
+from contributions import WITH_FMA, assert_all_same, assert_right, on_all_levels, one_thread, real_of
 from memory import Fenced, same_bits
 
 from normkern import ops, reference
@@ -41,7 +41,8 @@ def operands(batch, steps, inputs, outputs, dtype=torch.float32, seed=0):
 
 def outer_products(a, g):
     a, g = a.double(), g.double()
-    return torch.einsum("bto,bti->boi", g, a), torch.einsum("bto,bti->boi", g.abs(), a.abs())
+    with one_thread():
+        return torch.einsum("bto,bti->boi", g, a), torch.einsum("bto,bti->boi", g.abs(), a.abs())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -207,6 +208,16 @@ def test_a_bad_number_stays_where_it_is(isa, value):
     assert centred[:, 33].isnan().all()
     keep = torch.tensor([0, 1, 3])
     assert same_bits(sq_norms[keep], expected[2][keep])
+
+
+def test_an_infinite_gradient_is_an_infinite_norm(isa):
+    """Not NaN, which infinity times the zeros that fill up a tile would be."""
+    a, g = operands(3, 5, 37, 45)
+    g[1, 2, 7] = torch.inf
+    total, _, sq_norms = ops.outer_moments(a, g, squares=True)
+    assert sq_norms.isinf().tolist() == [False, True, False]
+    assert total[7].isinf().all()
+    assert total[torch.arange(45) != 7].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0), (0, 0, 0, 0)])
