@@ -72,9 +72,13 @@ def ours(task: Task, stats: tuple[str, ...]) -> Watched:
 
 
 def of_rows(rows: dict[str, Tensor]) -> Told:
-    """Torch's statistics of gradients that lie there, (B, *shape) each."""
-    squares = [g.flatten(1).square().sum(1) for g in rows.values()]
-    return Told(None, torch.stack(squares).sum(0), {name: g.var(0) for name, g in rows.items()})
+    """Statistics of gradients that lie there, (B, *shape) each, which are gone afterwards.
+
+    By the fastest operations that torch has for it: var(0) takes twice as long, and squares out of place more memory.
+    """
+    sq_norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in rows.values()]).square().sum(0)
+    variance = {name: g.sub_(g.mean(0)).square_().sum(0) / (len(g) - 1) for name, g in rows.items()}
+    return Told(None, sq_norms, variance)
 
 
 def torch_func(task: Task) -> Watched:

@@ -98,6 +98,12 @@ def _subtract_mean(x):
     return x
 
 
+def _with_first_row(x):
+    out = x.clone()
+    out[1:] = out[1:] * x[0]
+    return out
+
+
 #: What goes over the samples, which are the first dimension.
 MIXTURES = {
     "mean": lambda x: x - x.mean(0),
@@ -131,6 +137,27 @@ MIXTURES = {
     "covariance": lambda x: torch.cov(x),
     "median": lambda x: x - x.median(0).values,
     "greatest": lambda x: x - x.max(),
+    "pairs": lambda x: torch.relu(x[:, None] + x[None]).mean(1),
+    "norm_of_all": lambda x: x / x.norm(),
+    "matrix_norm": lambda x: x / torch.linalg.matrix_norm(x),
+    "orthogonal": lambda x: torch.linalg.qr(x).Q,
+    "singular_values": lambda x: x * torch.linalg.svdvals(x),
+    "condensed_distances": lambda x: x * torch.pdist(x).sum(),
+    "cut_across": lambda x: torch.tanh(F.layer_norm(x.reshape(4, 9), (9,))).reshape(6, 6),
+    "transposed_and_reshaped": lambda x: torch.layer_norm(x.view(6, 2, 3).transpose(0, 1).reshape(6, 6), (6,)),
+    "flattened": lambda x: x.flatten().softmax(0).view(6, 6),
+    "convolved_flat": lambda x: F.conv1d(x.view(1, 1, 36), torch.ones(1, 1, 3, dtype=x.dtype), padding=1).view(6, 6),
+    "outer": lambda x: torch.outer(x[:, 0], x[:, 1]),
+    "kronecker": lambda x: torch.kron(x, x)[:6, :6],
+    "triangle": lambda x: torch.tril(torch.ones(6, 6, dtype=x.dtype)) @ x,
+    "copied_from_the_first": lambda x: x + x[:1],
+    "taken_from_the_last": lambda x: torch.cat([x[:-1], x[-1:] * x[:1]]),
+    "assigned": lambda x: _with_first_row(x),
+    "by_numpy_indices": lambda x: x[[1, 0, 3, 2, 5, 4]] * x,
+    "scattered": lambda x: torch.zeros_like(x).scatter(0, torch.arange(5, -1, -1)[:, None].expand(6, 6), x) * x,
+    "global_pooling": lambda x: x * F.adaptive_avg_pool2d(x[None, None], 1).view(1, 1),
+    "unfolded": lambda x: x + F.unfold(x[None, None], 3, padding=1).mean(1).view(6, 6),
+    "interpolated": lambda x: F.interpolate(x[None, None], scale_factor=2).view(12, 12)[:6, :6],
 }  # fmt: skip
 
 

@@ -11,11 +11,11 @@ from torch import nn
 
 import normkern
 
-from .budgets import SCALARS, TIERS, close
+from .budgets import SCALARS, TIERS, assert_says, close
 from .left_behind import anatomy, assert_nothing_left
-from .measuring import assert_right, measured, noise_of, problem_of, refuses, told_of
+from .measuring import REFUSED, assert_right, measured, noise_of, problem_of, refuses, told_of
 from .problem import numbers, squares
-from .reference import gradient
+from .reference import expected, gradient
 
 F64 = torch.float64
 
@@ -493,6 +493,74 @@ def test_another_model_beside_it(mlp, gpt):
         (mlp.value() + gpt.value()).backward()
     assert_right(mlp, noise.result())
     assert all(p.grad is not None for p in gpt.model.parameters())
+
+
+class Encoder(nn.Module):
+    """Used by a method of its own, which gives its layers (T, B, D)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+
+    def encode(self, x):
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+    def forward(self, x):
+        return self.encode(x)
+
+
+@pytest.mark.parametrize("batch_size", [None, 4])
+def test_a_method_instead_of_a_call_is_right_or_refused(batch_size):
+    """The first tensor that any module sees has another leading dimension than the batch."""
+    problem = numbers(Encoder(), 4, 3, 5).to(F64)
+    noise = normkern.GradientNoise(problem.model, TIERS, batch_size=batch_size)
+    try:
+        with noise:
+            problem.loss(problem.model.encode(*problem.inputs), problem.target).backward()
+        result = noise.result()
+    except REFUSED as error:
+        assert "GradientNoise" in str(error)  # noqa: PT017
+    else:
+        assert_right(problem, result)
+
+
+def test_chunks_of_a_batch_in_one_backward_are_right_or_refused(mlp):
+    """Two calls of the model on different samples, one loss."""
+    problem = mlp.sample(0, 4)
+    noise = noise_of(problem, WITHOUT_PROJECTIONS)
+    try:
+        with noise:
+            (0.5 * problem.sample(0, 2).value() + 0.5 * problem.sample(2, 4).value()).backward()
+        result = noise.result()
+    except REFUSED as error:
+        assert "GradientNoise" in str(error)  # noqa: PT017
+    else:
+        assert_right(problem, result, WITHOUT_PROJECTIONS)
+
+
+def test_hooks_on_activations_are_part_of_the_gradient(mlp):
+    def halve(module, args, out):
+        out.register_hook(lambda g: g / 2)
+
+    mlp.model[2].register_forward_hook(halve)
+    assert_right(mlp, measured(mlp))
+
+
+def test_dropout():
+    """Samples cannot be taken alone here: the terms of one forward are, with the same random numbers."""
+    problem = numbers(
+        nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.4), nn.Tanh(), nn.Linear(8, 3), nn.Dropout(0.2)), 6, 5
+    )
+    problem = problem.to(F64)
+    torch.manual_seed(3)
+    result = measured(problem)
+    torch.manual_seed(3)
+    out = problem.model(*problem.inputs)
+    named = dict(problem.model.named_parameters())
+    terms = [squares(out[b : b + 1], problem.target[b : b + 1]) / 6 for b in range(6)]
+    rows = [torch.autograd.grad(term, list(named.values()), retain_graph=True) for term in terms]
+    told = expected({name: torch.stack([row[i] for row in rows]) for i, name in enumerate(named)})
+    assert_says(result, told, TIERS, 1e-11)
 
 
 # --- what must not be believed ----------------------------------------------------------------------------------------
