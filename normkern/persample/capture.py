@@ -90,7 +90,7 @@ class Use:
 
     def __init__(self, ledger: Ledger, name: str, batch: int, targets: Sequence[Tensor | None]) -> None:
         self.ledger, self.name, self.batch, self.targets = ledger, name, batch, list(targets)
-        self.call = ledger.call()
+        self.call, self.origin = ledger.call(), ledger.origin
         self.done = False
         for t in self.targets:
             if t is not None:
@@ -297,6 +297,8 @@ class Capture(TorchFunctionMode):
     # ---- Operations that touch parameters
 
     def _joined(self, name: str, func: Any, args: Any, kwargs: Any, operands: list[Tensor], mine: list[Tensor]) -> Any:
+        if self.ledger.batch is None and name in joins.LAYERS and len(mine) < len(operands):
+            self.ledger.refuse_unknown_batch(self._records(mine)[0])
         samples: list[tuple[Tensor, Rows]] = []
         for t in operands:
             if any(t is m for m in mine):

@@ -170,9 +170,9 @@ class GradientNoise:
             ]
             states = [capture.state(t) for t in tensors]
             new = [not (isinstance(s, Lost) or (isinstance(s, Rows) and s.certain)) for s in states]
-            if new and new[0] and (module is self.model or ledger.batch is None):
+            if new and new[0] and module is self.model:
                 ledger.batch = self._batch_of(tensors[0])
-            ledger.new_call()
+            ledger.new_call(bool(new and new[0]))
             for i, t in enumerate(tensors):  # the first is the batch; others yield where they do not fit
                 if new[i] and ledger.batch is not None and t.shape[0] == ledger.batch and t.numel():
                     capture.mark(t, rows.leading(t.shape, ledger.batch, certain=i == 0))

@@ -508,3 +508,6 @@ _JOINS: dict[str, Join] = {
     **dict.fromkeys(WIDENS, widen),
     **dict.fromkeys(cells.FORMULAS, cell),
 }
+
+#: Operations that are always of samples.
+LAYERS = _JOINS.keys() - WIDENS - {"__getitem__", "prelu", "matmul", "__matmul__", "__rmatmul__", "mm"}

@@ -123,6 +123,9 @@ class Ledger:
         self.checking: bool | str = checking
         self.keep_totals = keep_totals
         self.batch = batch_size
+        self._told_batch = batch_size is not None
+        self.origin = 0  # how often there were new samples
+        self._origin_of_backward: int | None = None
         self.capture: Capture | None = None
         self.open = True
         self.estimating = False
@@ -154,9 +157,11 @@ class Ledger:
 
     # ---- Forward
 
-    def new_call(self) -> None:
-        """The model is called: new samples, or the same once more."""
+    def new_call(self, new_samples: bool) -> None:
+        """The model is called: on new samples, or on what came of those it had."""
         self._calls += 1
+        if new_samples:
+            self.origin += 1
 
     def call(self) -> int | None:
         """Which call of the model this is; None: a forward that activation checkpointing does again."""
@@ -193,6 +198,13 @@ class Ledger:
             f"{why}. Expected operations that treat every sample by itself"
         )
 
+    def refuse_unknown_batch(self, r: Record) -> None:
+        """Nobody said how many samples there are."""
+        raise RuntimeError(
+            f"GradientNoise: {r.name!r} of {r.module} is used before the model was called, so that the number of "
+            "samples is not known; expected a call of the model itself, or batch_size="
+        )
+
     def refuse_batch_norm(self) -> None:
         """Batch statistics couple the samples."""
         raise RuntimeError(
@@ -227,6 +239,14 @@ class Ledger:
         use.done = True
         if use.call is not None:
             self._claiming.add(use.call)
+        if use.call is not None and not self._told_batch:
+            if self._origin_of_backward not in (None, use.origin):
+                raise RuntimeError(
+                    "GradientNoise: one backward goes through two calls of the model on tensors of their own: on other "
+                    "samples, or on the same ones once more? Expected a backward for each, or batch_size=, which says "
+                    "that both have the same samples"
+                )
+            self._origin_of_backward = use.origin
         if self._batch_of_backward is None:
             self._batch_of_backward = use.batch
         elif self._batch_of_backward != use.batch:
@@ -363,6 +383,7 @@ class Ledger:
             r.drop_backward()
         self._claimed |= self._claiming
         self._claiming, self._batch_of_backward, self.contrast = set(), None, None
+        self._origin_of_backward = None
 
     def backward_ended(self) -> None:
         """The outermost backward is through: its samples join those before."""
@@ -394,6 +415,7 @@ class Ledger:
             r.drop_backward()
         self._claimed |= self._claiming
         self._claiming, self._batch_of_backward, self.contrast = set(), None, None
+        self._origin_of_backward = None
         self.checking = False if self.checking == "first" else self.checking
 
     def _join(self, r: Record, batch: int) -> None:

@@ -480,7 +480,7 @@ def test_gradients_of_inputs_are_autograds(gpt):
 
 def test_a_part_of_a_model(gpt):
     """Only its parameters are measured, though the loss is of the whole."""
-    whole, noise = told_of(gpt), normkern.GradientNoise(gpt.model.blocks, TIERS, check=True)
+    whole, noise = told_of(gpt), normkern.GradientNoise(gpt.model.blocks, TIERS, check=True, batch_size=gpt.samples)
     with noise:
         gpt.value().backward()
     for name, norms in noise.result().sq_norms_per_param.items():
