@@ -91,6 +91,7 @@ struct Moments {
   const Samples* samples;
   int64_t count, rows;
   bool squares;    // else `centred` is not written
+  double factor;   // of `centred`, as it is written
   double* row_sq;  // (rows)
   double* totals;  // |mean|^2, sum of all squared deviations (NaN without squares)
   DType dtype;

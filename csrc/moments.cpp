@@ -43,8 +43,8 @@ std::vector<Dimension> row_dimensions(const View& x, const View& mean) {
 
 }  // namespace
 
-void moments(const py::list& samples, const py::list& means, const py::object& centred, const py::object& row_sq,
-             const py::object& totals) {
+void moments(const py::list& samples, const py::list& means, const py::object& centred, double factor,
+             const py::object& row_sq, const py::object& totals) {
   const size_t count = samples.size();
   const bool squares = !centred.is_none();
   std::vector<Samples> matrices(count);
@@ -67,6 +67,7 @@ void moments(const py::list& samples, const py::list& means, const py::object& c
                   (int64_t)count,
                   rows,
                   squares,
+                  factor,
                   static_cast<double*>(data_of(row_sq)),
                   static_cast<double*>(data_of(totals)),
                   dtype};

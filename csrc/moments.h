@@ -6,8 +6,8 @@ namespace nk {
 
 // `samples`: tensors (rows, *shape). `means` and `centred` (None: only the means): of each one's *shape, dense, in the
 // arithmetic type; `row_sq` (rows,) and `totals` (2,) float64. See `Moments`. What fits is ops.py's to check.
-void moments(const py::list& samples, const py::list& means, const py::object& centred, const py::object& row_sq,
-             const py::object& totals);
+void moments(const py::list& samples, const py::list& means, const py::object& centred, double factor,
+             const py::object& row_sq, const py::object& totals);
 
 // g, x (B, rows, columns), the columns side by side; mean (or None) and rstd (B, rows), of_weight and of_bias (B,
 // columns) or along rows (B, rows), all dense in the arithmetic type. See `NormBatch`.

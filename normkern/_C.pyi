@@ -24,7 +24,12 @@ def conv_moments(
     x: Tensor, g: Tensor, numbers: ConvNumbers, total: Tensor, centred: Tensor | None, sq_norms: Tensor
 ) -> None: ...
 def moments(
-    samples: list[Tensor], means: list[Tensor], centred: list[Tensor] | None, row_sq: Tensor, totals: Tensor
+    samples: list[Tensor],
+    means: list[Tensor],
+    centred: list[Tensor] | None,
+    factor: float,
+    row_sq: Tensor,
+    totals: Tensor,
 ) -> None: ...
 def norm_sums(
     g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, along_rows: bool, of_weight: Tensor, of_bias: Tensor

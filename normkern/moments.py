@@ -91,9 +91,7 @@ def moments(x: Tensor | Sequence[Tensor]) -> Moments:
     if not any(entry.numel() for entry in tensors):
         raise ValueError(f"moments: {names[0]} has shape {tuple(tensors[0].shape)}; expected at least one column")
     totals = torch.empty(2, dtype=torch.float64, device=tensors[0].device)
-    mean, variance, sq_norms = _moments(tensors, totals)
-    for entry in variance:
-        entry *= 1 / (b - 1)
+    mean, variance, sq_norms = _moments(tensors, 1 / (b - 1), totals)
     mean_sq, trace = totals[0], totals[1] / (b - 1)
     unbiased = mean_sq - trace / b
     return Moments(
@@ -128,13 +126,13 @@ def _samples(x: object, name: str) -> Tensor:
     return x.detach().resolve_neg()
 
 
-def _moments(tensors: list[Tensor], totals: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
+def _moments(tensors: list[Tensor], factor: float, totals: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """`ops.moments`, or its eager twin for tensors that no kernel can take."""
     if all(map(ops.cpu_takes, tensors)):
-        mean, centred, sq_norms = ops.moments(tensors, totals=totals)
+        mean, variance, sq_norms = ops.moments(tensors, factor=factor, totals=totals)
     else:
         from . import reference
 
-        mean, centred, sq_norms = reference.moments(tensors, totals=totals)
-    assert centred is not None
-    return mean, centred, sq_norms
+        mean, variance, sq_norms = reference.moments(tensors, factor=factor, totals=totals)
+    assert variance is not None
+    return mean, variance, sq_norms

@@ -488,14 +488,14 @@ def _dense_last(x: Tensor) -> Tensor:
 
 @overload
 def moments(
-    x: Tensor, *, squares: bool = True, totals: Tensor | None = None
+    x: Tensor, *, squares: bool = True, factor: float = 1.0, totals: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]: ...
 @overload
 def moments(
-    x: Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+    x: Sequence[Tensor], *, squares: bool = True, factor: float = 1.0, totals: Tensor | None = None
 ) -> tuple[list[Tensor], list[Tensor] | None, Tensor]: ...
 def moments(
-    x: Tensor | Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+    x: Tensor | Sequence[Tensor], *, squares: bool = True, factor: float = 1.0, totals: Tensor | None = None
 ) -> tuple[Any, Any, Tensor]:
     r"""Means and squared deviations down the first dimension, and the norms of the samples, in one pass over memory.
 
@@ -509,8 +509,9 @@ def moments(
         x: a CPU tensor (B, P) of float64, float32, bfloat16 or float16, any strides; or several of (B, \*shape), of one
             dtype, as one problem. Read only.
         squares: without, c is None.
-        totals: float64 (2,) on the CPU, contiguous; becomes :math:`|m|^2` and the sum of all c, before those are
-            rounded (NaN without `squares`).
+        factor: what c is multiplied with before it is rounded; 1/(B-1) makes it the variance.
+        totals: float64 (2,) on the CPU, contiguous; becomes :math:`|m|^2` and the sum of all c, before `factor`
+            and rounding (NaN without `squares`).
 
     Returns:
         m, c and (B,) float64 norms on the CPU; m and c of shape (P,), or lists of \*shape; float64 for float64, else
@@ -536,7 +537,7 @@ def moments(
         means = [torch.empty_like(entry[0], dtype=real) for entry in tensors]
         centred = [torch.empty_like(mean) for mean in means] if squares else None
     row_sq = torch.empty(rows, dtype=torch.float64, device="cpu")
-    _C.moments(tensors, means, centred, row_sq, _new_totals() if totals is None else totals)
+    _C.moments(tensors, means, centred, factor, row_sq, _new_totals() if totals is None else totals)
     if isinstance(x, (list, tuple)):
         return means, centred, row_sq
     return means[0], None if centred is None else centred[0], row_sq
@@ -556,7 +557,7 @@ def row_sq_norms(x: Tensor) -> Tensor:
     """
     mean = torch.empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device="cpu")
     row_sq = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
-    _C.moments([x], [mean], None, row_sq, _new_totals())
+    _C.moments([x], [mean], None, 1.0, row_sq, _new_totals())
     return row_sq
 
 

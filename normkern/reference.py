@@ -202,7 +202,7 @@ def contribution_sums(c: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, 
 
 @torch.no_grad()
 def moments(
-    x: Tensor | Sequence[Tensor], *, squares: bool = True, totals: Tensor | None = None
+    x: Tensor | Sequence[Tensor], *, squares: bool = True, factor: float = 1.0, totals: Tensor | None = None
 ) -> tuple[Any, Any, Tensor]:
     """`ops.moments`."""
     tensors: list[Any] = list(x) if isinstance(x, (list, tuple)) else [x]
@@ -213,6 +213,7 @@ def moments(
     if totals is not None:
         totals[0] = torch.stack([mean.double().square().sum() for mean in means]).sum()
         totals[1] = torch.stack([c.double().sum() for c in deviations]).sum() if squares else torch.nan
+    deviations = [c * factor for c in deviations]
     if isinstance(x, (list, tuple)):
         return means, deviations if squares else None, row_sq
     return means[0], deviations[0] if squares else None, row_sq

@@ -19,6 +19,7 @@ struct SampleTile {
   const int64_t* offsets;  // null: side by side; else where each column is, in elements from x
   void *mean, *centred;    // of these columns
   bool squares;
+  double factor;
   double *row_sq, *totals;  // as in `Moments`; added to
 };
 

@@ -125,13 +125,14 @@ template <bool kSquares, class R, class T> __attribute__((noinline)) bool pass(c
     for (; r < end; r++) add(Count<1>{}, r, 1);
     join<kSquares>(begin, r - begin, c.size, kept);
   }
+  const Lanes factor = Lanes::all(c.factor);
   Lanes mean_sq = Lanes::all(0), sum = mean_sq;
   for (int64_t j = 0; j < c.size; j += kLanes) {
     const Lanes mean = load(kept.mean + j, Width<kLanes>{}), centred = load(kept.centred + j, Width<kLanes>{});
     mean_sq = fma(mean, mean, mean_sq);
     sum = sum + centred;
     put<Real<T>>(c.mean, j, c.size, mean);
-    if constexpr (kSquares) put<Real<T>>(c.centred, j, c.size, centred);
+    if constexpr (kSquares) put<Real<T>>(c.centred, j, c.size, factor * centred);
   }
   if (sizeof(R) == 4) {
     if (!is_finite(total(mean_sq)) || !is_finite(total(sum))) return false;

@@ -76,7 +76,8 @@ void moments(const Moments& m) {
       if (s.ndim) find_columns(s, begin, size, offsets);
       run({static_cast<const char*>(s.x) + (s.ndim ? 0 : begin * item), m.rows, s.row_stride, size,
            s.ndim ? offsets : nullptr, static_cast<char*>(s.mean) + begin * real,
-           m.squares ? static_cast<char*>(s.centred) + begin * real : nullptr, m.squares, partial, partial + m.rows});
+           m.squares ? static_cast<char*>(s.centred) + begin * real : nullptr, m.squares, m.factor, partial,
+           partial + m.rows});
     }
   });
 
