@@ -246,6 +246,7 @@ def noise_peer(job, make):
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of torch.func
 @pytest.mark.parametrize("net", NETS)
 def test_right_noise_is_found_right(net):
+    torch.set_num_threads(1)  # tensors of a few numbers
     for peer in NOISE_PEERS:
         if not peer.needs:
             assert noise_right.fault(peer, net) == "", peer.name
