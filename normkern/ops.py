@@ -547,14 +547,21 @@ def row_sq_norms(x: Tensor) -> Tensor:
     """|x_b|^2 of every row of a matrix, by the loop of `moments` and without what else that does.
 
     Args:
-        x: (B, P), as `moments` takes it; it is not checked. Read only.
+        x: (B, P), as `moments` takes it. Read only.
 
     Returns:
         (B,) float64 on the CPU. Nothing is synchronised.
 
+    Raises:
+        TypeError: no kernel takes it. ValueError: it is no matrix.
+
     >>> row_sq_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
     tensor([25.,  4.], dtype=torch.float64)
     """
+    if not cpu_takes(x):
+        raise TypeError(_not_taken("row_sq_norms", "x", x))
+    if x.ndim != 2:
+        raise ValueError(f"row_sq_norms: x has shape {tuple(x.shape)}; expected (B, P)")
     mean = torch.empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device="cpu")
     row_sq = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
     _C.moments([x], [mean], None, 1.0, row_sq, _new_totals())

@@ -78,3 +78,12 @@ def on_all_levels(compute):
     finally:
         ops.select_isa(chosen)
     return results
+
+
+def on_thread_counts(compute):
+    """What `compute()` returns on one thread, on two and on more than there are."""
+    results = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(compute())
+    return results

@@ -433,3 +433,18 @@ def test_op_refusals(x, error, sentence):
     with pytest.raises(error) as raised:
         ops.moments(x)
     assert str(raised.value).startswith(sentence)
+
+
+def test_row_sq_norms_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match=r"row_sq_norms: x has shape \(2, 3, 4\); expected \(B, P\)"):
+        ops.row_sq_norms(torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match="row_sq_norms"):
+        ops.row_sq_norms(torch.ones(2, 3, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_row_sq_norms_are_those_of_moments(isa, dtype):
+    for shape in ((1, 1), (3, 7), (129, 33), (2, 5000)):
+        x = torch.randn(shape).to(dtype)
+        assert torch.equal(ops.row_sq_norms(x), ops.moments(x, squares=False)[2])
+        torch.testing.assert_close(ops.row_sq_norms(x), reference.row_sq_norms(x), rtol=1e-6, atol=0)

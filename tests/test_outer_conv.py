@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import pytest
 import torch
-from contributions import WITH_FMA, assert_all_same, assert_right, on_all_levels, one_thread, real_of
+from contributions import WITH_FMA, assert_all_same, assert_right, on_all_levels, on_thread_counts, one_thread, real_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from memory import Fenced, same_bits
@@ -252,11 +252,7 @@ def several(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_conv_is_the_same_for_any_number_of_threads(isa, dtype):
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(several(dtype))
-    assert_all_same(results)
+    assert_all_same(on_thread_counts(lambda: several(dtype)))
 
 
 @pytest.mark.skipif(len(WITH_FMA) < 2, reason="this machine runs one level with FMA hardware; two are needed")

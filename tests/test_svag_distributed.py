@@ -1,27 +1,13 @@
 """SVAG under DDP and on DTensors, in gloo processes: the steps of one process, and a sentence where DDP reuses memory."""
 
-import os
-import time
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo import leave, start
 from torch import nn
 
 import normkern
-
-
-def leave():
-    # Without torch's teardown, in which a gloo process aborts now and then, in a program without normkern too.
-    dist.barrier()
-    time.sleep(0.5)
-    os._exit(0)
-
-
-def start(rank, world, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
 
 
 def ddp(rank, world, rendezvous, bucket_view, copy):

@@ -383,7 +383,6 @@ class Capture(TorchFunctionMode):
         leaves: dict[int, Tensor] = {}
         transposed: int | None = None
         chosen = elementwise = True
-        made: list[str] = []
         for t in mine:
             d = self.derived(t)
             if d is None:
@@ -399,7 +398,6 @@ class Capture(TorchFunctionMode):
                 stands[id(t)] = d.value
                 leaves.update(d.leaves)
                 chosen, elementwise = chosen and d.selects, elementwise and d.elementwise
-                made += d.names
 
         def stand(a: Any) -> Any:
             if isinstance(a, Tensor):
@@ -416,7 +414,7 @@ class Capture(TorchFunctionMode):
             self.mark(x, None)
             self._derived[id(x)] = (
                 weakref.ref(x),
-                Derived(value, leaves, chosen and picks, elementwise and pointwise, transposed, [*made, name]),
+                Derived(value, leaves, chosen and picks, elementwise and pointwise, transposed),
             )
         return out
 

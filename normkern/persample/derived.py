@@ -7,7 +7,7 @@ graph of its own.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -52,7 +52,6 @@ class Derived:
     selects: bool  #: entries of parameters, each at most once
     elementwise: bool  #: or functions of one entry each
     transposed: int | None = None  #: the id of the parameter whose transpose, two-dimensional, this is
-    names: list[str] = field(default_factory=list)  #: what made it
 
     def back(self, root: int, grad: Tensor) -> Tensor:
         """What a gradient of this tensor is of one of its parameters."""

@@ -50,9 +50,8 @@ class Layer(torch.autograd.Function):
             kept = ctx.saved_tensors
             dx = layer.input_grad(g, *kept) if needs_x else None
             use.begin()
-            grads = []
-            for i, needed in enumerate(needs):
-                grads.append(use.measure(i, lambda i=i: layer.part(i, g, *kept)) if needed else None)
+            part = layer.contributions(g, *kept)
+            grads = [use.measure(i, functools.partial(part, i)) if needed else None for i, needed in enumerate(needs)]
             if ctx.again is not None and not use.ledger.estimating:
                 ctx.again.compare(use, g, grads)
             return (None, None, dx, *grads)
@@ -90,8 +89,8 @@ class Arithmetic:
         """dL/dx."""
         raise NotImplementedError
 
-    def part(self, i: int, g: Tensor, *kept: Any) -> parts.Part:
-        """What the i-th parameter's gradient is made of."""
+    def contributions(self, g: Tensor, *kept: Any) -> Callable[[int], parts.Part]:
+        """What the i-th parameter's gradient is made of, as a function of i; of one backward, and nothing is kept."""
         raise NotImplementedError
 
 
@@ -111,7 +110,6 @@ class Linear(Arithmetic):
 
     def __init__(self, batch: int, block: int, swapped: bool, shapes: Sequence[torch.Size]) -> None:
         self.batch, self.block, self.swapped, self.shapes = batch, block, swapped, shapes
-        self._norms: Callable[[], Tensor] | None = None
 
     def forward(self, x: Tensor, *params: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         weight, *rest = params
@@ -128,22 +126,24 @@ class Linear(Arithmetic):
     def input_grad(self, g: Tensor, *kept: Any) -> Tensor:
         return g.matmul(kept[1])
 
-    def part(self, i: int, g: Tensor, *kept: Any) -> parts.Part:
+    def contributions(self, g: Tensor, *kept: Any) -> Callable[[int], parts.Part]:
         x = kept[0]
+        x_ = rows.by_sample(x, self.block, self.batch, x.shape[-1])
         g_ = rows.by_sample(g, self.block // x.shape[-1] * g.shape[-1], self.batch, g.shape[-1])
+        assert x_ is not None
         assert g_ is not None
         norms = None
         if g_.shape[1] == 1 and x.dtype == g.dtype:  # of the weight and of the bias
-            if self._norms is None:
-                self._norms = functools.cache(functools.partial(kernels.row_sq_norms, g_[:, 0]))
-            norms = self._norms
-        if i == 1:
-            return parts.Matrix(g_[:, 0] if g_.shape[1] == 1 else g_.sum(1), self.shapes[1], norms)
-        x_ = rows.by_sample(x, self.block, self.batch, x.shape[-1])
-        assert x_ is not None
-        if self.swapped:
-            return parts.Outer(g_, x_, self.shapes[0])
-        return parts.Outer(x_, g_, self.shapes[0], norms)
+            norms = functools.cache(functools.partial(kernels.of(g_).row_sq_norms, g_[:, 0]))
+
+        def part(i: int) -> parts.Part:
+            if i == 1:
+                return parts.Matrix(g_[:, 0] if g_.shape[1] == 1 else g_.sum(1), self.shapes[1], norms)
+            if self.swapped:
+                return parts.Outer(g_, x_, self.shapes[0])
+            return parts.Outer(x_, g_, self.shapes[0], norms)
+
+        return part
 
 
 class Convolution(Arithmetic):
@@ -193,8 +193,10 @@ class Convolution(Arithmetic):
         )[0]
         return grad
 
-    def part(self, i: int, g: Tensor, *kept: Any) -> parts.Part:
-        x, w = kept
+    def contributions(self, g: Tensor, *kept: Any) -> Callable[[int], parts.Part]:
+        return lambda i: self._part(i, g, *kept)
+
+    def _part(self, i: int, g: Tensor, x: Tensor, w: Tensor) -> parts.Part:
         folded = len(x) != self.batch
         if i == 1:
             channels = g.shape[1]
@@ -248,13 +250,14 @@ class Embedding(Arithmetic):
     def forward(self, x: Tensor, *params: Tensor | None) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         return F.embedding(x, params[0], self.padding_idx), (x,)  # type: ignore[arg-type]
 
-    def part(self, i: int, g: Tensor, *kept: Any) -> parts.Part:
+    def contributions(self, g: Tensor, *kept: Any) -> Callable[[int], parts.Part]:
         width = g.shape[-1]
         g_ = rows.by_sample(g, self.block * width, self.batch, width)
         ids = rows.by_sample(kept[0], self.block, self.batch, 1)
         assert g_ is not None
         assert ids is not None
-        return parts.Lookup(ids[..., 0], g_, self.padding_idx, self.shape)
+        lookup = parts.Lookup(ids[..., 0], g_, self.padding_idx, self.shape)
+        return lambda _: lookup
 
 
 class Norm(Arithmetic):
@@ -269,9 +272,9 @@ class Norm(Arithmetic):
         """Of weight and of bias, (B, parameters)."""
         raise NotImplementedError
 
-    def part(self, i: int, g: Tensor, *kept: Any) -> parts.Part:
-        of = self.sums(g, *kept[:3])
-        return parts.Matrix(of[i], self.shapes[i])
+    def contributions(self, g: Tensor, *kept: Any) -> Callable[[int], parts.Part]:
+        sums = functools.cache(functools.partial(self.sums, g, *kept[:3]))  # of weight and bias in one pass
+        return lambda i: parts.Matrix(sums()[i], self.shapes[i])
 
 
 class LastNorm(Norm):
@@ -320,7 +323,8 @@ class LastNorm(Norm):
         real = torch.promote_types(kind, torch.float32)
         stats = [None if t is None else by_sample(t.to(real), 1)[..., 0] for t in (mean, rstd)]
         assert stats[1] is not None
-        return kernels.norm_sums(by_sample(g.to(kind), width), by_sample(x.to(kind), width), stats[0], stats[1], "last")
+        g_, x_ = by_sample(g.to(kind), width), by_sample(x.to(kind), width)
+        return kernels.of(g_, x_).norm_sums(g_, x_, stats[0], stats[1], channels="last")
 
 
 class ChannelNorm(Norm):
@@ -342,12 +346,9 @@ class ChannelNorm(Norm):
                 return t.expand(images, channels)
             return t.repeat_interleave(channels // t.shape[1], 1)
 
-        of = kernels.norm_sums(
-            g.to(kind).reshape(images, channels, -1),
-            x.to(kind).reshape(images, channels, -1),
-            None if mean is None else of_channels(mean),
-            of_channels(rstd),
-            "first",
+        g_, x_ = (t.to(kind).reshape(images, channels, -1) for t in (g, x))
+        of = kernels.of(g_, x_).norm_sums(
+            g_, x_, None if mean is None else of_channels(mean), of_channels(rstd), channels="first"
         )
         if images == self.batch:
             return of

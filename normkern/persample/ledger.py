@@ -51,7 +51,6 @@ class Record:
     sq_norms: list[Tensor] = field(default_factory=list)
     all_norms: Tensor | None = None  #: their sum, where it goes over more samples than they do
     all_projections: Tensor | None = None
-    estimated_trace: Tensor | None = None  #: sum_b |c_b - mean|^2
 
     def read_total(self) -> Tensor | None:
         """sum_b c_b of all backwards; None: no gradient came. RuntimeError: .grad has been changed since."""

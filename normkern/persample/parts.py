@@ -6,7 +6,6 @@ combination), and the inner products of all contributions with one tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -127,9 +126,12 @@ class Conv(Part):
         self.batch = len(self.x)
 
     def _of(self, x: Tensor, g: Tensor, squares: bool) -> Sums:
-        return Sums(
-            *kernels.conv(x, g, self.kernel_size, self.stride, self.padding, self.dilation, self.groups, squares)
-        ).reshape(self.shape)
+        x, g = kernels.one_dtype(x, g)
+        sums = kernels.of(x, g).conv_moments(
+            x, g, self.kernel_size, stride=self.stride, padding=self.padding, dilation=self.dilation,
+            groups=self.groups, squares=squares,
+        )  # fmt: skip
+        return Sums(*sums).reshape(self.shape)
 
     def sums(self, squares: bool) -> Sums:
         return self._of(self.x, self.g, squares)
@@ -151,7 +153,10 @@ class Lookup(Part):
         self.batch = len(self.ids)
 
     def sums(self, squares: bool) -> Sums:
-        return Sums(*kernels.embedding(self.ids, self.g, self.shape[0], self.padding_idx, squares))
+        sums = kernels.of(self.g).embedding_moments(
+            self.ids, self.g, self.shape[0], padding_idx=self.padding_idx, squares=squares
+        )
+        return Sums(*sums)
 
     def _kept(self) -> Tensor:
         g = self.g.to(real(self.g.dtype))
@@ -188,8 +193,3 @@ def conv_as_samples(x: Tensor, g: Tensor, batch: int, inner: int) -> tuple[Tenso
         return t.reshape(batch, outer * inner, *t.shape[3:]).transpose(1, 2)
 
     return unfold(x), unfold(g)
-
-
-def entries(shape: torch.Size) -> int:
-    """How many."""
-    return math.prod(shape)

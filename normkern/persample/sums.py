@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
+from . import kernels
 
 
 @dataclass(slots=True)
@@ -33,10 +33,8 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 def sq_norm(x: Tensor) -> Tensor:
     """|x|^2 in float64, of no dimension."""
-    if ops.cpu_takes(x) and x.numel():
-        rows = ops.row_sq_norms(x.flatten(1) if x.dim() > 1 else x.reshape(1, -1))
-        return rows.sum() if len(rows) > 1 else rows[0]
-    return x.detach().double().square().sum()
+    rows = x.detach().flatten(1) if x.dim() > 1 else x.detach().reshape(1, -1)
+    return kernels.of(rows).row_sq_norms(rows).sum()
 
 
 def plain_sum(x: Tensor) -> Tensor:
@@ -46,10 +44,8 @@ def plain_sum(x: Tensor) -> Tensor:
 
 def of_matrix(rows: Tensor, squares: bool) -> Sums:
     """Of contributions that are the rows of a (B, P) matrix."""
-    rows = rows if rows.dtype == real(rows.dtype) else rows.to(real(rows.dtype))
-    from . import kernels
-
-    mean, centred, sq_norms = kernels.moments(rows, squares)
+    rows = rows.to(real(rows.dtype))
+    mean, centred, sq_norms = kernels.of(rows).moments(rows, squares=squares)
     return Sums(mean * len(rows), centred, sq_norms)
 
 

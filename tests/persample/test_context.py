@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import normkern
+from normkern.persample.parts import Outer
 
 from .budgets import SCALARS, TIERS, assert_says, close
 from .left_behind import anatomy, assert_nothing_left
@@ -743,3 +744,19 @@ def test_scripted_models_are_refused(mlp):
     with refuses(""), noise:
         mlp.loss(model(*mlp.inputs), mlp.target).backward()
         noise.result()
+
+
+@pytest.mark.parametrize("check", [True, "first"])
+def test_a_kernel_that_is_wrong_is_caught(mlp, monkeypatch, check):
+    """Contributions that do not add up to autograd's gradient, though they are what arrives in .grad."""
+    right = Outer.sums
+
+    def wrong(self, squares):
+        sums = right(self, squares)
+        sums.total[0] *= 1.01
+        return sums
+
+    monkeypatch.setattr(Outer, "sums", wrong)
+    noise = normkern.GradientNoise(mlp.model, check=check)
+    with noise, pytest.raises(RuntimeError, match=r"do not add up to the gradient of autograd"):
+        mlp.value().backward()

@@ -1,14 +1,12 @@
 """DistributedDataParallel in two gloo processes: the result of one process that has the whole batch."""
 
-import os
-import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from gloo import leave, start
 from torch import nn
 
 import normkern
@@ -17,18 +15,6 @@ from .budgets import BUDGET, SCALARS, assert_says
 from .measuring import problem_of, told_of
 
 TIERS = ("nsr", "norms", "variance")
-
-
-def leave():
-    # Without torch's teardown, in which a gloo process aborts now and then, in a program without normkern too.
-    dist.barrier()
-    time.sleep(0.5)
-    os._exit(0)
-
-
-def start(rank, world, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
 
 
 def parallel(rank, world, rendezvous, name, options):

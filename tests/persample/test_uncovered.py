@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 import normkern
 from normkern.persample import signs
@@ -13,6 +15,7 @@ from .budgets import BUDGET, SCALARS, assert_says, close
 from .left_behind import anatomy, assert_nothing_left
 from .measuring import assert_right, measured, noise_of, problem_of, refuses, told_of
 from .models import UNCOVERED
+from .problem import numbers
 from .reference import contributions, expected, gradient
 
 #: Net -> the layer that no rule covers; with a weight its bias goes.
@@ -203,3 +206,26 @@ def test_estimates_over_micro_batches():
     assert abs(drawn.mean() - told.scalars["trace_sigma"]) < 5 * drawn.std() / len(draws) ** 0.5 + 1e-9
     for field in SCALARS:
         assert math.isfinite(getattr(result, field))
+
+
+class Half(nn.Module):
+    """A weight of which no rule covers one use; the bias beside it is exact."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.b(torch.tanh(self.a(x) + F.linear(x, self.a.weight / self.a.weight.norm())))
+
+
+def test_a_bias_beside_an_estimated_weight_is_exact():
+    """The signed backward must leave nothing behind for the one that counts."""
+    problem = numbers(Half(), 6, 5).to(torch.float64)
+    noise = normkern.GradientNoise(problem.model, uncovered="estimate")
+    with noise:
+        problem.value().backward()
+    result, told = noise.result(), expected(contributions(problem))
+    assert result.coverage.estimated == ("a.weight",)
+    for name in ("a.bias", "b.weight", "b.bias"):
+        assert math.isclose(result.per_param[name].trace_sigma, told.per_param[name]["trace_sigma"], rel_tol=1e-9)
