@@ -97,6 +97,14 @@ struct Moments {
   DType dtype;
 };
 
+// |row|^2 of a matrix, in double.
+struct RowSquares {
+  const void* x;  // columns lie side by side
+  int64_t rows, columns, row_stride;
+  double* out;
+  DType dtype;
+};
+
 // Of each sample of a normalisation layer: sums down the columns or along the rows of (rows, columns).
 struct NormTensor {
   const void* x;
@@ -139,6 +147,7 @@ void run(const Chunk* chunks, int64_t count, int64_t coordinates);
 void outer_moments(const Outer&);
 void conv_moments(const Conv&);
 void moments(const Moments&);
+void row_squares(const RowSquares&);
 void norm_sums(const NormBatch&);
 void embedding_moments(const EmbeddingBatch&);
 }  // namespace cpu

@@ -74,6 +74,12 @@ void moments(const py::list& samples, const py::list& means, const py::object& c
   without_gil(rows * columns, [&] { cpu::moments(m); });
 }
 
+void row_squares(const py::object& x, const py::object& out) {
+  const View v = take(x);
+  const RowSquares r{v.data, v.shape[0], v.shape[1], v.strides[0], static_cast<double*>(data_of(out)), v.dtype};
+  without_gil(v.numel, [&] { cpu::row_squares(r); });
+}
+
 void norm_sums(const py::object& g, const py::object& x, const py::object& mean, const py::object& rstd,
                bool along_rows, const py::object& of_weight, const py::object& of_bias) {
   const View a = take(g), b = take(x);

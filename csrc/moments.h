@@ -9,6 +9,9 @@ namespace nk {
 void moments(const py::list& samples, const py::list& means, const py::object& centred, double factor,
              const py::object& row_sq, const py::object& totals);
 
+// x (B, P), the columns side by side; out: B numbers, float64, dense. See `RowSquares`.
+void row_squares(const py::object& x, const py::object& out);
+
 // g, x (B, rows, columns), the columns side by side; mean (or None) and rstd (B, rows), of_weight and of_bias (B,
 // columns) or along rows (B, rows), all dense in the arithmetic type. See `NormBatch`.
 void norm_sums(const py::object& g, const py::object& x, const py::object& mean, const py::object& rstd,

@@ -544,10 +544,11 @@ def moments(
 
 
 def row_sq_norms(x: Tensor) -> Tensor:
-    """|x_b|^2 of every row of a matrix, by the loop of `moments` and without what else that does.
+    """|x_b|^2 of every row of a matrix, summed in double precision.
 
     Args:
-        x: (B, P), as `moments` takes it. Read only.
+        x: (B, P), a CPU tensor in float64, float32, bfloat16 or float16, its rows of any stride. Read only. Where a
+            row's numbers do not lie side by side, a copy is read.
 
     Returns:
         (B,) float64 on the CPU. Nothing is synchronised.
@@ -562,9 +563,8 @@ def row_sq_norms(x: Tensor) -> Tensor:
         raise TypeError(_not_taken("row_sq_norms", "x", x))
     if x.ndim != 2:
         raise ValueError(f"row_sq_norms: x has shape {tuple(x.shape)}; expected (B, P)")
-    mean = torch.empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device="cpu")
     row_sq = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
-    _C.moments([x], [mean], None, 1.0, row_sq, _new_totals())
+    _C.row_squares(_side_by_side(x), row_sq)
     return row_sq
 
 

@@ -443,8 +443,26 @@ def test_row_sq_norms_refuses_what_is_no_matrix():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_row_sq_norms_are_those_of_moments(isa, dtype):
-    for shape in ((1, 1), (3, 7), (129, 33), (2, 5000)):
-        x = torch.randn(shape).to(dtype)
-        assert torch.equal(ops.row_sq_norms(x), ops.moments(x, squares=False)[2])
-        torch.testing.assert_close(ops.row_sq_norms(x), reference.row_sq_norms(x), rtol=1e-6, atol=0)
+def test_row_sq_norms(isa, dtype):
+    edges = [0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 127, 128, 129, 32767, 32768, 32769, 70000]
+    for shape in ((1, 1), (3, 7), (129, 33), (2, 5000), (0, 5), *((3, n) for n in edges)):
+        x = torch.randn(shape[0], shape[1] + 3).to(dtype)[:, 1 : shape[1] + 1]  # misaligned, rows of another stride
+        measured = ops.row_sq_norms(x)
+        torch.testing.assert_close(measured, reference.row_sq_norms(x), rtol=1e-14, atol=0)
+        assert torch.equal(measured, ops.row_sq_norms(x.contiguous()))
+        assert torch.equal(measured, ops.row_sq_norms(x.t().contiguous().t()))
+
+
+def test_row_sq_norms_do_not_depend_on_threads_or_on_the_level(isa):
+    x = torch.randn(5, 300001, dtype=torch.float64)
+    torch.set_num_threads(1)
+    alone = ops.row_sq_norms(x)
+    torch.set_num_threads(2)
+    assert torch.equal(alone, ops.row_sq_norms(x))
+    ops.select_isa(ops.supported_isas()[-1])
+    assert torch.equal(alone, ops.row_sq_norms(x))
+
+
+def test_row_sq_norms_of_what_float32_cannot_square():
+    x = torch.tensor([[1e30, 1e30], [1e-30, 1e-30], [float("inf"), 1.0], [float("nan"), 1.0]])
+    torch.testing.assert_close(ops.row_sq_norms(x), reference.row_sq_norms(x), rtol=1e-14, atol=0, equal_nan=True)

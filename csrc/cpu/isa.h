@@ -52,6 +52,7 @@ struct Isa {
   void (*outer)(const Outer&, const Block&);
   void (*conv)(const Conv&, const ConvBlock&);
   void (*moments[StorageTypes::size])(const SampleTile&);
+  double (*square_norm[StorageTypes::size])(const void* x, int64_t size);
   void (*norm_columns[StorageTypes::size])(const NormPart&);
   void (*norm_rows[StorageTypes::size])(const NormPart&);
   void (*embedding_row[StorageTypes::size])(const EmbeddingRow&);

@@ -5,6 +5,7 @@
 namespace nk::cpu::NK_ISA {
 
 template <class T> void moments(const SampleTile&);
+template <class T> double square_norm(const void* x, int64_t size);
 template <class T> void norm_columns(const NormPart&);
 template <class T> void norm_rows(const NormPart&);
 template <class T> void embedding_row(const EmbeddingRow&);

@@ -259,8 +259,8 @@ template <class Rule, class... Types> constexpr void fill_pair_row(Loop* row, Li
 }
 template <class... Types> constexpr void fill_kernels(Isa& isa, List<Types...>) {
   int t = 0;
-  ((isa.moments[t] = moments<Types>, isa.norm_columns[t] = norm_columns<Types>, isa.norm_rows[t] = norm_rows<Types>,
-    isa.embedding_row[t++] = embedding_row<Types>),
+  ((isa.moments[t] = moments<Types>, isa.square_norm[t] = square_norm<Types>, isa.norm_columns[t] = norm_columns<Types>,
+    isa.norm_rows[t] = norm_rows<Types>, isa.embedding_row[t++] = embedding_row<Types>),
    ...);
 }
 template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<Steps...>) {

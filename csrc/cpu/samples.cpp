@@ -87,6 +87,27 @@ void moments(const Moments& m) {
   if (!m.squares) m.totals[1] = std::numeric_limits<double>::quiet_NaN();
 }
 
+void row_squares(const RowSquares& r) {
+  const int item = item_size(r.dtype);
+  const auto run = table().square_norm[(int)r.dtype];
+  const int64_t parts = std::max<int64_t>(1, pieces(r.columns, kChunk));
+  const int64_t together = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, r.columns)), all = r.rows * parts;
+  std::vector<double> partials(parts > 1 ? all : 0);
+  double* const sums = parts > 1 ? partials.data() : r.out;
+
+  share(pieces(all, together), r.rows * r.columns > kSerialCoordinates, [&](int64_t task) {
+    for (int64_t k = task * together; k < std::min(all, (task + 1) * together); k++) {
+      const int64_t begin = k % parts * kChunk;
+      sums[k] = run(static_cast<const char*>(r.x) + (k / parts * r.row_stride + begin) * item,
+                    std::min(kChunk, r.columns - begin));
+    }
+  });
+  for (int64_t b = 0; parts > 1 && b < r.rows; b++) {
+    r.out[b] = 0;
+    for (int64_t k = 0; k < parts; k++) r.out[b] += sums[b * parts + k];
+  }
+}
+
 void norm_sums(const NormBatch& n) {
   const int item = item_size(n.dtype), real = real_size(n.dtype);
   const auto run = (n.along_rows ? table().norm_rows : table().norm_columns)[(int)n.dtype];

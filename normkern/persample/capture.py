@@ -268,6 +268,12 @@ class Capture(TorchFunctionMode):
                 for x in results:
                     self.mark(x, state)
                 return
+        if len(with_rows) == 1 and name in follow.POINTWISE:
+            t, kept = with_rows[0]
+            if all(x.shape == t.shape for x in results):
+                for x in results:
+                    self.mark(x, kept)
+                return
         if not with_rows:
             batch = self.ledger.batch
             for x in results:

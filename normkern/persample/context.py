@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from types import TracebackType
 from typing import Any, Literal
 
@@ -18,8 +17,8 @@ from ..kinds import is_a
 from . import processes, rows, signs
 from .anatomy import Anatomy, batch_norms
 from .capture import Capture
-from .ledger import Ledger, Record, Uncovered
-from .result import Coverage, GradientNoiseResult, NoiseScalars, scalars
+from .ledger import Ledger, Record, Uncovered, spreads
+from .result import Coverage, GradientNoiseResult, scalars
 from .rows import Lost, Rows
 
 TIERS = ("nsr", "norms", "variance", "projections")
@@ -245,10 +244,10 @@ class GradientNoise:
         if not measured:
             raise RuntimeError("GradientNoise.result: all parameters are excluded; expected one that is covered")
         device = measured[0].param.device
-        spreads = torch.stack([r.spread(batch).to(device) for r in measured])
         squares = torch.stack([r.square().to(device) for r in measured])
-        of_each = scalars(spreads * (unit**2 / (batch - 1)), squares * (unit / batch) ** 2, batch)
-        whole = scalars(of_each.trace_sigma.sum(), of_each.grad_sq_norm.sum(), batch)
+        traces = spreads(measured, squares, batch) * (unit**2 / (batch - 1))
+        signals = squares * (unit / batch) ** 2
+        whole = scalars(traces.sum(), signals.sum(), batch)
         norms = None
         if "norms" in self.stats:
             norms = {r.name: torch.cat(r.sq_norms) * unit**2 for r in measured}
@@ -257,14 +256,15 @@ class GradientNoise:
             projections = _sum(r.all_projections for r in measured if r.all_projections is not None)
             projections = projections * (unit**2 / batch)
         return GradientNoiseResult(
-            **{f.name: getattr(whole, f.name) for f in fields(NoiseScalars)},
+            **vars(whole),
             batch_size=batch,
             sq_norms=None if norms is None else _sum(n.to(device) for n in norms.values()),
             sq_norms_per_param=norms,
             projections=projections,
             variance={r.name: r.variance(unit**2 / (batch - 1)) for r in measured} if ledger.squares else None,
             _names=[r.name for r in measured],
-            _of_each=of_each,
+            _traces=traces,
+            _signals=signals,
             _read_mean=lambda: {r.name: r.mean(unit / batch) for r in measured},
             _read_coverage=lambda: _coverage(ledger),
         )

@@ -76,16 +76,18 @@ class Record:
             return torch.zeros((), dtype=torch.float64, device=self.param.device)
         return self.total_sq
 
-    def spread(self, batch: int) -> Tensor:
-        """sum_b |c_b - mean|^2, float64."""
+    @property
+    def about_zero(self) -> bool:
+        """Its spread is what sum_b |c_b|^2 has more than the mean's part."""
+        return self.centred is None and self.used and self.status == "exact"
+
+    def moment(self) -> Tensor:
+        """sum_b |c_b|^2 if that is what is known of it, else sum_b |c_b - mean|^2; float64."""
         if self.centred is not None:
             return plain_sum(self.centred)
-        if not self.used or self.status != "exact":
+        if not self.about_zero:
             return torch.zeros((), dtype=torch.float64, device=self.param.device)
-        norms = self.all_norms
-        if norms is None:
-            norms = (self.sq_norms[0] if len(self.sq_norms) == 1 else torch.cat(self.sq_norms)).sum()
-        return (norms - self.square() / batch).clamp_(min=0)
+        return torch.cat(self.sq_norms).sum() if self.all_norms is None else self.all_norms
 
     def variance(self, factor: float) -> Tensor:
         """sum_b (c_b - mean)^2 times a factor, of the parameter's shape."""
@@ -475,6 +477,18 @@ class Ledger:
             if t is not None:
                 shift += t
         return shift
+
+
+def spreads(records: Sequence[Record], squares: Tensor, batch: int) -> Tensor:
+    """sum_b |c_b - mean|^2 of each parameter, float64; `squares` are their |sum_b c_b|^2."""
+    device = squares.device
+    if all(r.about_zero and r.all_norms is None and len(r.sq_norms) == 1 for r in records):
+        moments = torch.stack([r.sq_norms[0].to(device) for r in records]).sum(1)
+    else:
+        moments = torch.stack([r.moment().to(device) for r in records])
+    if not all(r.about_zero for r in records):
+        squares = squares * torch.tensor([float(r.about_zero) for r in records], device=device)
+    return moments.sub_(squares, alpha=1 / batch).clamp_(min=0)
 
 
 def combined(parts: list[Part], squares: bool) -> Sums:

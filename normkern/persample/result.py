@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor
@@ -76,7 +76,8 @@ class GradientNoiseResult(NoiseScalars):
     projections: Tensor | None = field(repr=False)
     variance: dict[str, Tensor] | None = field(repr=False)
     _names: list[str] = field(repr=False)
-    _of_each: NoiseScalars = field(repr=False)  #: vectors
+    _traces: Tensor = field(repr=False)  #: of each parameter: trace_sigma,
+    _signals: Tensor = field(repr=False)  #: and grad_sq_norm
     _read_mean: Callable[[], dict[str, Tensor]] = field(repr=False)
     _read_coverage: Callable[[], Coverage] = field(repr=False)
 
@@ -91,8 +92,8 @@ class GradientNoiseResult(NoiseScalars):
     @cached_property
     def per_param(self) -> dict[str, NoiseScalars]:
         """`NoiseScalars` of each parameter."""
-        columns = [getattr(self._of_each, f.name) for f in fields(NoiseScalars)]
-        return {name: NoiseScalars(*(c[i] for c in columns)) for i, name in enumerate(self._names)}
+        columns = vars(scalars(self._traces, self._signals, self.batch_size))
+        return {n: NoiseScalars(**{k: c[i] for k, c in columns.items()}) for i, n in enumerate(self._names)}
 
     @cached_property
     def coverage(self) -> Coverage:

@@ -33,7 +33,8 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 def sq_norm(x: Tensor) -> Tensor:
     """|x|^2 in float64, of no dimension."""
-    rows = x.detach().flatten(1) if x.dim() > 1 else x.detach().reshape(1, -1)
+    x = x.detach()
+    rows = x.reshape(1, -1) if x.dim() < 2 or x.is_contiguous() else x.flatten(1)
     return kernels.of(rows).row_sq_norms(rows).sum()
 
 
