@@ -25,18 +25,25 @@ class Anatomy:
         modules: list[nn.Module] = []
         records: dict[int, Record] = {}
         constants: set[int] = set()
-        for path, module in model.named_modules():
+        seen: set[nn.Module] = set()
+        waiting = [("", model)]
+        while waiting:  # as model.named_modules(), which takes several times as long
+            path, module = waiting.pop()
+            if module in seen:
+                continue
+            seen.add(module)
             _refuse_compiled(path, module)
             modules.append(module)
+            dot = path and path + "."
             for name, p in module._parameters.items():
                 if p is None or id(p) in records:
                     continue
                 if p.requires_grad:
-                    full = f"{path}.{name}" if path else name
-                    records[id(p)] = Record(full, f"{path or 'the model'} ({type(module).__name__})", p)
+                    records[id(p)] = Record(dot + name, f"{path or 'the model'} ({type(module).__name__})", p)
                 else:
                     constants.add(id(p))
             constants.update(id(b) for b in module._buffers.values() if b is not None)
+            waiting += [(dot + name, m) for name, m in reversed(module._modules.items()) if m is not None]
         return cls(modules, list(records.values()), constants)
 
 

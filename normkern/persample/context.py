@@ -108,7 +108,9 @@ class GradientNoise:
         self._ledger: Ledger | None = None
         self._capture: Capture | None = None
         self._handles: list[Any] = []
-        self._depth = 0
+        self._outermost: nn.Module | None = None  # that runs now
+        self._depth = 0  # of calls of the outermost module by itself
+        self._seen_out: set[nn.Module] = set()
 
     def __repr__(self) -> str:
         return f"GradientNoise({type(self.model).__name__}, stats={self.stats!r}, reduction={self.reduction!r})"
@@ -128,14 +130,13 @@ class GradientNoise:
             self.batch_size, lambda: batch_norms(self.model),
         )  # fmt: skip
         self._capture = self._ledger.capture = Capture(self._ledger)
-        self._depth = 0
+        self._outermost = None
         ledger = self._ledger
         for r in records:
             self._handles.append(r.param.register_hook(_unseen(ledger.incoming, r)))
             self._handles.append(r.param.register_post_accumulate_grad_hook(_unseen(ledger.accumulated, r)))
         for module in anatomy.modules:
             self._handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True, prepend=True))
-            self._handles.append(module.register_forward_hook(self._returned, with_kwargs=True, always_call=True))
         _open.noise = self
         self._capture.__enter__()
         return self
@@ -150,6 +151,7 @@ class GradientNoise:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._seen_out.clear()
         self._ledger.open = False
         self._capture.forget()
         if self._ledger.batches:
@@ -157,9 +159,15 @@ class GradientNoise:
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Before every module's forward; the outermost one gets the samples."""
-        self._depth += 1
-        if self._depth > 1 or torch._C._current_graph_task_id() != -1:
+        if self._outermost is not None:
+            self._depth += module is self._outermost
             return
+        if torch._C._current_graph_task_id() != -1:
+            return
+        self._outermost, self._depth = module, 1
+        if module not in self._seen_out:
+            self._seen_out.add(module)
+            self._handles.append(module.register_forward_hook(self._returned, with_kwargs=True, always_call=True))
         assert self._ledger is not None
         assert self._capture is not None
         ledger, capture = self._ledger, self._capture
@@ -192,9 +200,14 @@ class GradientNoise:
         return batch
 
     def _returned(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        """After every module's forward."""
-        self._depth = max(self._depth - 1, 0)
-        if self._depth or self.uncovered != "estimate" or torch._C._current_graph_task_id() != -1:
+        """After the forward of a module that has been the outermost one."""
+        if module is not self._outermost:
+            return None
+        self._depth -= 1
+        if self._depth:
+            return None
+        self._outermost = None
+        if self.uncovered != "estimate":
             return None
         assert self._ledger is not None
         assert self._capture is not None

@@ -49,8 +49,11 @@ def find(name: str) -> Join | None:
 
 def bound(names: str, args: Sequence[Any], kwargs: dict[str, Any], **defaults: Any) -> list[Any]:
     """Arguments in the order of their names."""
-    of = {**defaults, **dict(zip(names.split(), args, strict=False)), **kwargs}
-    return [of.get(name) for name in names.split()]
+    order = names.split()
+    if len(args) == len(order):
+        return list(args)
+    of = {**defaults, **dict(zip(order, args, strict=False)), **kwargs}
+    return [of.get(name) for name in order]
 
 
 def _rows(capture: Capture, t: Any) -> Rows | None:

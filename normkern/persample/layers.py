@@ -40,8 +40,13 @@ class Layer(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+        if torch.is_grad_enabled():  # create_graph=True: elsewhere, the decorator would only take time
+            return Layer._once(ctx, g)
+        return Layer._backward(ctx, g)
+
+    @staticmethod
+    def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
         use, layer = ctx.use, ctx.layer
         needs_x, *needs = ctx.needs_input_grad[2:]
         if g is None:
@@ -55,6 +60,8 @@ class Layer(torch.autograd.Function):
             if ctx.again is not None and not use.ledger.estimating:
                 ctx.again.compare(use, g, grads)
             return (None, None, dx, *grads)
+
+    _once = staticmethod(once_differentiable(_backward.__func__))
 
 
 class Again:

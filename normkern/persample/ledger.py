@@ -25,7 +25,7 @@ Uncovered = Literal["raise", "estimate", "exclude"]
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Record:
     """One trainable parameter: first of the backward that is on its way, then of all."""
 
