@@ -95,6 +95,7 @@ struct Moments {
   double* row_sq;  // (rows)
   double* totals;  // |mean|^2, sum of all squared deviations (NaN without squares)
   DType dtype;
+  double* scratch;  // of a CUDA device: cuda::moments_scratch() numbers that nobody has written
 };
 
 // |row|^2 of a matrix, in double.
@@ -122,14 +123,18 @@ struct NormBatch {
 // An embedding's gradients g (samples, positions, columns), of which id says which row of the table they belong to.
 struct EmbeddingBatch {
   const int64_t* ids;  // (samples, positions), from 0 to table_rows - 1
+  // Of a CUDA device: positions by id, and in their order within one; where those of each id begin (table_rows + 1).
+  const int64_t *order, *begin;
   const void* g;
   int64_t sample_stride, position_stride;  // columns lie side by side
   int64_t samples, positions, columns, table_rows;
-  int64_t padding;        // an id that counts for nothing, or -1
-  bool squares;           // else `centred` is not written
-  void *total, *centred;  // (table_rows, columns) in the arithmetic type, zeros: rows without an id are left alone
-  double* row_sq;         // (samples)
+  int64_t padding;  // an id that counts for nothing, or -1
+  bool squares;     // else `centred` is not written
+  // (table_rows, columns) in the arithmetic type. On the CPU zeros: rows without an id are left alone.
+  void *total, *centred;
+  double* row_sq;  // (samples)
   DType dtype;
+  double* scratch;  // of a CUDA device: cuda::embedding_scratch() numbers that nobody has written
 };
 
 namespace cpu {
@@ -178,6 +183,14 @@ const char* run(const Chunk* chunks, int64_t count, const Queue&);
 const char* add_parts(const SlotParts* slots, int64_t count, int columns, const float* found_inf, const Queue&);
 // Before all runs: rows of NaN.
 const char* fill_nan(double* table, int64_t size, const float* found_inf, const Queue&);
+
+// Ops over samples: what is wrong, or null. All memory is the device's, and nothing waits for it.
+int64_t moments_scratch(const Moments&);
+const char* moments(const Moments&, const Queue&);
+const char* norm_sums(const NormBatch&, const Queue&);
+// An id that is not in the table is in no row, and leaves NaN in row_sq of its sample.
+int64_t embedding_scratch(const EmbeddingBatch&);
+const char* embedding_moments(const EmbeddingBatch&, const Queue&);
 
 // The compute capabilities, 80 for 8.0, that the binary has machine code for; none: it was built without CUDA.
 int architectures(int* capabilities, int room);

@@ -4,21 +4,10 @@
 #include <algorithm>
 #include <vector>
 
+#include "launch.h"
+
 namespace nk {
 namespace {
-
-View take(py::handle tensor) {
-  const auto v = view_on_cpu(tensor.ptr());
-  if (!v) throw py::type_error("expected a tensor that a kernel takes, got " + describe(tensor.ptr()));
-  return *v;
-}
-void* data_of(const py::object& tensor) { return tensor.is_none() ? nullptr : take(tensor).data; }
-
-template <class Call> void without_gil(int64_t coordinates, Call call) {
-  std::optional<py::gil_scoped_release> released;
-  if (coordinates > kReleaseGil) released.emplace();
-  call();
-}
 
 struct Dimension {
   int64_t size, stride, order;  // `order`: the stride of the mean
@@ -41,10 +30,19 @@ std::vector<Dimension> row_dimensions(const View& x, const View& mean) {
   return merged;
 }
 
+void check_ids(const int64_t* ids, int64_t samples, int64_t positions, int64_t rows) {
+  for (int64_t i = 0; i < samples * positions; i++)
+    if (ids[i] < 0 || ids[i] >= rows)
+      throw py::value_error("embedding_moments: ids[" + std::to_string(i / positions) + ", " +
+                            std::to_string(i % positions) + "] is " + std::to_string(ids[i]) + "; expected 0 to " +
+                            std::to_string(rows - 1) + ", for num_embeddings is " + std::to_string(rows));
+}
+
 }  // namespace
 
 void moments(const py::list& samples, const py::list& means, const py::object& centred, double factor,
-             const py::object& row_sq, const py::object& totals) {
+             const py::object& row_sq, const py::object& totals, const py::object& new_scratch) {
+  Call call("moments");
   const size_t count = samples.size();
   const bool squares = !centred.is_none();
   std::vector<Samples> matrices(count);
@@ -52,7 +50,7 @@ void moments(const py::list& samples, const py::list& means, const py::object& c
   int64_t rows = 0, columns = 0;
   DType dtype{};
   for (size_t i = 0; i < count; i++) {
-    const View x = take(samples[i]), mean = take(means[i]);
+    const View x = call.take("x", samples[i]), mean = call.take("mean", means[i]);
     const auto dimensions = row_dimensions(x, mean);
     const bool side_by_side = dimensions.empty() || (dimensions.size() == 1 && dimensions[0].stride == 1);
     for (const Dimension& d : dimensions) walks[i].push_back(d.size);
@@ -61,67 +59,82 @@ void moments(const py::list& samples, const py::list& means, const py::object& c
     matrices[i] = {x.data,          x.strides[0],
                    mean.numel,      side_by_side ? 0 : (int)dimensions.size(),
                    walks[i].data(), walks[i].data() + dimensions.size(),
-                   mean.data,       squares ? take(py::list(centred)[i]).data : nullptr};
+                   mean.data,       squares ? call.take("centred", py::list(centred)[i]).data : nullptr};
   }
-  const Moments m{matrices.data(),
-                  (int64_t)count,
-                  rows,
-                  squares,
-                  factor,
-                  static_cast<double*>(data_of(row_sq)),
-                  static_cast<double*>(data_of(totals)),
-                  dtype};
-  without_gil(rows * columns, [&] { cpu::moments(m); });
+  Moments m{matrices.data(),
+            (int64_t)count,
+            rows,
+            squares,
+            factor,
+            static_cast<double*>(call.data("row_sq", row_sq)),
+            static_cast<double*>(call.data("totals", totals)),
+            dtype,
+            nullptr};
+  if (!call.is_on_cpu()) m.scratch = call.scratch(new_scratch, cuda::moments_scratch(m));
+  call.run(
+      rows * columns > kReleaseGil, [&] { cpu::moments(m); },
+      [&](const cuda::Queue& queue) { return cuda::moments(m, queue); });
 }
 
 void row_squares(const py::object& x, const py::object& out) {
-  const View v = take(x);
-  const RowSquares r{v.data, v.shape[0], v.shape[1], v.strides[0], static_cast<double*>(data_of(out)), v.dtype};
-  without_gil(v.numel, [&] { cpu::row_squares(r); });
+  Call call("row_sq_norms");
+  const View v = call.take("x", x);
+  const RowSquares r{v.data, v.shape[0], v.shape[1], v.strides[0], static_cast<double*>(call.data("row_sq", out)),
+                     v.dtype};
+  call.run(
+      v.numel > kReleaseGil, [&] { cpu::row_squares(r); },
+      [&](const cuda::Queue&) -> const char* { return "no kernel"; });
 }
 
 void norm_sums(const py::object& g, const py::object& x, const py::object& mean, const py::object& rstd,
                bool along_rows, const py::object& of_weight, const py::object& of_bias) {
-  const View a = take(g), b = take(x);
+  Call call("norm_sums");
+  const View a = call.take("g", g), b = call.take("x", x);
   const NormBatch n{{a.data, a.strides[0], a.strides[1]},
                     {b.data, b.strides[0], b.strides[1]},
                     a.shape[0],
                     a.shape[1],
                     a.shape[2],
-                    data_of(mean),
-                    data_of(rstd),
+                    call.data("mean", mean),
+                    call.data("rstd", rstd),
                     along_rows,
-                    data_of(of_weight),
-                    data_of(of_bias),
+                    call.data("of_weight", of_weight),
+                    call.data("of_bias", of_bias),
                     a.dtype};
-  without_gil(a.numel, [&] { cpu::norm_sums(n); });
+  call.run(
+      a.numel > kReleaseGil, [&] { cpu::norm_sums(n); },
+      [&](const cuda::Queue& queue) { return cuda::norm_sums(n, queue); });
 }
 
-void embedding_moments(uintptr_t ids, const py::object& g, int64_t padding, const py::object& total,
-                       const py::object& centred, const py::object& row_sq) {
-  const View a = take(g), table = take(total);
+void embedding_moments(const py::object& ids, const py::object& order, const py::object& begin, const py::object& g,
+                       int64_t padding, const py::object& total, const py::object& centred, const py::object& row_sq,
+                       const py::object& new_scratch) {
+  Call call("embedding_moments");
+  const View a = call.take("g", g), table = call.take("total", total);
   const int64_t samples = a.shape[0], positions = a.shape[1], rows = table.shape[0];
-  const auto* id = reinterpret_cast<const int64_t*>(ids);
-  for (int64_t i = 0; i < samples * positions; i++)
-    if (id[i] < 0 || id[i] >= rows)
-      throw py::value_error("embedding_moments: ids[" + std::to_string(i / positions) + ", " +
-                            std::to_string(i % positions) + "] is " + std::to_string(id[i]) + "; expected 0 to " +
-                            std::to_string(rows - 1) + ", for num_embeddings is " + std::to_string(rows));
-  const EmbeddingBatch e{id,
-                         a.data,
-                         a.strides[0],
-                         a.strides[1],
-                         samples,
-                         positions,
-                         a.shape[2],
-                         rows,
-                         padding,
-                         !centred.is_none(),
-                         table.data,
-                         data_of(centred),
-                         static_cast<double*>(data_of(row_sq)),
-                         a.dtype};
-  without_gil(a.numel, [&] { cpu::embedding_moments(e); });
+  const int64_t* id = call.take_ids("ids", ids).data;
+  if (call.is_on_cpu()) check_ids(id, samples, positions, rows);
+  EmbeddingBatch e{id,
+                   call.is_on_cpu() ? nullptr : call.take_ids("order", order).data,
+                   call.is_on_cpu() ? nullptr : call.take_ids("begin", begin).data,
+                   a.data,
+                   a.strides[0],
+                   a.strides[1],
+                   samples,
+                   positions,
+                   a.shape[2],
+                   rows,
+                   padding,
+                   !centred.is_none(),
+                   table.data,
+                   call.data("centred", centred),
+                   static_cast<double*>(call.data("row_sq", row_sq)),
+                   a.dtype,
+                   nullptr};
+  if (!call.is_on_cpu()) e.scratch = call.scratch(new_scratch, cuda::embedding_scratch(e));
+  call.run(
+      a.numel > kReleaseGil, [&] { cpu::embedding_moments(e); },
+      [&](const cuda::Queue& queue) { return cuda::embedding_moments(e, queue); });
 }
 
 }  // namespace nk

@@ -9,6 +9,7 @@
 #include <pybind11/stl.h>
 
 #include "gather.h"
+#include "launch.h"
 
 namespace nk {
 namespace {
@@ -373,14 +374,8 @@ void Pass::run_on_cpu(double* sums) {
 
 void Pass::run_on(int device, double* table, double* scratch) {
   const int columns = this->columns();
-  cuda::Queue queue{device, nullptr};
-  if (torch.exchange->current_work_stream(kDLCUDA, device, &queue.stream) != 0) throw py::error_already_set();
-  const auto check = [&](const char* error) {
-    if (error)
-      throw std::runtime_error(where(operands_[0].group) +
-                               ": a kernel could not be launched on cuda:" + std::to_string(device) +
-                               ", for compute capabilities " + architectures_text() + ": " + error);
-  };
+  const cuda::Queue queue = queue_of(device);
+  const auto check = [&](const char* error) { check_launch(where(operands_[0].group), device, error); };
   const float* found_inf = hypers_.empty() ? nullptr : hypers_.front().on_device.found_inf;
   strided_.clear();
   strided_.reserve(operands_.size());

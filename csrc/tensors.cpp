@@ -70,6 +70,21 @@ std::optional<View> view_on_cpu(PyObject* object) {
   return v && v->device == kCpu ? v : std::nullopt;
 }
 
+std::optional<Ids> view_ids(PyObject* object) {
+  DLTensor t;
+  if (Py_TYPE(object) != torch.tensor || torch.exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
+    PyErr_Clear();
+    return {};
+  }
+  const auto device = device_of(t.device);
+  if (!device || t.dtype.code != kDLInt || t.dtype.bits != 64 || t.dtype.lanes != 1) return {};
+  int64_t numel = 1;
+  bool dense = true;
+  for (int d = t.ndim - 1; d >= 0; numel *= t.shape[d--]) dense = dense && (t.shape[d] == 1 || t.strides[d] == numel);
+  if (numel > 0 && (!dense || !t.data)) return {};
+  return Ids{reinterpret_cast<const int64_t*>(static_cast<char*>(t.data) + t.byte_offset), numel, *device};
+}
+
 bool same_shape(const View& a, const View& b) {
   if (a.ndim != b.ndim) return false;
   for (int d = 0; d < a.ndim; d++)

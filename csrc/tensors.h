@@ -49,6 +49,14 @@ std::optional<View> view(PyObject* object, const void* last = nullptr);
 // The same for what has kernels for the CPU alone.
 std::optional<View> view_on_cpu(PyObject* object);
 
+// Whole numbers of 64 bits, in row-major order without a gap, on a device that has kernels.
+struct Ids {
+  const int64_t* data;
+  int64_t numel;
+  int device;
+};
+std::optional<Ids> view_ids(PyObject* object);
+
 bool same_shape(const View&, const View&);
 bool same_strides(const View&, const View&);  // where the shape makes strides matter
 

@@ -1,5 +1,6 @@
 """The binary. Arguments are documented where they are used: ops.py."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -31,12 +32,21 @@ def moments(
     factor: float,
     row_sq: Tensor,
     totals: Tensor,
+    new_scratch: Callable[[int], Tensor],
 ) -> None: ...
 def norm_sums(
     g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, along_rows: bool, of_weight: Tensor, of_bias: Tensor
 ) -> None: ...
 def embedding_moments(
-    ids: int, g: Tensor, padding: int, total: Tensor, centred: Tensor | None, row_sq: Tensor
+    ids: Tensor,
+    order: Tensor | None,
+    begin: Tensor | None,
+    g: Tensor,
+    padding: int,
+    total: Tensor,
+    centred: Tensor | None,
+    row_sq: Tensor,
+    new_scratch: Callable[[int], Tensor],
 ) -> None: ...
 def most_decay(momentum: float) -> float: ...
 def gauge_step(

@@ -60,7 +60,7 @@ def moments(x: Tensor | Sequence[Tensor]) -> Moments:
     Returns:
         `Moments`. NaN and infinities flow through: a sample that has one has it in its norm, a column in its mean and
         variance, and the scalars in theirs. Float32 variances below 1e-38 or above 3e38 leave its range; norms and
-        scalars, in float64, do not. On a CPU nothing is synchronised; on other devices torch makes several passes.
+        scalars, in float64, do not. Nothing is synchronised. Where no kernel runs, torch makes several passes.
 
     Raises:
         TypeError: not a strided, plain tensor of these dtypes, or a list of such; dtypes or devices differ.
@@ -128,7 +128,7 @@ def _samples(x: object, name: str) -> Tensor:
 
 def _moments(tensors: list[Tensor], factor: float, totals: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """`ops.moments`, or its eager twin for tensors that no kernel can take."""
-    if all(map(ops.cpu_takes, tensors)):
+    if all(map(ops.kernel_takes, tensors)):
         mean, variance, sq_norms = ops.moments(tensors, factor=factor, totals=totals)
     else:
         from . import reference

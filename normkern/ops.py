@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
 from typing import Any, Literal, TypeAlias, overload
 
@@ -105,8 +105,13 @@ def device_index(x: object) -> int | None:
 
 
 def cpu_takes(x: object) -> bool:
-    """Whether the kernels that the CPU alone has, those of moments, take x."""
+    """Whether the kernels that the CPU alone has, `outer_moments` and `conv_moments`, take x."""
     return device_index(x) == -1
+
+
+def _scratch_beside(x: Tensor) -> Callable[[int], Tensor]:
+    """Makes unwritten float64 memory on x's device, for what a kernel's blocks leave each other."""
+    return lambda size: torch.empty(size, dtype=torch.float64, device=x.device)
 
 
 def kernels_take(tensors: Iterable[Any]) -> bool:
@@ -506,20 +511,20 @@ def moments(
     128 rows at a time, and joined in float64: a large mean drowns nothing but what its own rounding has.
 
     Args:
-        x: a CPU tensor (B, P) of float64, float32, bfloat16 or float16, any strides; or several of (B, \*shape), of one
-            dtype, as one problem. Read only.
+        x: (B, P) of float64, float32, bfloat16 or float16, any strides; or several of (B, \*shape), of one dtype and
+            device, as one problem. Read only.
         squares: without, c is None.
         factor: what c is multiplied with before it is rounded; 1/(B-1) makes it the variance.
-        totals: float64 (2,) on the CPU, contiguous; becomes :math:`|m|^2` and the sum of all c, before `factor`
+        totals: float64 (2,) on x's device, contiguous; becomes :math:`|m|^2` and the sum of all c, before `factor`
             and rounding (NaN without `squares`).
 
     Returns:
-        m, c and (B,) float64 norms on the CPU; m and c of shape (P,), or lists of \*shape; float64 for float64, else
+        m, c and (B,) float64 norms on x's device; m and c of shape (P,), or lists of \*shape; float64 for float64, else
         float32. NaN and infinities flow through. Nothing is synchronised.
 
     Raises:
-        TypeError: not plain CPU tensors of these dtypes, or of more than one. ValueError: no tensors or no samples; the
-            tensors differ in B.
+        TypeError: no kernel takes them; more than one dtype or device. ValueError: no tensors or no samples; tensors
+            that differ in B.
 
     Reference: groups of rows are joined as in Chan, Golub and LeVeque 1983, Am. Stat. 37(3).
 
@@ -530,14 +535,16 @@ def moments(
     names = [f"x[{i}]" for i in range(len(tensors))] if isinstance(x, (list, tuple)) else ["x"]
     rows = check_samples("moments", tensors, names)
     for name, entry in zip(names, tensors, strict=True):
-        if not cpu_takes(entry):
-            raise TypeError(_not_taken("moments", name, entry, "cpu"))
+        if not kernel_takes(entry):
+            raise TypeError(_not_taken("moments", name, entry))
     real = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     with torch.no_grad():
         means = [torch.empty_like(entry[0], dtype=real) for entry in tensors]
         centred = [torch.empty_like(mean) for mean in means] if squares else None
-    row_sq = torch.empty(rows, dtype=torch.float64, device="cpu")
-    _C.moments(tensors, means, centred, factor, row_sq, _new_totals() if totals is None else totals)
+    like = tensors[0]
+    row_sq = torch.empty(rows, dtype=torch.float64, device=like.device)
+    totals = _new_totals(like) if totals is None else totals
+    _C.moments(tensors, means, centred, factor, row_sq, totals, _scratch_beside(like))
     if isinstance(x, (list, tuple)):
         return means, centred, row_sq
     return means[0], None if centred is None else centred[0], row_sq
@@ -551,7 +558,7 @@ def row_sq_norms(x: Tensor) -> Tensor:
             row's numbers do not lie side by side, a copy is read.
 
     Returns:
-        (B,) float64 on the CPU. Nothing is synchronised.
+        (B,) float64 on x's device. Nothing is synchronised.
 
     Raises:
         TypeError: no kernel takes it. ValueError: it is no matrix.
@@ -559,18 +566,22 @@ def row_sq_norms(x: Tensor) -> Tensor:
     >>> row_sq_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
     tensor([25.,  4.], dtype=torch.float64)
     """
-    if not cpu_takes(x):
+    if not kernel_takes(x):
         raise TypeError(_not_taken("row_sq_norms", "x", x))
     if x.ndim != 2:
         raise ValueError(f"row_sq_norms: x has shape {tuple(x.shape)}; expected (B, P)")
-    row_sq = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
-    _C.row_squares(_side_by_side(x), row_sq)
+    row_sq = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+    if device_index(x) == -1:
+        _C.row_squares(_side_by_side(x), row_sq)
+        return row_sq
+    mean = torch.empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+    _C.moments([x], [mean], None, 1.0, row_sq, _new_totals(x), _scratch_beside(x))
     return row_sq
 
 
-def _new_totals() -> Tensor:
+def _new_totals(like: Tensor) -> Tensor:
     """Unwritten `totals` for `moments`."""
-    return torch.empty(2, dtype=torch.float64, device="cpu")
+    return torch.empty(2, dtype=torch.float64, device=like.device)
 
 
 def norm_sums(
@@ -592,16 +603,17 @@ def norm_sums(
         \qquad \text{(first)}
 
     Args:
-        g, x: the output's gradient and the input, (B, T, D) or (B, C, L), CPU tensors of one dtype: float64, float32,
-            bfloat16 or float16. Where the last dimension does not lie side by side, a copy is read.
+        g, x: the output's gradient and the input, (B, T, D) or (B, C, L), of one dtype: float64, float32, bfloat16 or
+            float16, and on one device. Where the last dimension does not lie side by side, a copy is read.
         mean, rstd: (B, T) or (B, C), float64 for float64, else float32. Without mean (RMSNorm) it is 0.
         channels: "last" (LayerNorm, RMSNorm) or "first" (GroupNorm, InstanceNorm, BatchNorm).
 
     Returns:
-        w and beta, (B, D) or (B, C), float64 for float64, else float32, on the CPU. Nothing is synchronised.
+        w and beta, (B, D) or (B, C), float64 for float64, else float32, on g's device. Nothing is synchronised.
 
     Raises:
-        TypeError: not plain CPU tensors of these dtypes. ValueError: shapes do not fit, or `channels` is neither.
+        TypeError: no kernel takes them, or not all on one device. ValueError: shapes do not fit, or `channels` is
+            neither.
 
     >>> g, x = torch.ones(1, 2, 2), torch.tensor([[[1.0, 2.0], [5.0, 3.0]]])
     >>> norm_sums(g, x, torch.ones(1, 2), torch.full((1, 2), 0.5), channels="last")
@@ -611,7 +623,7 @@ def norm_sums(
         raise ValueError(f'norm_sums: channels expected "last" or "first", got {channels!r}')
     of_rows = {"rstd": rstd} if mean is None else {"mean": mean, "rstd": rstd}
     for name, entry in {"g": g, "x": x, **of_rows}.items():
-        if not cpu_takes(entry):
+        if not kernel_takes(entry):
             raise TypeError(_not_taken("norm_sums", name, entry))
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
     if g.ndim != 3:
@@ -620,6 +632,8 @@ def norm_sums(
     for name, (entry, dtype, shape) in fits.items():
         if entry.dtype != dtype:
             raise TypeError(f"norm_sums: {name} is {describe(entry)} but g is {describe(g)}; expected {dtype}")
+        if entry.device != g.device:
+            raise TypeError(f"norm_sums: {name} is {describe(entry)} but g is {describe(g)}; expected one device")
         if entry.shape != shape:
             raise ValueError(
                 f"norm_sums: {name} has shape {tuple(entry.shape)} but g {tuple(g.shape)}; expected {tuple(shape)}"
@@ -646,19 +660,20 @@ def embedding_moments(
     update, and the others as zeros. In float64, rounded once.
 
     Args:
-        ids: (B, T) int64 or int32 on the CPU, from 0 to num_embeddings - 1.
-        g: (B, T, D), the gradient of what the table gave, a CPU tensor of float64, float32, bfloat16 or float16. Where
-            the last dimension does not lie side by side, a copy is read.
+        ids: (B, T) int64 or int32 on g's device, from 0 to num_embeddings - 1.
+        g: (B, T, D), the gradient of what the table gave, of float64, float32, bfloat16 or float16. Where the last
+            dimension does not lie side by side, a copy is read.
         num_embeddings: V, rows of the table.
         padding_idx: an id that adds nothing, from -V to V - 1, or None.
         squares: without, q is None.
 
     Returns:
-        s and q (V, D), float64 for float64, else float32, and n (B,) float64, on the CPU. Nothing is synchronised.
+        s and q (V, D), float64 for float64, else float32, and n (B,) float64, on g's device. Nothing is synchronised.
 
     Raises:
-        TypeError: not plain CPU tensors of these dtypes. ValueError: shapes do not fit; an id or `padding_idx` is none
-            of the table's.
+        TypeError: no kernel takes g; ids are no whole numbers on its device. ValueError: shapes do not fit;
+            `padding_idx` is none of the table's, or, on the CPU and before anything is written, an id is none. Nobody
+            waits for a device to look: there such an id is in no row, and leaves NaN in n of its sample.
 
     Reference: Youngs and Cramer 1971, Technometrics 13(3); zeros are joined as in Chan, Golub and LeVeque 1983.
 
@@ -668,11 +683,11 @@ def embedding_moments(
     op = "embedding_moments"
     if isinstance(num_embeddings, bool) or not isinstance(num_embeddings, int) or num_embeddings < 1:
         raise ValueError(f"{op}: num_embeddings expected a whole number from 1, got {num_embeddings!r}")
-    if not cpu_takes(g):
+    if not kernel_takes(g):
         raise TypeError(_not_taken(op, "g", g))
-    plain = type(ids) is Tensor and ids.device.type == "cpu" and ids.layout == torch.strided
+    plain = type(ids) is Tensor and ids.device == g.device and ids.layout == torch.strided
     if not plain or ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: ids is {describe(ids)}; expected a torch.Tensor of int64 or int32 on cpu")
+        raise TypeError(f"{op}: ids is {describe(ids)}; expected a torch.Tensor of int64 or int32 on {g.device}")
     if ids.ndim != 2 or g.ndim != 3 or g.shape[:2] != ids.shape:
         raise ValueError(
             f"{op}: ids has shape {tuple(ids.shape)} and g {tuple(g.shape)}; expected (B, T) and (B, T, D)"
@@ -682,13 +697,23 @@ def embedding_moments(
             f"{op}: padding_idx expected None or {-num_embeddings} to {num_embeddings - 1}, got {padding_idx!r}"
         )
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
-    total = g.new_zeros((num_embeddings, g.shape[2]), dtype=real)
-    centred = torch.zeros_like(total) if squares else None
+    on_cpu = device_index(g) == -1
+    total = (g.new_zeros if on_cpu else g.new_empty)((num_embeddings, g.shape[2]), dtype=real)
+    centred = (torch.zeros_like if on_cpu else torch.empty_like)(total) if squares else None
     row_sq = g.new_empty(len(g), dtype=torch.float64)
     ids = ids.to(torch.int64).contiguous()
+    order, begin = (None, None) if on_cpu else _by_id(ids.flatten(), num_embeddings)
     padding = -1 if padding_idx is None else padding_idx % num_embeddings
-    _C.embedding_moments(ids.data_ptr(), _side_by_side(g), padding, total, centred, row_sq)
+    _C.embedding_moments(
+        ids, order, begin, _side_by_side(g), padding, total, centred, row_sq, _scratch_beside(g)
+    )  # fmt: skip
     return total, centred, row_sq
+
+
+def _by_id(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Positions sorted by their id, in their order within one, and where each id's begin: (rows + 1,)."""
+    by_id, order = torch.sort(ids, stable=True)
+    return order, torch.searchsorted(by_id, torch.arange(rows + 1, device=ids.device))
 
 
 def _side_by_side(x: Tensor) -> Tensor:
@@ -767,7 +792,7 @@ def _why_refused(op: str, i: int, lists: dict[str, Any]) -> str:
     """The sentence for position `i`, which no kernel takes. The first list is the one that the others must match."""
     named = {name: x[i] for name, x in lists.items() if x is not None and x[i] is not None}
     for name, tensor in named.items():
-        if not cpu_takes(tensor):
+        if not kernel_takes(tensor):
             return _not_taken(op, f"{name}[{i}]", tensor)
     (first, model), *others = named.items()
     for name, tensor in others:
@@ -777,10 +802,10 @@ def _why_refused(op: str, i: int, lists: dict[str, Any]) -> str:
     return f"{op}: {first}[{i}] is {describe(model)} but others, or numbers of the call, are not; expected one device"
 
 
-def _not_taken(op: str, name: str, x: object, devices: str | None = None) -> str:
+def _not_taken(op: str, name: str, x: object) -> str:
     return (
         f"{op}: {name} is {describe(x)}; expected a torch.Tensor of float64, float32, bfloat16 or float16 on "
-        f"{devices or _where_kernels_run(x)}"
+        f"{_where_kernels_run(x)}"
     )
 
 
