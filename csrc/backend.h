@@ -98,11 +98,21 @@ struct Moments {
   double* scratch;  // of a CUDA device: cuda::moments_scratch() numbers that nobody has written
 };
 
-// |row|^2 of a matrix, in double.
-struct RowSquares {
+// The sum of every row of a matrix, or of its squares, in double.
+struct RowSums {
   const void* x;  // columns lie side by side
   int64_t rows, columns, row_stride;
+  bool squares;
   double* out;
+  DType dtype;
+};
+
+// raw = sum_b c_b^2 becomes sum_b (c_b - mean)^2, in place; total = sum_b c_b.
+struct SecondMoments {
+  void* raw;
+  const void* total;  // both dense, f64 or f32
+  int64_t count;
+  double share, least;  // see `Recentred`
   DType dtype;
 };
 
@@ -152,7 +162,8 @@ void run(const Chunk* chunks, int64_t count, int64_t coordinates);
 void outer_moments(const Outer&);
 void conv_moments(const Conv&);
 void moments(const Moments&);
-void row_squares(const RowSquares&);
+void row_sums(const RowSums&);
+bool recentre(const SecondMoments&);  // false: digits were lost somewhere
 void norm_sums(const NormBatch&);
 void embedding_moments(const EmbeddingBatch&);
 }  // namespace cpu

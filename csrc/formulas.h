@@ -245,6 +245,17 @@ struct YoungsCramer {
   }
 };
 
+// sum_b (c_b - mean)^2 of raw = sum_b c_b^2 and total = sum_b c_b, share = 1/B; a NaN stays one. False: it is less than
+// `least` of the raw sum, so that the subtraction has cost digits.
+struct Recentred {
+  template <class R> static NK_HD bool apply(R& raw, R total, R share, R least) {
+    const R centred = raw - share * total * total;
+    const bool is_kept = !(centred < least * raw);
+    raw = centred < 0 ? 0 : centred;
+    return is_kept;
+  }
+};
+
 // ---- What a step sums ---------------------------------------------------------------------------------------------
 //
 // w and g before the step, w_new as stored (after its rounding), u = w_new - w:

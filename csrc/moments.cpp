@@ -76,14 +76,24 @@ void moments(const py::list& samples, const py::list& means, const py::object& c
       [&](const cuda::Queue& queue) { return cuda::moments(m, queue); });
 }
 
-void row_squares(const py::object& x, const py::object& out) {
-  Call call("row_sq_norms");
+void row_sums(const py::object& x, bool squares, const py::object& out) {
+  Call call("row_sums");
   const View v = call.take("x", x);
-  const RowSquares r{v.data, v.shape[0], v.shape[1], v.strides[0], static_cast<double*>(call.data("row_sq", out)),
-                     v.dtype};
+  const RowSums r{v.data, v.shape[0], v.shape[1], v.strides[0], squares, static_cast<double*>(call.data("out", out)),
+                  v.dtype};
   call.run(
-      v.numel > kReleaseGil, [&] { cpu::row_squares(r); },
-      [&](const cuda::Queue&) -> const char* { return "no kernel"; });
+      v.numel > kReleaseGil, [&] { cpu::row_sums(r); }, [&](const cuda::Queue&) -> const char* { return "no kernel"; });
+}
+
+bool recentre(const py::object& raw, const py::object& total, double share, double least) {
+  Call call("recentre");
+  const View v = call.take("raw", raw);
+  const SecondMoments m{v.data, call.data("total", total), v.numel, share, least, v.dtype};
+  bool is_kept = true;
+  call.run(
+      v.numel > kReleaseGil, [&] { is_kept = cpu::recentre(m); },
+      [&](const cuda::Queue&) -> const char* { return "this op has no CUDA kernel"; });
+  return is_kept;
 }
 
 void norm_sums(const py::object& g, const py::object& x, const py::object& mean, const py::object& rstd,

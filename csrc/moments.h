@@ -10,8 +10,11 @@ namespace nk {
 void moments(const py::list& samples, const py::list& means, const py::object& centred, double factor,
              const py::object& row_sq, const py::object& totals, const py::object& new_scratch);
 
-// x (B, P), the columns side by side; out: B numbers, float64, dense. See `RowSquares`.
-void row_squares(const py::object& x, const py::object& out);
+// x (B, P), the columns side by side; out: B numbers, float64, dense. See `RowSums`.
+void row_sums(const py::object& x, bool squares, const py::object& out);
+
+// raw, total: CPU tensors of one shape, dense, float64 or float32. See `SecondMoments`.
+bool recentre(const py::object& raw, const py::object& total, double share, double least);
 
 // g, x (B, rows, columns), the columns side by side; mean (or None) and rstd (B, rows), of_weight and of_bias (B,
 // columns) or along rows (B, rows), all dense in the arithmetic type. See `NormBatch`.

@@ -572,11 +572,76 @@ def row_sq_norms(x: Tensor) -> Tensor:
         raise ValueError(f"row_sq_norms: x has shape {tuple(x.shape)}; expected (B, P)")
     row_sq = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
     if device_index(x) == -1:
-        _C.row_squares(_side_by_side(x), row_sq)
+        _C.row_sums(_side_by_side(x), True, row_sq)
         return row_sq
     mean = torch.empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
     _C.moments([x], [mean], None, 1.0, row_sq, _new_totals(x), _scratch_beside(x))
     return row_sq
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """The sum of every row of a matrix in double precision, without the float64 copy of ``x.sum(1, dtype=)``.
+
+    Args:
+        x: (B, P), as `row_sq_norms` takes it. Read only.
+
+    Returns:
+        (B,) float64 on the CPU. Nothing is synchronised.
+
+    Raises:
+        TypeError: not a plain CPU tensor of these dtypes. ValueError: it is no matrix.
+
+    >>> row_sums(torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
+    tensor([ 7., -2.], dtype=torch.float64)
+    """
+    if not cpu_takes(x):
+        raise TypeError(_not_taken("row_sums", "x", x))
+    if x.ndim != 2:
+        raise ValueError(f"row_sums: x has shape {tuple(x.shape)}; expected (B, P)")
+    out = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
+    _C.row_sums(_side_by_side(x), False, out)
+    return out
+
+
+def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
+    r"""Raw second moments become central ones, in place: :math:`\sum_b c_b^2 - (\sum_b c_b)^2 / B`, at least 0.
+
+    Args:
+        raw, total: :math:`\sum_b c_b^2` and :math:`\sum_b c_b`, dense CPU tensors of one shape and layout, both float64
+            or both float32. raw is written.
+        count: B.
+        least: a share of raw.
+
+    Returns:
+        Whether everywhere at least this share was left; where it is not, the subtraction cost digits.
+
+    Raises:
+        TypeError: no kernel takes them. ValueError: shapes or layouts do not fit, or count is not positive.
+
+    >>> raw = torch.tensor([5.0, 8.0])
+    >>> recentre_(raw, torch.tensor([3.0, 4.0]), 2, 0.01), raw
+    (False, tensor([0.5000, 0.0000]))
+    """
+    for name, entry in {"raw": raw, "total": total}.items():
+        if not cpu_takes(entry) or entry.dtype not in (torch.float64, torch.float32):
+            raise TypeError(
+                f"recentre_: {name} is {describe(entry)}; expected a torch.Tensor of float64 or float32 on cpu"
+            )
+    if raw.dtype != total.dtype:
+        raise TypeError(f"recentre_: raw is {describe(raw)} but total is {describe(total)}; expected one dtype")
+    if raw.shape != total.shape or raw.stride() != total.stride() or not _is_dense(raw):
+        raise ValueError(
+            f"recentre_: raw has shape {tuple(raw.shape)} and strides {raw.stride()}, total {tuple(total.shape)} and "
+            f"{total.stride()}; expected one dense layout"
+        )
+    if count < 1:
+        raise ValueError(f"recentre_: count expected at least 1, got {count}")
+    return _C.recentre(raw, total, 1 / count, least)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Its numbers fill one stretch of memory, in any order of dimensions."""
+    return x.is_contiguous() or x.permute(sorted(range(x.dim()), key=x.stride, reverse=True)).is_contiguous()
 
 
 def _new_totals(like: Tensor) -> Tensor:

@@ -249,6 +249,20 @@ def embedding_moments(
     return total, centred if squares else None, torch.stack(row_sq) if row_sq else total.new_zeros(0).double()
 
 
+def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
+    """`ops.recentre_`."""
+    before = raw.clone()
+    raw -= total.square() / count
+    is_kept = not bool((raw < least * before).any())
+    raw.clamp_(min=0)
+    return is_kept
+
+
+def row_sums(x: Tensor) -> Tensor:
+    """`ops.row_sums`."""
+    return x.detach().double().sum(1)
+
+
 def row_sq_norms(x: Tensor) -> Tensor:
     """`ops.row_sq_norms`."""
     return x.detach().double().square().sum(1)

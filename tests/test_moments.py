@@ -435,22 +435,26 @@ def test_op_refusals(x, error, sentence):
     assert str(raised.value).startswith(sentence)
 
 
-def test_row_sq_norms_refuses_what_is_no_matrix():
-    with pytest.raises(ValueError, match=r"row_sq_norms: x has shape \(2, 3, 4\); expected \(B, P\)"):
-        ops.row_sq_norms(torch.ones(2, 3, 4))
-    with pytest.raises(TypeError, match="row_sq_norms"):
-        ops.row_sq_norms(torch.ones(2, 3, dtype=torch.int32))
+@pytest.mark.parametrize("name", ["row_sums", "row_sq_norms"])
+def test_sums_of_rows_refuse_what_is_no_matrix(name):
+    op = getattr(ops, name)
+    with pytest.raises(ValueError, match=rf"{name}: x has shape \(2, 3, 4\); expected \(B, P\)"):
+        op(torch.ones(2, 3, 4))
+    with pytest.raises(TypeError, match=f"{name}: x is .*int32"):
+        op(torch.ones(2, 3, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_row_sq_norms(isa, dtype):
+@pytest.mark.parametrize("name", ["row_sums", "row_sq_norms"])
+def test_sums_of_rows(isa, dtype, name):
+    op, twin = getattr(ops, name), getattr(reference, name)
     edges = [0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 127, 128, 129, 32767, 32768, 32769, 70000]
     for shape in ((1, 1), (3, 7), (129, 33), (2, 5000), (0, 5), *((3, n) for n in edges)):
         x = torch.randn(shape[0], shape[1] + 3).to(dtype)[:, 1 : shape[1] + 1]  # misaligned, rows of another stride
-        measured = ops.row_sq_norms(x)
-        torch.testing.assert_close(measured, reference.row_sq_norms(x), rtol=1e-14, atol=0)
-        assert torch.equal(measured, ops.row_sq_norms(x.contiguous()))
-        assert torch.equal(measured, ops.row_sq_norms(x.t().contiguous().t()))
+        measured = op(x)
+        torch.testing.assert_close(measured, twin(x), rtol=1e-14, atol=1e-11 if name == "row_sums" else 0)
+        assert torch.equal(measured, op(x.contiguous()))
+        assert torch.equal(measured, op(x.t().contiguous().t()))
 
 
 def test_row_sq_norms_do_not_depend_on_threads_or_on_the_level(isa):
@@ -466,3 +470,47 @@ def test_row_sq_norms_do_not_depend_on_threads_or_on_the_level(isa):
 def test_row_sq_norms_of_what_float32_cannot_square():
     x = torch.tensor([[1e30, 1e30], [1e-30, 1e-30], [float("inf"), 1.0], [float("nan"), 1.0]])
     torch.testing.assert_close(ops.row_sq_norms(x), reference.row_sq_norms(x), rtol=1e-14, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(0,), (1,), (17,), (33, 40), (5, 70001)], ids=str)
+def test_recentre_is_the_reference(isa, dtype, shape):
+    c = torch.randn(9, *shape, dtype=dtype) + 0.5
+    raw, total = c.square().sum(0), c.sum(0)
+    measured, expected = raw.clone(), raw.clone()
+    assert ops.recentre_(measured, total, 9, 1e-3) == reference.recentre_(expected, total, 9, 1e-3)
+    torch.testing.assert_close(
+        measured, expected, rtol=0, atol=4 * torch.finfo(dtype).eps * float(raw.amax()) if raw.numel() else 0
+    )
+    if len(shape) == 2:  # of transposed layouts
+        turned = raw.t().contiguous().t()
+        ops.recentre_(turned, total.t().contiguous().t(), 9, 1e-3)
+        assert torch.equal(turned, measured)
+
+
+@pytest.mark.parametrize("at", [0, 40000, 99999])
+def test_recentre_tells_of_lost_digits_and_keeps_nan(isa, at):
+    raw, total = torch.full((100000,), 2.0), torch.full((100000,), 1.0)
+    assert ops.recentre_(raw.clone(), total, 2, 0.5)
+    total[at] = 2.0  # c_1 = c_2 = 1: nothing is left
+    assert not ops.recentre_(raw, total, 2, 0.5)
+    assert raw[at] == 0
+    total[at] = float("nan")
+    ops.recentre_(raw, total, 2, 0.5)
+    assert raw[at].isnan()
+    assert raw.isnan().sum() == 1
+
+
+def test_recentre_refusals():
+    x = torch.ones(2, 3)
+    with pytest.raises(TypeError, match="raw is .*bfloat16.*expected a torch.Tensor of float64 or float32 on cpu"):
+        ops.recentre_(x.bfloat16(), x, 2, 0.1)
+    with pytest.raises(TypeError, match="raw is .*float32.* but total is .*float64.*expected one dtype"):
+        ops.recentre_(x, x.double(), 2, 0.1)
+    with pytest.raises(ValueError, match=r"raw has shape \(2, 3\) .*expected one dense layout"):
+        ops.recentre_(x, x.t().contiguous().t(), 2, 0.1)
+    with pytest.raises(ValueError, match="expected one dense layout"):
+        ops.recentre_(x[:, :2], x[:, :2], 2, 0.1)
+    with pytest.raises(ValueError, match="count expected at least 1, got 0"):
+        ops.recentre_(x, x, 0, 0.1)
+    assert torch.equal(x, torch.ones(2, 3))

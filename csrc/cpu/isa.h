@@ -52,7 +52,8 @@ struct Isa {
   void (*outer)(const Outer&, const Block&);
   void (*conv)(const Conv&, const ConvBlock&);
   void (*moments[StorageTypes::size])(const SampleTile&);
-  double (*square_norm[StorageTypes::size])(const void* x, int64_t size);
+  double (*sum[StorageTypes::size])(const void* x, int64_t size, bool squares);
+  bool (*recentre[2])(void* raw, const void* total, int64_t size, double share, double least);  // double, float
   void (*norm_columns[StorageTypes::size])(const NormPart&);
   void (*norm_rows[StorageTypes::size])(const NormPart&);
   void (*embedding_row[StorageTypes::size])(const EmbeddingRow&);

@@ -5,7 +5,8 @@
 namespace nk::cpu::NK_ISA {
 
 template <class T> void moments(const SampleTile&);
-template <class T> double square_norm(const void* x, int64_t size);
+template <class T> double sum(const void* x, int64_t size, bool squares);
+template <class R> bool recentre(void* raw, const void* total, int64_t size, double share, double least);
 template <class T> void norm_columns(const NormPart&);
 template <class T> void norm_rows(const NormPart&);
 template <class T> void embedding_row(const EmbeddingRow&);

@@ -259,7 +259,8 @@ template <class Rule, class... Types> constexpr void fill_pair_row(Loop* row, Li
 }
 template <class... Types> constexpr void fill_kernels(Isa& isa, List<Types...>) {
   int t = 0;
-  ((isa.moments[t] = moments<Types>, isa.square_norm[t] = square_norm<Types>, isa.norm_columns[t] = norm_columns<Types>,
+  isa.recentre[0] = recentre<double>, isa.recentre[1] = recentre<float>;
+  ((isa.moments[t] = moments<Types>, isa.sum[t] = sum<Types>, isa.norm_columns[t] = norm_columns<Types>,
     isa.norm_rows[t] = norm_rows<Types>, isa.embedding_row[t++] = embedding_row<Types>),
    ...);
 }

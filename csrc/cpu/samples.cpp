@@ -2,6 +2,7 @@
 //
 // How many tasks there are depends on shapes alone, never on the number of threads: the sums do not either.
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <vector>
 
@@ -87,9 +88,9 @@ void moments(const Moments& m) {
   if (!m.squares) m.totals[1] = std::numeric_limits<double>::quiet_NaN();
 }
 
-void row_squares(const RowSquares& r) {
+void row_sums(const RowSums& r) {
   const int item = item_size(r.dtype);
-  const auto run = table().square_norm[(int)r.dtype];
+  const auto run = table().sum[(int)r.dtype];
   const int64_t parts = std::max<int64_t>(1, pieces(r.columns, kChunk));
   const int64_t together = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, r.columns)), all = r.rows * parts;
   std::vector<double> partials(parts > 1 ? all : 0);
@@ -99,13 +100,26 @@ void row_squares(const RowSquares& r) {
     for (int64_t k = task * together; k < std::min(all, (task + 1) * together); k++) {
       const int64_t begin = k % parts * kChunk;
       sums[k] = run(static_cast<const char*>(r.x) + (k / parts * r.row_stride + begin) * item,
-                    std::min(kChunk, r.columns - begin));
+                    std::min(kChunk, r.columns - begin), r.squares);
     }
   });
   for (int64_t b = 0; parts > 1 && b < r.rows; b++) {
     r.out[b] = 0;
     for (int64_t k = 0; k < parts; k++) r.out[b] += sums[b * parts + k];
   }
+}
+
+bool recentre(const SecondMoments& m) {
+  const int real = real_size(m.dtype);
+  const auto run = table().recentre[m.dtype == DType::f64 ? 0 : 1];
+  std::atomic<bool> is_kept{true};
+  share(pieces(m.count, kChunk), m.count > kSerialCoordinates, [&](int64_t task) {
+    const int64_t begin = task * kChunk;
+    if (!run(static_cast<char*>(m.raw) + begin * real, static_cast<const char*>(m.total) + begin * real,
+             std::min(kChunk, m.count - begin), m.share, m.least))
+      is_kept.store(false, std::memory_order_relaxed);
+  });
+  return is_kept;
 }
 
 void norm_sums(const NormBatch& n) {

@@ -154,6 +154,9 @@ class GradientNoise:
         self._seen_out.clear()
         self._ledger.open = False
         self._capture.forget()
+        self._capture = self._ledger.capture = (
+            None  # each holds the other, and a ledger's numbers are as large as the model
+        )
         if self._ledger.batches:
             self._checked = True
 

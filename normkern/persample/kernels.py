@@ -59,10 +59,10 @@ def _one_step(a: Tensor, g: Tensor, squares: bool, g_norms: Callable[[], Tensor]
     if not squares:
         return total, None, sq_norms
     raw = g.square().t() @ a.square()
-    centred = torch.addcmul(raw, total, total, value=-1 / len(a))
-    if kind == torch.float32 and bool((centred < raw.mul_(CANCELLED)).any()):
+    is_kept = of(raw, total).recentre_(raw, total, len(a), CANCELLED)
+    if kind == torch.float32 and not is_kept:
         return of(a, g).outer_moments(a[:, None], g[:, None], squares=True)
-    return total, centred.clamp_(min=0), sq_norms
+    return total, raw, sq_norms
 
 
 def _gram(a: Tensor, g: Tensor) -> Triple:

@@ -41,31 +41,37 @@ class Layer(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():  # create_graph=True: elsewhere, the decorator would only take time
-            return Layer._once(ctx, g)
-        return Layer._backward(ctx, g)
+        return (_layer_backward_once if torch.is_grad_enabled() else _layer_backward)(ctx, g)
 
-    @staticmethod
-    def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
-        use, layer = ctx.use, ctx.layer
-        needs_x, *needs = ctx.needs_input_grad[2:]
-        if g is None:
-            return (None,) * (3 + len(needs))
-        with without_modes():
-            kept = ctx.saved_tensors
-            dx = layer.input_grad(g, *kept) if needs_x else None
-            use.begin()
-            part = layer.contributions(g, *kept)
-            grads = [use.measure(i, functools.partial(part, i)) if needed else None for i, needed in enumerate(needs)]
-            if ctx.again is not None and not use.ledger.estimating:
-                ctx.again.compare(use, g, grads)
-            return (None, None, dx, *grads)
 
-    _once = staticmethod(once_differentiable(_backward.__func__))
+def _layer_backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
+    use, layer = ctx.use, ctx.layer
+    needs_x, *needs = ctx.needs_input_grad[2:]
+    if g is None:
+        return (None,) * (3 + len(needs))
+    with without_modes():
+        kept = ctx.saved_tensors
+        dx = layer.input_grad(g, *kept) if needs_x else None
+        use.begin()
+        part = layer.contributions(g, *kept)
+        grads = [use.measure(i, functools.partial(part, i)) if needed else None for i, needed in enumerate(needs)]
+        if ctx.again is not None and not use.ledger.estimating:
+            ctx.again.compare(use, g, grads)
+            ctx.again = None  # the graph may live longer, and holds x
+        return (None, None, dx, *grads)
+
+
+#: With create_graph=True. The decorator takes time.
+_layer_backward_once = once_differentiable(_layer_backward)
 
 
 class Again:
-    """A layer once more, the gradients of its parameters by autograd: what the contributions must add up to."""
+    """A layer once more, the gradients of its parameters by autograd: what the contributions must add up to.
+
+    A few rows at a time, which every layer treats by themselves: the check takes little memory however large the batch.
+    """
+
+    AT_A_TIME = 1 << 18  # numbers of the output
 
     def __init__(self, layer: Arithmetic, x: Tensor, params: Sequence[Tensor | None]) -> None:
         self.layer, self.x, self.params = layer, x.detach(), params
@@ -79,8 +85,12 @@ class Again:
         enabled, dtype = self.autocast
         with torch.enable_grad(), torch.autocast(g.device.type, dtype, enabled=enabled):
             leaves = {i: p.detach().requires_grad_() for i, p in enumerate(self.params) if p is not None}
-            out, _ = self.layer.forward(self.x, *(leaves.get(i) for i in range(len(self.params))))
-            plain = torch.autograd.grad(out, [leaves[i] for i in wanted], g.to(out.dtype))
+            plain: list[Tensor] = []
+            rows = max(1, self.AT_A_TIME * len(g) // max(1, g.numel()))
+            for x, d in zip(self.x.split(rows), g.split(rows), strict=True):
+                out, _ = self.layer.forward(x, *(leaves.get(i) for i in range(len(self.params))))
+                some = torch.autograd.grad(out, [leaves[i] for i in wanted], d.to(out.dtype))
+                plain = [a.add_(b) for a, b in zip(plain, some, strict=True)] if plain else list(some)
         for i, d in zip(wanted, plain, strict=True):
             use.compare(i, grads[i], d, g, self.x)
 

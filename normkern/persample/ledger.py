@@ -47,7 +47,10 @@ class Record:
     total: Tensor | None = None  #: sum_b c_b, if it cannot be read off .grad
     in_grad: tuple[weakref.ref[Tensor], int] | None = None  #: else the gradient, and its version
     total_sq: Tensor | None = None
-    centred: Tensor | None = None
+    centred: Tensor | None = None  #: sum_b (c_b - mean)^2, times `scaled`
+    scaled: float | None = None  #: a result's factor, once its variance is this very memory
+    version: int = 0  #: of that memory
+    centred_sum: Tensor | None = None  #: of `centred` before it was scaled
     sq_norms: list[Tensor] = field(default_factory=list)
     all_norms: Tensor | None = None  #: their sum, where it goes over more samples than they do
     all_projections: Tensor | None = None
@@ -84,16 +87,40 @@ class Record:
     def moment(self) -> Tensor:
         """sum_b |c_b|^2 if that is what is known of it, else sum_b |c_b - mean|^2; float64."""
         if self.centred is not None:
-            return plain_sum(self.centred)
+            if self.centred_sum is None:
+                self.centred_sum = plain_sum(self.centred)
+            return self.centred_sum
         if not self.about_zero:
             return torch.zeros((), dtype=torch.float64, device=self.param.device)
         return torch.cat(self.sq_norms).sum() if self.all_norms is None else self.all_norms
 
     def variance(self, factor: float) -> Tensor:
-        """sum_b (c_b - mean)^2 times a factor, of the parameter's shape."""
+        """sum_b (c_b - mean)^2 times a factor, of the parameter's shape: in the memory of the sum, a P less.
+
+        RuntimeError: a result that was given it before has changed it.
+        """
         if self.centred is None:
             return torch.zeros(self.param.shape, dtype=real(self.param.dtype), device=self.param.device)
-        return self.centred.reshape(self.param.shape) * factor
+        if self.scaled is None:
+            self.centred.mul_(factor)
+            self.scaled, self.version = factor, self.centred._version
+        self._check_version(self.centred)
+        ready = self.centred if self.scaled == factor else self.centred * (factor / self.scaled)
+        return ready.reshape(self.param.shape)
+
+    def sum_of_squares(self) -> Tensor | None:
+        """sum_b (c_b - mean)^2, elementwise."""
+        if self.centred is None or self.scaled is None:
+            return self.centred
+        self._check_version(self.centred)
+        return self.centred / self.scaled
+
+    def _check_version(self, variance: Tensor) -> None:
+        if variance._version != self.version:
+            raise RuntimeError(
+                f"GradientNoise: the variance of {self.name!r} that an earlier result gave has been changed in place, "
+                "and is needed once more; expected a copy of it to be changed"
+            )
 
     def mean(self, factor: float) -> Tensor:
         """sum_b c_b times a factor, of the parameter's shape."""
@@ -322,15 +349,15 @@ class Ledger:
         return self._roots(target)[0]
 
     def compare(self, r: Record, name: str, measured: Tensor, plain: Tensor, g: Tensor, x: Tensor) -> None:
-        """The sum of a use's contributions against the gradient that autograd has for it."""
+        """The sum of a use's contributions against the gradient that autograd has for it, which is overwritten."""
 
         def size(t: Tensor) -> float:
-            return t.detach().to(torch.float64).norm().item()
+            return sq_norm(t).sqrt().item()
 
         kind = min((t.dtype for t in (measured, plain, g)), key=lambda d: torch.finfo(d).bits)
         terms = size(g) * max(size(x) if x.is_floating_point() else 0.0, x.numel() ** 0.5)
         allowed = ROUNDING.get(kind, 1e-4) * (size(plain) + 0.1 * terms)
-        difference = size(measured.double() - plain.double())
+        difference = size(plain.sub_(measured))
         if difference > allowed:
             raise RuntimeError(
                 f"GradientNoise: the contributions to {r.name!r} of {r.module} through {name} do not add up to the "
@@ -438,14 +465,14 @@ class Ledger:
                 centred = self._spread(r, batch)
         if r.fresh and r.arrived:
             if self.squares or r.status == "estimated":
-                r.centred = self._merged(r, centred, None, before, None, batch)
+                self._set_centred(r, self._merged(r, centred, None, before, None, batch))
             return
         if r.arrived or (before and (r.total is not None or r.in_grad is not None)):
             previous = r.total
             if previous is None and r.in_grad is not None:
                 previous = r.read_total()
             if self.squares or r.status == "estimated":
-                r.centred = self._merged(r, centred, previous, before, now_total, batch)
+                self._set_centred(r, self._merged(r, centred, previous, before, now_total, batch))
             if now_total is not None:
                 r.total = now_total.clone() if r.total is None else r.total + now_total
                 r.total_sq = sq_norm(r.total)
@@ -458,6 +485,10 @@ class Ledger:
                 "the loss outside of it"
             )
         return self.contrast.spread(r.signed.to(real(r.signed.dtype)), batch)
+
+    @staticmethod
+    def _set_centred(r: Record, centred: Tensor | None) -> None:
+        r.centred, r.scaled, r.centred_sum = centred, None, None
 
     def _merged(
         self, r: Record, centred: Tensor | None, previous: Tensor | None, before: int, now: Tensor | None, batch: int
@@ -473,7 +504,7 @@ class Ledger:
             now = r.read_total()
         mean_now = zero if now is None else now.to(kind) / batch
         shift = (mean_now - mean_before).square_().mul_(before * batch / (before + batch))
-        for t in (r.centred, centred):
+        for t in (r.sum_of_squares(), centred):
             if t is not None:
                 shift += t
         return shift

@@ -47,8 +47,9 @@ def _joined(r: Record, batch: int, whole: int, world: int, squares: bool) -> Rec
     norms: Tensor | None = None
     if squares or r.centred is not None or r.status == "estimated":
         centred = (own - total * (batch / whole)).square_().div_(batch)
-        if r.centred is not None:
-            centred += r.centred.reshape(centred.shape)
+        of_own = r.sum_of_squares()
+        if of_own is not None:
+            centred += of_own.reshape(centred.shape)
         dist.all_reduce(centred)
         centred /= world**2
     else:
@@ -57,5 +58,6 @@ def _joined(r: Record, batch: int, whole: int, world: int, squares: bool) -> Rec
     total /= world
     own_norms = [n / world**2 for n in r.sq_norms]
     return replace(
-        r, total=total, in_grad=None, total_sq=sq_norm(total), centred=centred, sq_norms=own_norms, all_norms=norms
-    )
+        r, total=total, in_grad=None, total_sq=sq_norm(total), centred=centred, scaled=None, centred_sum=None,
+        sq_norms=own_norms, all_norms=norms,
+    )  # fmt: skip

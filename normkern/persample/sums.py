@@ -33,14 +33,20 @@ def real(dtype: torch.dtype) -> torch.dtype:
 
 def sq_norm(x: Tensor) -> Tensor:
     """|x|^2 in float64, of no dimension."""
-    x = x.detach()
-    rows = x.reshape(1, -1) if x.dim() < 2 or x.is_contiguous() else x.flatten(1)
+    rows = _rows(x)
     return kernels.of(rows).row_sq_norms(rows).sum()
 
 
 def plain_sum(x: Tensor) -> Tensor:
     """The sum of all entries in float64, of no dimension."""
-    return x.detach().sum(dtype=torch.float64)
+    rows = _rows(x)
+    return kernels.of(rows).row_sums(rows).sum()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """As a matrix, a view if strides can say it."""
+    x = x.detach()
+    return x.reshape(1, -1) if x.dim() < 2 or x.is_contiguous() else x.flatten(1)
 
 
 def of_matrix(rows: Tensor, squares: bool) -> Sums:

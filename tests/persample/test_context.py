@@ -37,6 +37,10 @@ def same(a, b):
         assert torch.equal(getattr(a, field), getattr(b, field)), field
     for field in ("sq_norms", "projections"):
         assert torch.equal(getattr(a, field), getattr(b, field)), field
+    same_variance(a, b)
+
+
+def same_variance(a, b):
     assert all(torch.equal(v, b.variance[name]) for name, v in a.variance.items())
 
 
@@ -226,6 +230,47 @@ def test_result_can_be_repeated(mlp):
         mlp.value().backward()
     same(noise.result(), noise.result())
     assert_right(mlp, noise.result())
+
+
+def test_a_result_between_two_backwards_stays_and_the_next_is_right():
+    problem = problem_of("mlp")
+    noise = noise_of(problem, ("nsr", "norms", "variance"))
+    with noise:
+        problem.sample(0, 3).value().backward()
+        between = noise.result()
+        variance = {name: x.clone() for name, x in between.variance.items()}
+        problem.sample(3, 5).value().backward()
+    after = noise.result()
+    for name, x in between.variance.items():
+        assert torch.equal(x, variance[name])
+        assert not torch.equal(x, after.variance[name])
+    same_variance(after, noise.result())
+
+
+def test_a_variance_that_was_changed_is_not_given_twice(mlp):
+    noise = noise_of(mlp)
+    with noise:
+        mlp.value().backward()
+    result = noise.result()
+    next(iter(result.variance.values())).sqrt_()
+    with refuses("the variance of .* that an earlier result gave has been changed in place.*expected a copy"):
+        noise.result()
+
+
+def test_numbers_as_large_as_the_model_go_with_the_result(mlp):
+    noise = noise_of(mlp)
+    gone = []
+    gc.disable()
+    try:
+        for _ in range(3):
+            mlp.model.zero_grad()
+            with noise:
+                mlp.value().backward()
+            result = noise.result()
+            gone += [weakref.ref(x) for x in result.variance.values()]
+        assert all(x() is None for x in gone[: -len(result.variance)])
+    finally:
+        gc.enable()
 
 
 def test_result_inside_the_context(mlp):

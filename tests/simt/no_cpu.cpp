@@ -22,7 +22,8 @@ void run(const Chunk*, int64_t count, int64_t) {
 void outer_moments(const Outer&) { refuse(); }
 void conv_moments(const Conv&) { refuse(); }
 void moments(const Moments&) { refuse(); }
-void row_squares(const RowSquares&) { refuse(); }
+void row_sums(const RowSums&) { refuse(); }
+bool recentre(const SecondMoments&) { refuse(); }
 void norm_sums(const NormBatch&) { refuse(); }
 void embedding_moments(const EmbeddingBatch&) { refuse(); }
 
