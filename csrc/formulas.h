@@ -319,6 +319,18 @@ constexpr int kSums = kMeasure == Measure::pair ? StepSums::count + PairSums::co
 // k is m itself, rounded; of the first group, the mean of some of its rows. If those are f of n1, (m-k)^2 is at most
 // 1/f of sum (x-m)^2, whatever the rows are: q - s^2/n1 loses a factor of 1 + n1/f, and no more.
 struct GroupMoments {
+  static constexpr int kRows = 128;    // of a group
+  static constexpr int kTogether = 8;  // of them are summed before all: fewer roundings on any one row's way
+  static constexpr int kFirst = 8;     // rows whose mean is the first shift
+  // A sum of n squares of floats in float arithmetic is right if it is at least n times this: whatever the squares lost
+  // below float's smallest normal number (2^-126; flushed to zero, all of it) is less than its last digit.
+  static constexpr double kLeast = 0x1p-126 * 0x1p24;
+
+  // The mean of a few rows, counted from the first of them, x, so that of a constant column it is exactly that constant:
+  // s = sum (x_r - x), share = one over their number.
+  template <class R> static NK_HD R first_shift(R x, R s, R share, R zero) {
+    return finite_or(fma(share, s, x), zero);
+  }
   template <bool kSquares, class R> static NK_HD void add(R& s, R& q, R shift, R x) {
     const R d = x - shift;
     s = s + d;
@@ -336,6 +348,8 @@ struct GroupMoments {
 
 // What a normalisation layer's weight and bias get of one coordinate: g times the normalised x, and g.
 struct NormSums {
+  static constexpr int kRows = 128;    // whose sums down the columns are in the arithmetic type; then in double
+  static constexpr int kTogether = 8;  // of them are summed before all
   template <class R> static NK_HD void add(R& of_weight, R& of_bias, R g, R x, R mean, R rstd) {
     of_weight = fma(g, (x - mean) * rstd, of_weight);
     of_bias = of_bias + g;

@@ -10,13 +10,8 @@
 namespace nk::cpu::NK_ISA {
 namespace {
 
-constexpr int kRows = 8;     // at a time
-constexpr int kFirst = 8;    // rows whose mean is the first shift
-constexpr int kGroup = 128;  // rows that are summed in the arithmetic type before their sums are joined in double
-
-// A sum of n squares of floats in float arithmetic is right if it is at least n times this: whatever the squares lost
-// below float's smallest normal number (2^-126; flushed to zero, all of it) is less than its last digit.
-constexpr double kLeast = 0x1p-126 * 0x1p24;
+constexpr int kRows = GroupMoments::kTogether, kGroup = GroupMoments::kRows, kFirst = GroupMoments::kFirst;
+constexpr double kLeast = GroupMoments::kLeast;
 NK_HD bool is_finite(double x) { return x - x == 0; }
 
 // Of every column: what the inner loop reads and writes, and what the groups leave.
@@ -49,15 +44,13 @@ template <class T> double square_norm(const T* row, int64_t size) {
   return total(sum);
 }
 
-// The first shift: the mean of the first rows, counted from the first of them, so that of a constant column it is
-// exactly that constant.
 template <class R, class T, class Load> NK_HD Side<R, kSide<R>> first_shift(const Rows<T>& rows, int count,
                                                                             Load columns) {
   using S = Side<R, kSide<R>>;
   const S first = columns(rows.x), zero = S::all(0);
   S sum = zero;
   for (int r = 1; r < count; r++) sum = sum + (columns(rows.x + r * rows.stride) - first);
-  return finite_or(fma(S::all((R)(1 / (double)count)), sum, first), zero);
+  return GroupMoments::first_shift(first, sum, S::all((R)(1 / (double)count)), zero);
 }
 
 template <int N> struct Count {};

@@ -8,9 +8,8 @@
 namespace nk::cpu::NK_ISA {
 namespace {
 
-constexpr int kRows = 8;     // at a time, down the columns
-constexpr int kGroup = 128;  // rows whose sums are in the arithmetic type, down the columns
-constexpr int kRun = 64;     // numbers per lane, along a row
+constexpr int kRows = NormSums::kTogether, kGroup = NormSums::kRows;  // down the columns
+constexpr int kRun = 64;                                              // numbers per lane, along a row
 
 template <class R> R at(const void* p, int64_t i) { return ((const R*)p)[i]; }
 template <class R> R mean_at(const NormPart& n, int64_t i) { return n.mean ? at<R>(n.mean, i) : 0; }

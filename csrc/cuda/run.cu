@@ -1,4 +1,5 @@
 // run.cu - the launches: tables of tensors, one after another, on the caller's stream. Includes no standard library.
+#include "current.h"
 #include "update.cuh"
 
 namespace nk::cuda {
@@ -43,32 +44,6 @@ __global__ void __launch_bounds__(kThreads) write_nan(double* table, int64_t siz
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
 
-// Makes a device the current one for as long as it lives.
-class Current {
- public:
-  explicit Current(int device) {
-    error_ = cudaGetDevice(&before_);
-    if (error_ == cudaSuccess && before_ != device) error_ = cudaSetDevice(device);
-    moved_ = error_ == cudaSuccess && before_ != device;
-  }
-  ~Current() {
-    if (moved_) cudaSetDevice(before_);
-  }
-  const char* error() const { return error_ == cudaSuccess ? nullptr : cudaGetErrorString(error_); }
-
- private:
-  int before_ = 0;
-  bool moved_ = false;
-  cudaError_t error_;
-};
-
-const char* launched() {
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-
-constexpr uint32_t kMostBlocks = 0x7fffffff;  // in a grid
-
 Measure measure_of(const Chunk& c) { return c.h ? Measure::pair : c.sums ? Measure::step : Measure::nothing; }
 
 bool same_kernel(const Chunk& a, const Chunk& b) {
@@ -90,8 +65,6 @@ template <class... Arguments> void launch(DType dtype, const Arguments&... argum
       return Updates<f16>::launch(arguments...);
   }
 }
-
-constexpr const char* kTooLarge = "a tensor has more coordinates than a grid of blocks can take";
 
 const char* run_strided(const Chunk& c, cudaStream_t stream) {
   StridedTensor t;

@@ -5,6 +5,7 @@
 #pragma once
 #include "../backend.h"
 #include "block.cuh"
+#include "table.cuh"
 
 namespace nk::cuda {
 
@@ -21,7 +22,6 @@ struct Tensor {
   int64_t numel, slot_size;
 };
 
-constexpr int kTensors = 256;     // in a table
 constexpr int64_t kShort = 4096;  // a slot with fewer coordinates is one of many for a block
 
 struct Table {
@@ -212,19 +212,6 @@ __device__ __forceinline__ void visit(const Tensor& t, int64_t block, int column
     block_sum(s, shared);
     if (threadIdx.x == 0) write_sums(t.sums + block * columns, s, h, is_gauged);
   }
-}
-
-// Which entry of a table, a Table or the like, a block belongs to.
-template <class Entries> __device__ __forceinline__ int entry_of(const Entries& table, uint32_t block) {
-  int low = 0, high = table.count;  // first_block[low] <= block < first_block[high]
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (table.first_block[middle] <= block)
-      low = middle;
-    else
-      high = middle;
-  }
-  return low;
 }
 
 // Blocks that an SM holds at once, at least: as many as leave each thread the registers for its packs and sums.

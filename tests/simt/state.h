@@ -6,7 +6,7 @@
 
 namespace simt {
 
-constexpr size_t kSharedRoom = 128 << 10;     // for all arrays of all kernels
+constexpr size_t kSharedRoom = 1 << 20;       // for all arrays of all kernels
 constexpr size_t kStaticShared = 48 << 10;    // what one kernel may have
 constexpr size_t kDynamicShared = 227 << 10;  // the most that any device gives
 constexpr unsigned kMaxThreads = 1024;
