@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from memory import Fenced, same_bits
+from memory import Fenced, here, same_bits, same_sums
 from torch import nn
 
 import normkern
@@ -21,9 +21,9 @@ COLUMNS = (0, 1, 7, 9, 15, 16, 17, 33, 1023, 1024, 1025, 2100)  # 8 or 16 at a t
 def samples(rows, *shape, dtype=torch.float32, seed=0):
     """Columns of every scale, with means of every size against their spread."""
     make = torch.Generator().manual_seed(seed)
-    x = torch.randn((rows, *shape), generator=make, dtype=torch.float64)
-    x = x + torch.randn(shape, generator=make, dtype=torch.float64) * 2
-    return (x * torch.exp2(torch.randint(-6, 6, shape, generator=make).double())).to(dtype)
+    x = torch.randn((rows, *shape), generator=make, dtype=torch.float64, device="cpu")
+    x = x + torch.randn(shape, generator=make, dtype=torch.float64, device="cpu") * 2
+    return here((x * torch.exp2(torch.randint(-6, 6, shape, generator=make, device="cpu").double())).to(dtype))
 
 
 def assert_near(got, x, squares=True):
@@ -43,7 +43,7 @@ def assert_near(got, x, squares=True):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_kernel(isa, dtype):
+def test_kernel(backend, dtype):
     for rows in ROWS:
         for columns, offset in zip(COLUMNS, (0, 1, 3, 0, 1, 0, 5, 7, 1, 0, 3, 0), strict=True):
             x = samples(rows, columns, dtype=dtype)
@@ -65,12 +65,12 @@ def test_kernel(isa, dtype):
             plain = ops.moments(x, squares=False, totals=totals)
             assert same_bits(plain[0], mean)
             assert plain[1] is None
-            assert same_bits(plain[2], norms)
+            assert same_sums(backend, plain[2], norms)
             assert totals[1].isnan()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outputs_stay_inside(isa, dtype, monkeypatch):
+def test_outputs_stay_inside(backend, dtype, monkeypatch):
     """The kernel writes its columns and nothing beside them."""
     made = []
 
@@ -96,22 +96,24 @@ def layouts(x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layout_changes_no_bit(isa, dtype):
+def test_layout_changes_no_bit(backend, dtype):
     for rows, columns in ((2, 1), (5, 40), (19, 1030), (130, 17)):
         x = samples(rows, columns, dtype=dtype)
         expected = ops.moments(x)
         for name, y in layouts(x):
             assert torch.equal(x, y)
-            assert all(map(same_bits, ops.moments(y), expected)), f"{name} {rows} x {columns}"
+            got = ops.moments(y)
+            assert all(map(same_bits, got[:2], expected[:2])), f"{name} {rows} x {columns}"
+            assert same_sums(backend, got[2], expected[2]), f"{name} {rows} x {columns}"
 
 
-def test_expanded_samples():
+def test_expanded_samples(backend):
     row, column = samples(1, 40), samples(6, 1)
     for x in (row.expand(6, 40), column.expand(6, 40), samples(1, 1).expand(6, 40)):
         assert all(map(same_bits, ops.moments(x), ops.moments(x.clone())))
 
 
-def test_rows_of_every_shape():
+def test_rows_of_every_shape(backend):
     """Permuted and sliced rows: means are of the rows' shape, whatever their memory."""
     x = samples(5, 3, 4, 6, 7)
     views = [
@@ -135,7 +137,7 @@ def test_rows_of_every_shape():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_list_is_one_problem(isa, dtype):
+def test_list_is_one_problem(backend, dtype):
     shapes = [(3, 5), (), (2000,), (0, 4), (1,), (2, 1030)]
     tensors = [samples(9, *s, dtype=dtype, seed=i) for i, s in enumerate(shapes)]
     flat = torch.cat([x.reshape(9, x[0].numel()) for x in tensors], 1)
@@ -151,7 +153,7 @@ def test_list_is_one_problem(isa, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_wide_tiles(isa, dtype):
+def test_wide_tiles(backend, dtype):
     """Many columns are taken more at a time, and none of them knows."""
     x = samples(10, 1025, dtype=dtype).repeat(1, 1025)[:, 7:]
     x[:, 500_000] = 1e-30
@@ -190,7 +192,7 @@ def test_same_bits_everywhere(dtype):
 # ---- Numbers that are hard --------------------------------------------------------------------------------------------
 
 
-def test_tiny_noise_on_a_constant(isa):
+def test_tiny_noise_on_a_constant(backend):
     """The input's own rounding is all that may be lost: the samples that came are measured to float32's precision."""
     for rows in (2, 50, 128, 1000):
         x = (1000 + 0.01 * torch.randn(rows, 3000, dtype=torch.float64)).float()
@@ -200,7 +202,7 @@ def test_tiny_noise_on_a_constant(isa):
         torch.testing.assert_close(result.trace_sigma, exact.sum(), rtol=1e-6, atol=0)
 
 
-def test_constant_columns_have_no_variance(isa):
+def test_constant_columns_have_no_variance(backend):
     for dtype in DTYPES:
         x = torch.tensor([0.1, -1234.567, 1e-3, 0.0, 3e4]).to(dtype).expand(333, 5)
         result = normkern.moments(x)
@@ -211,7 +213,7 @@ def test_constant_columns_have_no_variance(isa):
 
 
 @pytest.mark.parametrize("rows", [16, 129, 40_000])
-def test_first_rows_are_no_measure_of_the_rest(isa, rows):
+def test_first_rows_are_no_measure_of_the_rest(backend, rows):
     """Outliers among the rows that give the first shift, a drift, blocks of other means, and zeros before noise."""
     noise = torch.randn(rows, 64, dtype=torch.float64)
     cases = {
@@ -245,7 +247,7 @@ def test_scale_changes_nothing(exponent, rows, offset):
     torch.testing.assert_close(result.variance.double(), wide.variance.float().double(), rtol=3e-6, atol=smallest)
 
 
-def test_small_and_large_side_by_side(isa):
+def test_small_and_large_side_by_side(backend):
     """A sample and a column out of float's range, among others that are not; rows and columns of zeros."""
     x = torch.randn(20, 3000)
     x[3] *= 1e-30
@@ -265,7 +267,7 @@ def test_small_and_large_side_by_side(isa):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [4, 200])
-def test_infinities_and_nan_stay_where_they_are(isa, dtype, rows):
+def test_infinities_and_nan_stay_where_they_are(backend, dtype, rows):
     x = samples(rows, 40, dtype=dtype)
     x[0, 1], x[rows - 1, 2], x[2, 3], x[1, 4], x[2, 4] = math.inf, -math.inf, math.nan, math.inf, -math.inf
     result, exact = normkern.moments(x), x.double()
@@ -307,7 +309,7 @@ def assert_moments(result, rows, near):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_field(isa, dtype):
+def test_every_field(backend, dtype):
     near = 1e-13 if dtype == torch.float64 else 3e-6
     x = (1 + torch.randn(30, 1500, dtype=torch.float64)).to(dtype)
     assert_moments(normkern.moments(x), x.double(), near)
