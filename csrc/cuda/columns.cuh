@@ -89,9 +89,11 @@ __device__ __forceinline__ void add_group(int64_t begin, int64_t end, R (&own)[k
         for (int k = 0; k < Columns::kEach; k++) shared[j][warp][Columns::column(k)] = s[j][k];
     __syncthreads();
     if (threadIdx.x < Columns::kTile)
-      for (int w = 0; w < kWarps && turn + w < all; w++)
 #pragma unroll
-        for (int j = 0; j < kSums; j++) own[j] = own[j] + shared[j][w][threadIdx.x];
+      for (int w = 0; w < kWarps; w++)
+#pragma unroll
+        for (int j = 0; j < kSums; j++)
+          if (turn + w < all) own[j] = own[j] + shared[j][w][threadIdx.x];
     __syncthreads();
   }
 }

@@ -18,6 +18,12 @@ struct Stretches {
   double* squares;  // (count, positions) of the first of them
 };
 
+// Which sample a position is of. In 32 bits where they are enough: in 64 a division is longer than the rest.
+__device__ __forceinline__ int64_t sample_of(int64_t position, int64_t positions) {
+  if (((uint64_t)position | (uint64_t)positions) >> 32 == 0) return (uint32_t)position / (uint32_t)positions;
+  return position / positions;
+}
+
 template <class T, bool kSquares, class Columns>
 __device__ __forceinline__ void embedding_row(const EmbeddingBatch& e, int64_t row, int64_t stretch,
                                               const Columns& columns, double* squares) {
@@ -49,13 +55,13 @@ __device__ __forceinline__ void embedding_row(const EmbeddingBatch& e, int64_t r
 
 #pragma unroll 1
   for (int64_t i = begin; i < end; i += kAhead) {
-    int64_t at[kAhead];
+    int64_t at[kAhead], samples[kAhead];
     typename Columns::Held held[kAhead];
 #pragma unroll
     for (int j = 0; j < kAhead; j++) {
       if (i + j >= end) continue;
       at[j] = e.order[i + j];
-      const int64_t b = at[j] / e.positions;
+      const int64_t b = samples[j] = sample_of(at[j], e.positions);
       columns.load(held[j], g + b * e.sample_stride + (at[j] - b * e.positions) * e.position_stride);
     }
 #pragma unroll
@@ -63,10 +69,9 @@ __device__ __forceinline__ void embedding_row(const EmbeddingBatch& e, int64_t r
       if (i + j >= end) continue;
       R value[N];
       Columns::unpack(held[j], value);
-      const int64_t b = at[j] / e.positions;
-      if (b != sample) {
+      if (samples[j] != sample) {
         if (sample >= 0) add_sample();
-        sample = b, place = at[j];
+        sample = samples[j], place = at[j];
 #pragma unroll
         for (int k = 0; k < N; k++) one[k] = (double)value[k];
       } else {

@@ -141,7 +141,7 @@ __device__ __forceinline__ void moments_of_tile(const Matrix& m, const MatrixTab
     if (threadIdx.x == 0) {
       const int64_t width = m.columns - tile * Columns::kTile;
       const double least = M::kLeast * (double)rows * (double)(width < Columns::kTile ? width : Columns::kTile);
-      const bool is_lost = kSquares && !(all[1] >= least) && all[2] != 0;
+      const bool is_lost = kSquares && rows > 1 && !(all[1] >= least) && all[2] != 0;
       again[0] = !is_finite(all[0]) || !is_finite(all[1]) || is_lost;
     }
     __syncthreads();
