@@ -23,8 +23,12 @@ class Mutant:
     says: str  # part of the complaint
     always: bool = False  # also where there is no time for all of them
 
+    @property
+    def is_of_samples(self) -> bool:
+        return self.file.split(".")[0] in ("columns", "moments", "norm_sums", "embedding", "samples")
+
     def sources(self) -> list[Path]:
-        """The kernels of float and the launchers with the edit, in a folder of their own.
+        """The family's kernels of float and its launchers with the edit, in a folder of their own.
 
         Raises:
             ValueError: the text to replace is not there exactly once.
@@ -36,7 +40,8 @@ class Mutant:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(build.CSRC, folder)
         (folder / "cuda" / self.file).write_text(shipped.replace(self.old, self.new))
-        return [folder / "cuda" / "update_f32.cu", folder / "cuda" / "run.cu"]
+        names = ("samples_f32.cu", "samples.cu") if self.is_of_samples else ("update_f32.cu", "run.cu")
+        return [folder / "cuda" / name for name in names]
 
     def verdict(self) -> str:
         """What is said of it, by an interpreter of its own; nothing if nobody objects."""
@@ -44,7 +49,7 @@ class Mutant:
             [sys.executable, "-m", "simt.mutants", self.name],
             capture_output=True, text=True, check=False, cwd=build.HERE.parent, timeout=300,
         )  # fmt: skip
-        if done.returncode not in (0, 1):
+        if done.returncode not in (0, 1) or (done.returncode and not done.stdout.strip()):
             raise RuntimeError(f"mutant {self.name!r}, exit code {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout.strip()
 
@@ -138,7 +143,7 @@ MUTANTS = [
         "differs from the CPU's",
     ),
     Mutant(
-        "the wrong tensor", "update.cuh",
+        "the wrong tensor", "table.cuh",
         "    if (table.first_block[middle] <= block)", "    if (table.first_block[middle] < block)",
         "access past the end",
     ),
@@ -152,19 +157,109 @@ MUTANTS = [
         "v += k * t.v[d]", "v += k * t.w[d]",
         "access outside every buffer",
     ),
+    Mutant(
+        "sums are added before they are there", "columns.cuh",
+        "    __syncthreads();\n    if (threadIdx.x < Columns::kTile)", "    if (threadIdx.x < Columns::kTile)",
+        "read of memory that nobody has written: read of 4 bytes at sums",
+        always=True,
+    ),
+    Mutant(
+        "sums are overwritten before they are added", "columns.cuh",
+        "          if (turn + w < all) own[j] = own[j] + shared[j][w][threadIdx.x];\n    __syncthreads();",
+        "          if (turn + w < all) own[j] = own[j] + shared[j][w][threadIdx.x];",
+        "race with another warp",
+    ),
+    Mutant(
+        "a shift that is not there yet",
+        "moments.cuh",
+        "share, R(0));\n        }\n        __syncthreads();",
+        "share, R(0));\n        }",
+        "read of memory that nobody has written: read of 4 bytes at shifts",
+    ),
+    Mutant(
+        "one column too many", "columns.cuh",
+        "offsets_[k] = at < columns ? offset(at) : -1;", "offsets_[k] = at <= columns ? offset(at) : -1;",
+        "access past the end",
+        always=True,
+    ),
+    Mutant(
+        "packs of rows out of alignment", "samples.cu",
+        "  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride", "  return p && stride",
+        "misaligned access: read of 16 bytes",
+        always=True,
+    ),
+    Mutant(
+        "packs of rows of any stride", "samples.cu",
+        "% 16 == 0 && stride * item_size(dtype) % 16 == 0 &&", "% 16 == 0 && stride >= 0 &&",
+        "misaligned access: read of 16 bytes",
+    ),
+    Mutant(
+        "a row lost", "columns.cuh",
+        "all = whole + rows % kTogether;", "all = whole + rows % kTogether - (rows % kTogether > 1);",
+        "",
+        always=True,
+    ),
+    Mutant(
+        "lines of tiles overlap", "moments.cuh",
+        "table.lines + blockIdx.x * (rows + 2)", "table.lines + blockIdx.x * (rows + 1)",
+        "race with another block",
+        always=True,
+    ),
+    Mutant(
+        "one line too many", "samples.cu",
+        "for (int64_t i = begin + warp; i < end; i += kWarps) sum += lines", "for (int64_t i = begin + warp; i <= end; i += kWarps) sum += lines",
+        "access past the end",
+    ),
+    Mutant(
+        "positions without a square", "embedding.cuh",
+        "        if (lane == 0) squares[at[j]] = 0;\n", "",
+        "read of memory that nobody has written: read of 8 bytes",
+        always=True,
+    ),
+    Mutant(
+        "the last sample forgotten", "embedding.cuh",
+        "  if (sample >= 0) add_sample();\n\n", "",
+        "",
+    ),
+    Mutant(
+        "a row's position too many", "embedding.cuh",
+        "      if (i + j >= end) continue;\n      at[j]", "      if (i + j > end) continue;\n      at[j]",
+        "access past the end",
+    ),
+    Mutant(
+        "a row too many", "norm_sums.cuh",
+        "if (row >= n.samples * n.rows) return;", "if (row > n.samples * n.rows) return;",
+        "access past the end",
+    ),
+    Mutant(
+        "a row of another sample", "norm_sums.cuh",
+        "+ sample * n.x.sample_stride + at * n.x.row_stride;", "+ sample * n.x.sample_stride + sample * n.x.row_stride;",
+        "is not the CPU's",
+    ),
+    Mutant(
+        "a row's packs read twice", "norm_sums.cuh",
+        "      of_g[j].load(g + at);", "      of_g[j].load(g + at);\n      (void)*(const volatile uint32_t*)(g + at);",
+        "bytes read,",
+    ),
 ]  # fmt: skip
 
 
 def main(name: str) -> int:
     import torch
 
-    from . import judgement
+    from . import judgement, sample_judgement
     from .backend import Backend
     from .calls import Call
+    from .sample_calls import CALLS
 
     mutant = next(m for m in MUTANTS if m.name == name)
     backend = Backend(checked=True, kernels=mutant.sources())
     try:
+        for call in CALLS if mutant.is_of_samples else ():
+            sample_judgement.same_as_cpu(backend, call, torch.float32, seeds=(1, 2))
+            sample_judgement.moves_what_it_must(backend, call, torch.float32)
+        if mutant.is_of_samples:
+            return 0
         for call in (Call("SgdMomentumFirst", "step"), Call("SgdMomentum", "step"), Call("SgdMomentum", "step", "row")):
             judgement.same_as_cpu(backend, call, torch.float32, seeds=(1, 2))
             judgement.moves_what_it_must(backend, call, torch.float32)

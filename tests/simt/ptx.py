@@ -71,8 +71,8 @@ def parse(text: str) -> list[Kernel]:
     for found in re.finditer(r"\.entry\s+([\w$]+)\s*\((.*?)\)[^{]*\{(.*?)\n\}", text, re.DOTALL):
         name, parameters, body = found.groups()
         shared = {
-            m[2]: (int(m[1]), int(m[3]))
-            for m in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", body)
+            m[3]: (int(m[1]), int(m[2]) // 8 * int(m[4] or 1))
+            for m in re.finditer(r"\.shared\s+\.align\s+(\d+)\s+\.\w(\d+)\s+([\w$]+)(?:\[(\d+)\])?\s*;", body)
         }
         instructions, labels = [], {}
         body = re.sub(r"([\w$]+):(?!:)", r"\1:;", body)

@@ -100,8 +100,8 @@ class Grid:
         register = self.special.get(operand)
         if register is None:
             register = self.registers.get(operand)
-        if register is None:
-            raise PtxError(f"{operand} is read before it is written")
+        if register is None:  # nvcc computes ahead of a branch what is then not used: a NaN, should it be used
+            return np.full(lanes.size, (1 << bits) - 1, UNSIGNED[bits]).view(numbers)
         raw = register[lanes]
         return (raw if raw.dtype.itemsize * 8 == bits else raw.astype(UNSIGNED[bits])).view(numbers)
 

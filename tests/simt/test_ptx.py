@@ -5,10 +5,11 @@ import dataclasses
 import pytest
 from memory import same_bits
 
-from . import build, nvcc, ptx, ptxrun
+from . import build, nvcc, ptx, ptxrun, sample_calls
 from .calls import SPECIAL, every_call, random_lists
 from .judgement import DTYPES, lay_out
 from .needs import need
+from .sample_calls import CALLS, Near
 
 SHAPES = [(0,), (7,), (33,), (257,), (8195,), (40, 51), (161, 51), (5, 2047), (2, 9000), (12, 5, 7), (12, 5, 8)]
 SOURCES = sorted((build.CSRC / "cuda").glob("*.cu"))
@@ -61,6 +62,17 @@ def test_special_cases_have_the_bits_of_the_emulator(in_ptx, case, dtype):
     with in_ptx():
         got = case(dtype, on_device=True)
     assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernels_over_samples_have_the_bits_of_the_emulator(in_ptx, name, dtype):
+    expected = sample_calls.run(name, dtype)
+    with in_ptx():
+        got = sample_calls.run(name, dtype)
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        a, b = (x.tensor if isinstance(x, Near) else x for x in (a, b))
+        assert same_bits(a, b), f"result {i}, of shape {tuple(a.shape)}"
 
 
 def test_every_kernel_was_executed(kernels, executed):
