@@ -326,11 +326,9 @@ struct GroupMoments {
   // below float's smallest normal number (2^-126; flushed to zero, all of it) is less than its last digit.
   static constexpr double kLeast = 0x1p-126 * 0x1p24;
 
-  // The mean of a few rows, counted from the first of them, x, so that of a constant column it is exactly that constant:
-  // s = sum (x_r - x), share = one over their number.
-  template <class R> static NK_HD R first_shift(R x, R s, R share, R zero) {
-    return finite_or(fma(share, s, x), zero);
-  }
+  // The mean of a few rows, counted from the first of them, x, so that of a constant column it is exactly that
+  // constant: s = sum (x_r - x), share = one over their number.
+  template <class R> static NK_HD R first_shift(R x, R s, R share, R zero) { return finite_or(fma(share, s, x), zero); }
   template <bool kSquares, class R> static NK_HD void add(R& s, R& q, R shift, R x) {
     const R d = x - shift;
     s = s + d;

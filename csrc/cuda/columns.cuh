@@ -42,7 +42,7 @@ template <class T> struct Packs {
 
 // Of tiles of any width, anywhere. Columns that are not there are zeros.
 template <class T> struct Singles {
-  static constexpr int kEach = sizeof(T) == 8 ? 2 : 4, kTile = kWarp * kEach;
+  static constexpr int kEach = 2, kTile = kWarp * kEach;
   struct Held {
     T x[kEach];
   };

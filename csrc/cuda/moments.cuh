@@ -99,7 +99,7 @@ __device__ __forceinline__ void moments_of_tile(const Matrix& m, const MatrixTab
         __syncthreads();
       }
       double norms[M::kTogether] = {};
-      constexpr int kAtOnce = N < 4 ? N : 4;  // columns: what is known of more of them would be spilled
+      constexpr int kAtOnce = 2;  // columns: what is known of more of them would be spilled
 #pragma unroll
       for (int k0 = 0; k0 < N; k0 += kAtOnce) {
         R shift[kAtOnce];

@@ -69,7 +69,7 @@ template <class F> void with_type(DType dtype, F f) {
 int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 int64_t real_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 int64_t tile_of_packs(DType dtype) { return kWarp * 16 / item_size(dtype); }
-int64_t tile_of_singles(DType dtype) { return dtype == DType::f64 ? Singles<double>::kTile : Singles<float>::kTile; }
+constexpr int64_t kTileOfSingles = Singles<float>::kTile;
 
 // Whether packs of all rows begin at a multiple of 16 bytes.
 bool fits_packs(const void* p, DType dtype, int64_t stride, int64_t another = 0) {
@@ -77,14 +77,13 @@ bool fits_packs(const void* p, DType dtype, int64_t stride, int64_t another = 0)
          another * item_size(dtype) % 16 == 0;
 }
 
-// Columns that go in packs, of whole tiles (of either kind: a tile of packs is one or two of singles), and how many
-// tiles those and the others take.
+// Columns that go in packs, of whole tiles (one, two or four of singles), and how many tiles those and the others take.
 struct Cut {
   int64_t packed, packs, singles;
 };
 Cut cut(int64_t columns, DType dtype, bool fits) {
   const int64_t tile = tile_of_packs(dtype), packs = fits ? columns / tile : 0, packed = packs * tile;
-  return {packed, packs, pieces(columns - packed, tile_of_singles(dtype))};
+  return {packed, packs, pieces(columns - packed, kTileOfSingles)};
 }
 
 void* moved(void* p, int64_t bytes) { return p ? static_cast<char*>(p) + bytes : nullptr; }
@@ -209,7 +208,7 @@ const char* norm_sums(const NormBatch& n, const Queue& queue) {
     return error;
   return launch(blocks[1], [&](auto type) {
     SampleKernels<decltype(type)>::norm_columns(Reads::singles, (uint32_t)blocks[1], stream, n,
-                                                c.packed / tile_of_singles(n.dtype), c.singles);
+                                                c.packed / kTileOfSingles, c.singles);
   });
 }
 
@@ -238,8 +237,7 @@ const char* embedding_moments(const EmbeddingBatch& e, const Queue& queue) {
   };
   double* others = e.scratch + c.packs * e.samples * e.positions;
   if (const char* error = launch(Reads::packs, {0, c.packs, e.scratch})) return error;
-  if (const char* error = launch(Reads::singles, {c.packed / tile_of_singles(e.dtype), c.singles, others}))
-    return error;
+  if (const char* error = launch(Reads::singles, {c.packed / kTileOfSingles, c.singles, others})) return error;
   if (e.samples == 0) return nullptr;
   if (e.samples > kMostBlocks) return kTooLarge;
   NK_LAUNCH(add_positions, dim3((uint32_t)e.samples), dim3(kThreads), 0, stream, e, e.scratch, c.packs + c.singles);

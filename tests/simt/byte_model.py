@@ -34,6 +34,14 @@ def rules() -> dict[str, Rule]:
     return found
 
 
+#: Kernels over samples that read in packs, and how many narrow loads each of those may have beside it: of norm_columns
+#: a row's mean and rstd for its g and its x, of embedding the position that says where the next row is.
+SAMPLE_KERNELS = {
+    "moments_in_packs": ("moments", 0), "norm_columns_in_packs": ("norm_sums, last", 1),
+    "norm_rows": ("norm_sums, first", 0), "embedding_in_packs": ("embedding_moments", 1),
+}  # fmt: skip
+
+
 def bytes_per_coordinate(rule: str, measure: str, storage: str) -> tuple[int, int]:
     """(read, written) of one coordinate: w and g, v where the rule keeps it, the first gradient of a pair."""
     r, size = rules()[rule], STORAGE[storage]

@@ -10,7 +10,7 @@ memory busy (Little's law: bandwidth times latency).
 import argparse
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import byte_model, sass
@@ -66,6 +66,7 @@ class Promise:
     storage: str
     read: int
     written: int
+    beside: int | None = field(default=None, compare=False)  # narrow loads for each of a pack; None: of no kind
 
 
 def promise(kernel: sass.Kernel) -> Promise | None:
@@ -74,7 +75,33 @@ def promise(kernel: sass.Kernel) -> Promise | None:
         rule, measure, storage = kernel.arguments
         measure = byte_model.MEASURES[int(measure)]
         return Promise(measure, storage, *byte_model.bytes_per_coordinate(rule, measure, storage))
+    if kernel.family in byte_model.SAMPLE_KERNELS:
+        op, beside = byte_model.SAMPLE_KERNELS[kernel.family]
+        storage = kernel.arguments[0]
+        streams = 2 if op.startswith("norm_sums") else 1
+        return Promise(op, storage, streams * byte_model.STORAGE[storage], 0, beside)
     return None
+
+
+def faults_of_loop(loop: sass.Loop, promised: Promise) -> list[str]:
+    """What a loop over packs does that it should not."""
+    if promised.beside is not None:  # stores are of sums, of a row or a sample: few
+        packs = loop.loads.count(16)
+        narrow = len(loop.loads) - packs
+        if narrow > promised.beside * packs:
+            return [f"a loop over packs has {narrow} narrow loads beside {packs} of 16 bytes"]
+        return []
+    faults = []
+    narrow_widths = sorted({w for w in loop.loads + loop.stores if w != 16})
+    if narrow_widths:
+        faults.append(f"a loop over packs has accesses of {', '.join(map(str, narrow_widths))} bytes")
+    read, written = sum(loop.loads), sum(loop.stores)
+    if read * promised.written != written * promised.read:
+        faults.append(
+            f"a loop over packs reads {read} bytes where it writes {written}; the formula reads {promised.read} "
+            f"bytes of a coordinate and writes {promised.written}"
+        )
+    return faults
 
 
 @dataclass
@@ -101,15 +128,7 @@ def judge(kernel: sass.Kernel) -> Verdict:
     gpu = GPUS[kernel.arch]
     in_flight = min(loop.in_flight for loop in packed) * gpu.resident(kernel)
     for loop in packed:
-        narrow = sorted({w for w in loop.loads + loop.stores if w != 16})
-        if narrow:
-            faults.append(f"a loop over packs has accesses of {', '.join(map(str, narrow))} bytes")
-        read, written = sum(loop.loads), sum(loop.stores)
-        if read * promised.written != written * promised.read:
-            faults.append(
-                f"a loop over packs reads {read} bytes where it writes {written}; the formula reads {promised.read} "
-                f"bytes of a coordinate and writes {promised.written}"
-            )
+        faults += faults_of_loop(loop, promised)
     if gpu.is_gated and in_flight < gpu.bytes_needed:
         faults.append(
             f"{in_flight / 1024:.1f} KiB on their way to a multiprocessor of {gpu.name}, "

@@ -72,4 +72,17 @@ template <> __global__ void __launch_bounds__(256, 1) update<Gauged, Measure::no
   for (int k = 0; k < 72; k++) reinterpret_cast<double*>(t.w)[k * 256 + threadIdx.x] = sums[k];
 }
 
+// Of a kernel over samples: a number of every row, which its packs have anyhow, is read once more.
+template <class T, bool> __global__ void moments_in_packs(Table t);
+template <> __global__ void __launch_bounds__(256, 4) moments_in_packs<float, true>(Table t) {
+  float4 sum = {};
+#pragma unroll 1
+  for (int i = threadIdx.x; i < t.n; i += 512) {
+    const float4 g = t.g[i], g2 = t.g[i + 256];
+    sum = moved(moved(sum, g), g2);
+    sum.x += reinterpret_cast<const volatile float*>(t.g)[4 * i];
+  }
+  t.w[threadIdx.x] = sum;
+}
+
 }  // namespace nk
