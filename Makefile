@@ -2,8 +2,8 @@
 #   make demo    train on handwritten digits: demo/curves.png, demo/train.json
 #   make test    the whole test suite (make test-slow: with the long sweeps)
 #   make lint    what CI checks of style and types
-#   make cuda    kernels for every GPU architecture, into build/cuda/, and what can be checked of them without a GPU
-#                (make cuda-sweep: with every kernel broken on purpose, and the table of docs/cuda.md)
+#   make cuda    kernels for every GPU architecture, into build/cuda/ (make cuda-build: only that), and their machine code
+#                checked (make cuda-sweep: with every type and every kernel broken on purpose, and docs/cuda.md's table)
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
 #   make bench-noise    the part about single gradients' noise: bench/results/noise.json, the README's table of it
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
@@ -11,7 +11,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format cuda cuda-sweep bench bench-noise bench-compare clean
+.PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-compare clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -34,16 +34,20 @@ format: .venv/ready
 	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
 
 # In a folder of its own: what is installed keeps kernels for the GPU that is here, if there is one.
-cuda: .venv/ready
+cuda-build: .venv/ready
+	@command -v nvcc > /dev/null || { echo "make $@: expected nvcc on the path, found none: it is part of the CUDA toolkit, 12.8 or newer" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet cmake ninja "pybind11>=3.0"
 	$(BIN)/cmake -S . -B build/cuda -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
 	  -DNORMKERN_CUDA=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/cuda
-	NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/test_cuda_build.py tests/simt/test_sass.py
+
+cuda: cuda-build
+	CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/test_cuda_build.py tests/simt/test_sass.py
 
 cuda-sweep: cuda
 	CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/simt \
-	  tests/test_ops.py tests/test_ops_pairs.py tests/test_ops_gauge.py tests/test_bitwise.py
+	  tests/test_ops.py tests/test_ops_pairs.py tests/test_ops_gauge.py tests/test_bitwise.py tests/test_moments.py \
+	  tests/test_norm_sums.py tests/test_embedding_moments.py
 	cd tests && $(abspath $(BIN)/python) -m simt.sass_check $(CURDIR)/build/cuda/_C*.so --docs ../docs/cuda.md
 
 ifdef QUICK

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from . import build
 from .backend import Backend
@@ -17,7 +18,11 @@ def checked():
 
 
 def pytest_collection_modifyitems(items):
-    """`make cuda-sweep` runs them, not `make test`: with what they build they take as long as all the others."""
+    """Of what runs in the emulator `make test` has float32, and nvcc's code of every kernel; the rest takes minutes more
+    and is `make cuda-sweep`'s."""
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if Path(__file__).parent not in item.path.parents or item.path.name == "test_ptx.py":
+            continue
+        dtype = getattr(item, "callspec", None) and item.callspec.params.get("dtype")
+        if dtype not in (None, torch.float32):
             item.add_marker(pytest.mark.slow)

@@ -93,7 +93,6 @@ MUTANTS = [
         "misaligned packs", "update.cuh",
         "  const int packed = aligned ? n / N * N : 0;", "  const int packed = n / N * N;\n  (void)aligned;",
         "misaligned access: read of 16 bytes",
-        always=True,
     ),
     Mutant(
         "no packs", "update.cuh",
@@ -116,7 +115,6 @@ MUTANTS = [
         "blocks overlap", "update.cuh",
         "(int)(left < kBlock ? left : kBlock),\n            is_short", "(int)(left < kBlock + 1 ? left : kBlock + 1),\n            is_short",
         "race with another block",
-        always=True,
     ),
     Mutant(
         "parts added by atomics", "update.cuh",
@@ -161,7 +159,6 @@ MUTANTS = [
         "sums are added before they are there", "columns.cuh",
         "    __syncthreads();\n    if (threadIdx.x < Columns::kTile)", "    if (threadIdx.x < Columns::kTile)",
         "read of memory that nobody has written: read of 4 bytes at sums",
-        always=True,
     ),
     Mutant(
         "sums are overwritten before they are added", "columns.cuh",
@@ -180,7 +177,6 @@ MUTANTS = [
         "one column too many", "columns.cuh",
         "offsets_[k] = at < columns ? offset(at) : -1;", "offsets_[k] = at <= columns ? offset(at) : -1;",
         "access past the end",
-        always=True,
     ),
     Mutant(
         "packs of rows out of alignment", "samples.cu",
