@@ -105,6 +105,7 @@ struct RowSums {
   bool squares;
   double* out;
   DType dtype;
+  double* scratch;  // of a CUDA device: cuda::row_sums_scratch() numbers that nobody has written
 };
 
 // raw = sum_b c_b^2 becomes sum_b (c_b - mean)^2, in place; total = sum_b c_b.
@@ -198,6 +199,8 @@ const char* fill_nan(double* table, int64_t size, const float* found_inf, const 
 // Ops over samples: what is wrong, or null. All memory is the device's, and nothing waits for it.
 int64_t moments_scratch(const Moments&);
 const char* moments(const Moments&, const Queue&);
+int64_t row_sums_scratch(const RowSums&);
+const char* row_sums(const RowSums&, const Queue&);
 const char* norm_sums(const NormBatch&, const Queue&);
 // An id that is not in the table is in no row, and leaves NaN in row_sq of its sample.
 int64_t embedding_scratch(const EmbeddingBatch&);

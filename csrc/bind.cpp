@@ -130,7 +130,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("conv_moments", conv_moments, "x"_a, "g"_a, "numbers"_a, "total"_a, "centred"_a, "sq_norms"_a);
 
   m.def("moments", moments, "samples"_a, "means"_a, "centred"_a, "factor"_a, "row_sq"_a, "totals"_a, "new_scratch"_a);
-  m.def("row_sums", row_sums, "x"_a, "squares"_a, "out"_a);
+  m.def("row_sums", row_sums, "x"_a, "squares"_a, "out"_a, "new_scratch"_a);
   m.def("recentre", recentre, "raw"_a, "total"_a, "share"_a, "least"_a);
   m.def("norm_sums", norm_sums, "g"_a, "x"_a, "mean"_a, "rstd"_a, "along_rows"_a, "of_weight"_a, "of_bias"_a);
   m.def("embedding_moments", embedding_moments, "ids"_a, "order"_a, "begin"_a, "g"_a, "padding"_a, "total"_a,

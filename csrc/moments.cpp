@@ -76,13 +76,15 @@ void moments(const py::list& samples, const py::list& means, const py::object& c
       [&](const cuda::Queue& queue) { return cuda::moments(m, queue); });
 }
 
-void row_sums(const py::object& x, bool squares, const py::object& out) {
+void row_sums(const py::object& x, bool squares, const py::object& out, const py::object& new_scratch) {
   Call call("row_sums");
   const View v = call.take("x", x);
-  const RowSums r{v.data, v.shape[0], v.shape[1], v.strides[0], squares, static_cast<double*>(call.data("out", out)),
-                  v.dtype};
+  RowSums r{v.data,  v.shape[0], v.shape[1], v.strides[0], squares, static_cast<double*>(call.data("out", out)),
+            v.dtype, nullptr};
+  if (!call.is_on_cpu()) r.scratch = call.scratch(new_scratch, cuda::row_sums_scratch(r));
   call.run(
-      v.numel > kReleaseGil, [&] { cpu::row_sums(r); }, [&](const cuda::Queue&) -> const char* { return "no kernel"; });
+      v.numel > kReleaseGil, [&] { cpu::row_sums(r); },
+      [&](const cuda::Queue& queue) { return cuda::row_sums(r, queue); });
 }
 
 bool recentre(const py::object& raw, const py::object& total, double share, double least) {
@@ -92,7 +94,7 @@ bool recentre(const py::object& raw, const py::object& total, double share, doub
   bool is_kept = true;
   call.run(
       v.numel > kReleaseGil, [&] { is_kept = cpu::recentre(m); },
-      [&](const cuda::Queue&) -> const char* { return "this op has no CUDA kernel"; });
+      [](const cuda::Queue&) -> const char* { return "this op has no kernel for CUDA; torch does it"; });
   return is_kept;
 }
 

@@ -11,7 +11,7 @@ void moments(const py::list& samples, const py::list& means, const py::object& c
              const py::object& row_sq, const py::object& totals, const py::object& new_scratch);
 
 // x (B, P), the columns side by side; out: B numbers, float64, dense. See `RowSums`.
-void row_sums(const py::object& x, bool squares, const py::object& out);
+void row_sums(const py::object& x, bool squares, const py::object& out, const py::object& new_scratch);
 
 // raw, total: CPU tensors of one shape, dense, float64 or float32. See `SecondMoments`.
 bool recentre(const py::object& raw, const py::object& total, double share, double least);

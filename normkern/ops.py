@@ -554,8 +554,8 @@ def row_sq_norms(x: Tensor) -> Tensor:
     """|x_b|^2 of every row of a matrix, summed in double precision.
 
     Args:
-        x: (B, P), a CPU tensor in float64, float32, bfloat16 or float16, its rows of any stride. Read only. Where a
-            row's numbers do not lie side by side, a copy is read.
+        x: (B, P) of float64, float32, bfloat16 or float16, its rows of any stride. Read only. Where a row's numbers do
+            not lie side by side, a copy is read.
 
     Returns:
         (B,) float64 on x's device. Nothing is synchronised.
@@ -571,11 +571,7 @@ def row_sq_norms(x: Tensor) -> Tensor:
     if x.ndim != 2:
         raise ValueError(f"row_sq_norms: x has shape {tuple(x.shape)}; expected (B, P)")
     row_sq = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-    if device_index(x) == -1:
-        _C.row_sums(_side_by_side(x), True, row_sq)
-        return row_sq
-    mean = torch.empty(x.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
-    _C.moments([x], [mean], None, 1.0, row_sq, _new_totals(x), _scratch_beside(x))
+    _C.row_sums(_side_by_side(x), True, row_sq, _scratch_beside(x))
     return row_sq
 
 
@@ -586,20 +582,20 @@ def row_sums(x: Tensor) -> Tensor:
         x: (B, P), as `row_sq_norms` takes it. Read only.
 
     Returns:
-        (B,) float64 on the CPU. Nothing is synchronised.
+        (B,) float64 on x's device. Nothing is synchronised.
 
     Raises:
-        TypeError: not a plain CPU tensor of these dtypes. ValueError: it is no matrix.
+        TypeError: no kernel takes it. ValueError: it is no matrix.
 
     >>> row_sums(torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
     tensor([ 7., -2.], dtype=torch.float64)
     """
-    if not cpu_takes(x):
+    if not kernel_takes(x):
         raise TypeError(_not_taken("row_sums", "x", x))
     if x.ndim != 2:
         raise ValueError(f"row_sums: x has shape {tuple(x.shape)}; expected (B, P)")
-    out = torch.empty(x.shape[0], dtype=torch.float64, device="cpu")
-    _C.row_sums(_side_by_side(x), False, out)
+    out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+    _C.row_sums(_side_by_side(x), False, out, _scratch_beside(x))
     return out
 
 
@@ -607,8 +603,8 @@ def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
     r"""Raw second moments become central ones, in place: :math:`\sum_b c_b^2 - (\sum_b c_b)^2 / B`, at least 0.
 
     Args:
-        raw, total: :math:`\sum_b c_b^2` and :math:`\sum_b c_b`, dense CPU tensors of one shape and layout, both float64
-            or both float32. raw is written.
+        raw, total: :math:`\sum_b c_b^2` and :math:`\sum_b c_b`, dense tensors of one shape and layout, both float64 or
+            both float32. raw is written. On a CUDA device torch does it in several passes, and waits for the answer.
         count: B.
         least: a share of raw.
 
@@ -623,12 +619,14 @@ def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
     (False, tensor([0.5000, 0.0000]))
     """
     for name, entry in {"raw": raw, "total": total}.items():
-        if not cpu_takes(entry) or entry.dtype not in (torch.float64, torch.float32):
+        if not kernel_takes(entry) or entry.dtype not in (torch.float64, torch.float32):
             raise TypeError(
-                f"recentre_: {name} is {describe(entry)}; expected a torch.Tensor of float64 or float32 on cpu"
+                f"recentre_: {name} is {describe(entry)}; expected a torch.Tensor of float64 or float32 on "
+                f"{_where_kernels_run(entry)}"
             )
-    if raw.dtype != total.dtype:
-        raise TypeError(f"recentre_: raw is {describe(raw)} but total is {describe(total)}; expected one dtype")
+    if raw.dtype != total.dtype or raw.device != total.device:
+        what = "dtype" if raw.dtype != total.dtype else "device"
+        raise TypeError(f"recentre_: raw is {describe(raw)} but total is {describe(total)}; expected one {what}")
     if raw.shape != total.shape or raw.stride() != total.stride() or not _is_dense(raw):
         raise ValueError(
             f"recentre_: raw has shape {tuple(raw.shape)} and strides {raw.stride()}, total {tuple(total.shape)} and "
@@ -636,6 +634,10 @@ def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
         )
     if count < 1:
         raise ValueError(f"recentre_: count expected at least 1, got {count}")
+    if device_index(raw) != -1:
+        from . import reference
+
+        return reference.recentre_(raw, total, count, least)
     return _C.recentre(raw, total, 1 / count, least)
 
 

@@ -11,6 +11,8 @@ const char* add_parts(const SlotParts*, int64_t, int, const float*, const Queue&
 const char* fill_nan(double*, int64_t, const float*, const Queue&) { return kAbsent; }
 int64_t moments_scratch(const Moments&) { return 0; }
 const char* moments(const Moments&, const Queue&) { return kAbsent; }
+int64_t row_sums_scratch(const RowSums&) { return 0; }
+const char* row_sums(const RowSums&, const Queue&) { return kAbsent; }
 const char* norm_sums(const NormBatch&, const Queue&) { return kAbsent; }
 int64_t embedding_scratch(const EmbeddingBatch&) { return 0; }
 const char* embedding_moments(const EmbeddingBatch&, const Queue&) { return kAbsent; }

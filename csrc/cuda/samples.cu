@@ -13,7 +13,7 @@ constexpr int64_t kLines = 1024;  // that one block adds up
 // Line after line of `width` numbers, added up: a block takes a warp's width of them and kLines lines. What the last of
 // a line's blocks leave has one line; its numbers from `split` on go elsewhere.
 struct Lines {
-  const double* from;
+  double* from;
   int64_t count, width;
   double* to;
   int64_t split;
@@ -118,16 +118,17 @@ const char* launch_lines(const Lines& lines, cudaStream_t stream) {
   return launched();
 }
 
-// The lines of all tiles, `count` of them: to row_sq and totals.
-const char* add_up(const Moments& m, int64_t count, cudaStream_t stream) {
-  const int64_t width = m.rows + 2;
-  double *from = m.scratch, *next = from + count * width;
-  for (; count > kLines; count = pieces(count, kLines)) {
-    if (const char* error = launch_lines({from, count, width, next, width, nullptr}, stream)) return error;
-    from = next;
-    next += pieces(count, kLines) * width;
+// Any number of lines. Behind them is room for what the blocks leave.
+const char* add_up(Lines lines, cudaStream_t stream) {
+  double* next = lines.from + lines.count * lines.width;
+  while (lines.count > kLines) {
+    const int64_t left = pieces(lines.count, kLines);
+    if (const char* error = launch_lines({lines.from, lines.count, lines.width, next, lines.width, nullptr}, stream))
+      return error;
+    lines.from = next, lines.count = left;
+    next += left * lines.width;
   }
-  return launch_lines({from, count, width, m.row_sq, m.rows, m.totals}, stream);
+  return launch_lines(lines, stream);
 }
 
 }  // namespace
@@ -179,8 +180,28 @@ const char* moments(const Moments& m, const Queue& queue) {
     }
     if (const char* error = launch(reads, side_by_side)) return error;
   }
-  if (const char* error = add_up(m, tiles, stream)) return error;
+  if (const char* error = add_up({m.scratch, tiles, m.rows + 2, m.row_sq, m.rows, m.totals}, stream)) return error;
   return tiles == 0 && !m.squares ? fill_nan(m.totals + 1, 1, nullptr, queue) : nullptr;
+}
+
+int64_t row_sums_scratch(const RowSums& r) {
+  int64_t lines = 0;
+  for (int64_t count = parts(r); count > 1; count = pieces(count, kLines)) lines += count;
+  return lines * r.rows;
+}
+
+const char* row_sums(const RowSums& r, const Queue& queue) {
+  const Current current(queue.device);
+  if (current.error()) return current.error();
+  const auto stream = static_cast<cudaStream_t>(queue.stream);
+  const int64_t lines = parts(r), blocks = has_short_rows(r) ? pieces(r.rows, kWarps) : r.rows * lines;
+  if (blocks == 0) return nullptr;
+  if (blocks > kMostBlocks) return kTooLarge;
+  with_type(r.dtype, [&](auto type) {
+    SampleKernels<decltype(type)>::row_sums((uint32_t)blocks, stream, r, lines > 1 ? r.scratch : r.out);
+  });
+  const char* error = launched();
+  return error || lines == 1 ? error : add_up({r.scratch, lines, r.rows, r.out, r.rows, nullptr}, stream);
 }
 
 const char* norm_sums(const NormBatch& n, const Queue& queue) {

@@ -3,6 +3,7 @@
 #include "embedding.cuh"
 #include "moments.cuh"
 #include "norm_sums.cuh"
+#include "row_sums.cuh"
 
 namespace nk::cuda {
 
@@ -12,6 +13,7 @@ template <class T> struct SampleKernels {
   static void moments(Reads, bool squares, uint32_t blocks, cudaStream_t, const MatrixTable&, const Walk&);
   static void norm_columns(Reads, uint32_t blocks, cudaStream_t, const NormBatch&, int64_t first_tile, int64_t tiles);
   static void norm_rows(uint32_t blocks, cudaStream_t, const NormBatch&);
+  static void row_sums(uint32_t blocks, cudaStream_t, const RowSums&, double* out);
   static void embedding(Reads, bool squares, uint32_t blocks, cudaStream_t, const EmbeddingBatch&, const Stretches&);
 };
 
@@ -35,6 +37,13 @@ void SampleKernels<T>::norm_columns(Reads reads, uint32_t blocks, cudaStream_t s
 
 template <class T> void SampleKernels<T>::norm_rows(uint32_t blocks, cudaStream_t stream, const NormBatch& n) {
   NK_LAUNCH((nk::cuda::norm_rows<T>), dim3(blocks), dim3(kThreads), 0, stream, n);
+}
+
+template <class T>
+void SampleKernels<T>::row_sums(uint32_t blocks, cudaStream_t stream, const RowSums& r, double* out) {
+  const dim3 grid(blocks), block(kThreads);
+  if (r.squares) NK_LAUNCH((nk::cuda::row_sums<T, true>), grid, block, 0, stream, r, out);
+  if (!r.squares) NK_LAUNCH((nk::cuda::row_sums<T, false>), grid, block, 0, stream, r, out);
 }
 
 template <class T>

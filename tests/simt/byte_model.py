@@ -38,7 +38,7 @@ def rules() -> dict[str, Rule]:
 #: a row's mean and rstd for its g and its x, of embedding the position that says where the next row is.
 SAMPLE_KERNELS = {
     "moments_in_packs": ("moments", 0), "norm_columns_in_packs": ("norm_sums, last", 1),
-    "norm_rows": ("norm_sums, first", 0), "embedding_in_packs": ("embedding_moments", 1),
+    "norm_rows": ("norm_sums, first", 0), "row_sums": ("row_sums", 0), "embedding_in_packs": ("embedding_moments", 1),
 }  # fmt: skip
 
 

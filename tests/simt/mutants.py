@@ -25,7 +25,7 @@ class Mutant:
 
     @property
     def is_of_samples(self) -> bool:
-        return self.file.split(".")[0] in ("columns", "moments", "norm_sums", "embedding", "samples")
+        return self.file.split(".")[0] in ("columns", "moments", "norm_sums", "row_sums", "embedding", "samples")
 
     def sources(self) -> list[Path]:
         """The family's kernels of float and its launchers with the edit, in a folder of their own.
@@ -226,6 +226,16 @@ MUTANTS = [
         "a row too many", "norm_sums.cuh",
         "if (row >= n.samples * n.rows) return;", "if (row > n.samples * n.rows) return;",
         "access past the end",
+    ),
+    Mutant(
+        "a part of a row that another has", "row_sums.cuh",
+        "const int64_t begin = part * kChunk,", "const int64_t begin = part * (kChunk - 16),",
+        "",
+    ),
+    Mutant(
+        "parts of a row in one place", "row_sums.cuh",
+        "out[part * r.rows + row] = sum[0];", "out[row] = sum[0];",
+        "race with another block",
     ),
     Mutant(
         "a row of another sample", "norm_sums.cuh",

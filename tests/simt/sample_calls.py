@@ -54,6 +54,17 @@ def norm_sums(dtype, channels):
     yield results
 
 
+def row_sums(dtype, op):
+    """Rows of a warp, of a block, of several; out of alignment, all or some."""
+    make = torch.Generator().manual_seed(0)
+    results = []
+    for shape in ((1, 1), (9, 7), (3, 1000), (2, 4100), (2, 32768), (2, 32775)):
+        for x in (numbers(make, shape, dtype), out_of_alignment(numbers(make, shape, dtype))):
+            yield [x]
+            results.append(Near(op(x)))
+    yield results
+
+
 def embedding_moments(dtype, squares):
     """Ids that one sample has twice, that all have, that nobody has; a row that counts for nothing."""
     make = torch.Generator().manual_seed(0)
@@ -80,6 +91,8 @@ CALLS = {
     "moments, no squares": (moments, False),
     "norm_sums, last": (norm_sums, "last"),
     "norm_sums, first": (norm_sums, "first"),
+    "row_sq_norms": (row_sums, ops.row_sq_norms),
+    "row_sums": (row_sums, ops.row_sums),
     "embedding_moments": (embedding_moments, True),
     "embedding_moments, no squares": (embedding_moments, False),
 }

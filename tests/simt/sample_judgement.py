@@ -57,6 +57,11 @@ def moves_what_it_must(backend, name, dtype):
         packs, results = 2 * g.numel() * size, 2 * batch * (columns if channels == "last" else rows) * real
         # Of each row mean and rstd, by every lane of whoever has a tile of it, or all of it.
         beside = 2 * batch * rows * real * 32 * (columns // (32 * 16 // size) if channels == "last" else 8)
+    elif name.startswith("row_"):
+        rows, columns = 3, 65536
+        x = torch.ones(rows, columns, dtype=dtype)
+        read, written, wide = _moved(backend, lambda: getattr(ops, name)(x))
+        packs, results, beside = x.numel() * size, rows * 8, 2 * rows * 8
     else:
         batch, steps, columns, table = 4, 30, 512, 7
         ids = torch.arange(batch * steps).view(batch, steps) % table
