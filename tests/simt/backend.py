@@ -112,6 +112,10 @@ class Backend:
         """How many there are, which is current, and on which one tensors lie."""
         self._library.simt_devices(count, current, of_tensors)
 
+    def place(self, tensor, device):
+        """From now on, until `devices`, the tensor lies on this one."""
+        self._library.simt_place(ctypes.c_void_p(tensor.data_ptr()), device)
+
     def current_device(self):
         return self._library.simt_current_device()
 

@@ -4,6 +4,7 @@
 #include <stdio.h>
 
 #include <algorithm>
+#include <map>
 #include <string>
 #include <utility>
 
@@ -38,6 +39,7 @@ const Error& find(cudaError_t code) {
 
 const DLPackExchangeAPI* torch_api = nullptr;
 int tensor_device = 0;
+std::map<const void*, int> placed;  // where tensors lie that are not on that device
 
 size_t extent(const DLTensor& t) {  // bytes from the first to the last coordinate
   int64_t last = 0;
@@ -51,7 +53,8 @@ size_t extent(const DLTensor& t) {  // bytes from the first to the last coordina
 int tensor_of(void* object, DLTensor* out) {
   const int failed = torch_api->dltensor_from_py_object_no_sync(object, out);
   if (failed || out->device.device_type != kDLCPU) return failed;
-  out->device = {kDLCUDA, tensor_device};
+  const auto elsewhere = placed.find(out->data);
+  out->device = {kDLCUDA, elsewhere == placed.end() ? tensor_device : elsewhere->second};
   std::string name = "a tensor of " + std::to_string(out->dtype.bits) + " bits and shape (";
   for (int d = 0; d < out->ndim; d++) name += std::to_string(out->shape[d]) + ",";
   if (out->data) simt::allow(static_cast<char*>(out->data) + out->byte_offset, extent(*out), (name + ")").c_str());
@@ -110,7 +113,9 @@ SIMT_EXPORT void simt_devices(int count, int current, int of_tensors) {
   state.devices = count;
   state.device = current;
   tensor_device = of_tensors;
+  placed.clear();
 }
+SIMT_EXPORT void simt_place(const void* p, int device) { placed[p] = device; }
 SIMT_EXPORT void simt_allow(const void* p, size_t size, const char* name) { simt::allow(p, size, name); }
 SIMT_EXPORT void simt_blank(const void* p, size_t size) { simt::blank(p, size); }
 SIMT_EXPORT void simt_forget_all() { simt::forget_all(); }

@@ -88,3 +88,31 @@ def test_a_device_that_is_not_the_current_one(checked):
         with pytest.raises(RuntimeError, match=r"sgd_: .* on cuda:1, .*: invalid device ordinal"):
             ops.sgd_([w], [torch.ones(3)], lr=0.5)
     assert (w == 0.5).all()
+
+
+def test_tensors_on_two_devices(checked):
+    """Each device runs its own; what is measured, and every single tensor with its gradient, is on one."""
+    w, g = ([torch.ones(9000) for _ in range(3)] for _ in range(2))
+    with checked.in_place():
+        checked.devices(count=2)
+        for tensor in (w[1], g[1]):
+            checked.place(tensor, 1)
+        ops.sgd_(w, g, lr=0.5)
+        assert checked.current_device() == 0
+        assert all((x == 0.5).all() for x in w)
+        with pytest.raises(TypeError, match=r"sgd_: params\[1\] .*; expected one device"):
+            ops.sgd_(w, g, lr=0.5, stats="tensor")
+        checked.place(g[2], 1)
+        with pytest.raises(TypeError, match="expected one device"):
+            ops.sgd_(w, g, lr=0.5)
+        assert all((x == 0.5).all() for x in w)
+
+
+def test_empty_lists(checked):
+    with checked.in_place():
+        before = checked.launches()
+        assert ops.sgd_([], [], lr=0.1, stats="row").shape == (0, 5)
+        assert ops.pair_sums([], []).shape == (0, 4)
+        ops.svag_combine_([], [], l=2.0)
+        ops.welford_([], [], [], n=1)
+        assert checked.launches() == before

@@ -149,3 +149,18 @@ def test_more_blocks_than_a_grid_has(checked):
                 many, many, None, of_rows, True, torch.ones(1).expand(2**31 + 5, 1), torch.ones(1).expand(2**31 + 5, 1)
             )
         assert checked.launches() == before
+
+
+def test_tensors_on_two_devices(checked):
+    g, x, rstd = torch.ones(2, 3, 4), torch.ones(2, 3, 4), torch.ones(2, 3)
+    with checked.in_place():
+        checked.devices(count=2)
+        for stray in (x, rstd):
+            checked.devices(count=2)
+            checked.place(stray, 1)
+            with pytest.raises(TypeError, match="norm_sums: .* but g is on cuda:0; expected one device"):
+                ops.norm_sums(g, x, None, rstd, channels="last")
+        checked.devices(count=2)
+        checked.place(x, 1)
+        with pytest.raises(TypeError, match=r"moments: x is .* but x is on cuda:0; expected one device"):
+            checked.binary.moments([g, x], [g[0], x[0]], None, 1.0, rstd[0], rstd[0], None)
