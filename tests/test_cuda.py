@@ -95,6 +95,65 @@ def test_a_step_waits_for_nothing():
         ops.welford_(*pairs, [torch.zeros_like(p) for p in ours], n=3, stats="row")
 
 
+def samples(dtype, device):
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    ids = torch.arange(600, device=device).view(4, 150) * 7 % 90
+    return (
+        on(device, [(140, 1000), (140, 6, 5), (140,)], dtype, 1),
+        on(device, [(4, 150, 300)] * 2, dtype, 2),
+        on(device, [(4, 150)] * 2, real, 3),
+        ids,
+    )
+
+
+def over_samples(x, tensors, rows, ids):
+    """Every op over samples: what has the CPU's bits, and sums that are near."""
+    g, y = tensors
+    totals = torch.empty(2, dtype=torch.float64, device=g.device)
+    means, centred, norms = ops.moments(x, totals=totals)
+    last = ops.norm_sums(g, y, *rows, channels="last")
+    first = ops.norm_sums(g, y, None, rows[1], channels="first")
+    total, spread, of_samples = ops.embedding_moments(ids, g, 91, padding_idx=3, squares=True)
+    near = [norms, totals, *first, of_samples, ops.row_sums(x[0]), ops.row_sq_norms(x[0])]
+    return [*means, *centred, *last, total, spread], near
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ops_over_samples(dtype):
+    if ops.isa() in ("v2", "portable"):
+        pytest.skip("the CPU has no FMA hardware")
+    exact, near = over_samples(*samples(dtype, "cpu"))
+    given = samples(dtype, "cuda")
+    over_samples(*given)  # the device has the code of every kernel
+    with no_waiting():
+        got, sums = over_samples(*given)
+    assert all(x.is_cuda for x in (*got, *sums))
+    assert all(same_bits(a.cpu(), b) for a, b in zip(got, exact, strict=True))
+    for a, b in zip(sums, near, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-4)
+    again = over_samples(*given)
+    assert all(same_bits(a, b) for a, b in zip((*again[0], *again[1]), (*got, *sums), strict=True))
+
+
+def test_ops_over_samples_in_a_graph():
+    given = samples(torch.float32, "cuda")
+    expected = over_samples(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = over_samples(*given)
+    graph.replay()
+    torch.cuda.synchronize()
+    for ours, theirs in zip(got, expected, strict=True):
+        assert all(same_bits(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_an_id_that_is_none_leaves_nan():
+    ids, g = torch.tensor([[0, 1], [2, 9], [-1, 0]]), torch.ones(3, 2, 5)
+    total, _, norms = ops.embedding_moments(ids, g, 3, squares=True)
+    assert norms.isnan().tolist() == [False, True, True]
+    assert total.sum(1).tolist() == [10.0, 5.0, 5.0]
+
+
 def test_on_the_current_stream():
     """A step behind a long kernel on a side stream sees what that kernel writes."""
     side = torch.cuda.Stream()
