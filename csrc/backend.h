@@ -54,6 +54,7 @@ struct Chunk {
 struct SampleSums {
   void *total, *centred;  // dense, of the real type; centred null: not wanted
   double* sq_norms;
+  double* scratch;  // of a CUDA device: cuda::outer_scratch(), conv_scratch() numbers that nobody has written
 };
 
 // c_b = g_b^T a_b, of shape (outputs, inputs). Strides in elements; a and g are dense along their last dimension.
@@ -197,6 +198,10 @@ const char* add_parts(const SlotParts* slots, int64_t count, int columns, const 
 const char* fill_nan(double* table, int64_t size, const float* found_inf, const Queue&);
 
 // Ops over samples: what is wrong, or null. All memory is the device's, and nothing waits for it.
+int64_t outer_scratch(const Outer&);
+const char* outer_moments(const Outer&, const Queue&);
+int64_t conv_scratch(const Conv&);
+const char* conv_moments(const Conv&, const Queue&);
 int64_t moments_scratch(const Moments&);
 const char* moments(const Moments&, const Queue&);
 int64_t row_sums_scratch(const RowSums&);

@@ -122,12 +122,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("gather", Gather::lists, "params"_a, "state"_a, "key"_a);
   m.attr("CHUNK") = kChunk;
   m.def("outer_shape", outer_shape, "a"_a, "g"_a);
-  m.def("outer_moments", outer_moments, "a"_a, "g"_a, "total"_a, "centred"_a, "sq_norms"_a);
+  m.def(
+      "outer_moments",
+      [](const py::object& a, const py::object& g, const py::object& total, const py::object& centred,
+         const py::object& sq_norms,
+         const py::object& new_scratch) { outer_moments(a, g, {total, centred, sq_norms, new_scratch}); },
+      "a"_a, "g"_a, "total"_a, "centred"_a, "sq_norms"_a, "new_scratch"_a = py::none());
   py::class_<ConvNumbers>(m, "ConvNumbers")
       .def(py::init<py::object, py::object, py::object, py::object, int64_t>(), "kernel_size"_a, "stride"_a,
            "padding"_a, "dilation"_a, "groups"_a);
   m.def("conv_shape", conv_shape, "x"_a, "g"_a, "numbers"_a);
-  m.def("conv_moments", conv_moments, "x"_a, "g"_a, "numbers"_a, "total"_a, "centred"_a, "sq_norms"_a);
+  m.def(
+      "conv_moments",
+      [](const py::object& x, const py::object& g, const ConvNumbers& numbers, const py::object& total,
+         const py::object& centred, const py::object& sq_norms,
+         const py::object& new_scratch) { conv_moments(x, g, numbers, {total, centred, sq_norms, new_scratch}); },
+      "x"_a, "g"_a, "numbers"_a, "total"_a, "centred"_a, "sq_norms"_a, "new_scratch"_a = py::none());
 
   m.def("moments", moments, "samples"_a, "means"_a, "centred"_a, "factor"_a, "row_sq"_a, "totals"_a, "new_scratch"_a);
   m.def("row_sums", row_sums, "x"_a, "squares"_a, "out"_a, "new_scratch"_a);

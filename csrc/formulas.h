@@ -239,6 +239,13 @@ struct YoungsCramer {
     const R deviation = fma(minus_n, c, total);
     centred = fma(share * deviation, deviation, centred);
   }
+  // Of n0 contributions and n1 more, by = 1/(n0 n1 (n0+n1)); Chan, Golub, LeVeque 1983, Am. Stat. 37(3):
+  //     total' = total + total1,  centred' = centred + centred1 + (n1 total - n0 total1)^2 / (n0 n1 (n0+n1))
+  template <class D> static NK_HD void join(D& total, D& centred, D more_total, D more_centred, D n0, D n1, D by) {
+    const D deviation = fma(n1, total, -n0 * more_total);
+    total = total + more_total;
+    centred = centred + fma(by * deviation, deviation, more_centred);
+  }
   // As many contributions of zero more that there are B instead of n: by = 1/n - 1/B.
   template <class R> static NK_HD void add_zeros(R total, R& centred, R by) {
     centred = fma(by * total, total, centred);

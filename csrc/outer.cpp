@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "launch.h"
+
 namespace nk {
 namespace {
 
@@ -13,15 +15,12 @@ constexpr int64_t kReleaseGilWork = 1 << 17;  // multiply-adds; below, to releas
 constexpr int64_t kMostNumber = 1 << 20;
 constexpr double kMostReach = 0x1p40;
 
-// An argument that kernels take, of a given number of dimensions.
-View taken(const char* op, const char* name, const py::object& argument, const char* shape, int ndim) {
-  const auto v = view_on_cpu(argument.ptr());
-  if (!v)
-    throw py::type_error(std::string(op) + ": " + name + " is " + describe(argument.ptr()) +
-                         "; expected a torch.Tensor of float64, float32, bfloat16 or float16 on cpu");
-  if (ndim && v->ndim != ndim)
-    throw py::value_error(std::string(op) + ": " + name + " expected shape " + shape + ", got " + shape_text(*v));
-  return *v;
+// An argument of a given number of dimensions.
+View taken(Call& call, const char* op, const char* name, const py::object& argument, const char* shape, int ndim) {
+  const View v = call.take(name, argument);
+  if (ndim && v.ndim != ndim)
+    throw py::value_error(std::string(op) + ": " + name + " expected shape " + shape + ", got " + shape_text(v));
+  return v;
 }
 
 void check_dtype(const char* op, const View& a, const py::object& of_a, const char* name, const View& b,
@@ -34,9 +33,9 @@ void check_dtype(const char* op, const View& a, const py::object& of_a, const ch
 struct OuterViews {
   View a, g;
 };
-OuterViews outer_views(const py::object& a, const py::object& g) {
+OuterViews outer_views(Call& call, const py::object& a, const py::object& g) {
   constexpr const char* op = "outer_moments";
-  OuterViews v{taken(op, "a", a, "(B, T, I)", 3), taken(op, "g", g, "(B, T, O)", 3)};
+  OuterViews v{taken(call, op, "a", a, "(B, T, I)", 3), taken(call, op, "g", g, "(B, T, O)", 3)};
   check_dtype(op, v.g, g, "g", v.a, a, "a");
   if (v.a.shape[0] != v.g.shape[0] || v.a.shape[1] != v.g.shape[1])
     throw py::value_error(std::string(op) + ": g has shape " + shape_text(v.g) + " but a has " + shape_text(v.a) +
@@ -69,13 +68,17 @@ void read(const char* name, const py::object& from, int dims, int64_t least, int
                           text(from));
 }
 
-ConvViews conv_views(const py::object& x, const py::object& g, const ConvNumbers& numbers) {
+ConvViews conv_views(Call& call, const py::object& x, const py::object& g, const ConvNumbers& numbers) {
   constexpr const char* op = "conv_moments";
-  ConvViews v{taken(op, "x", x, "", 0), {}};
+  ConvViews v{taken(call, op, "x", x, "", 0), {}};
   if (v.x.ndim < 3 || v.x.ndim > 5)
     throw py::value_error("conv_moments: x expected shape (B, C, *space) with 1 to 3 space dimensions, got " +
                           shape_text(v.x));
-  v.g = taken(op, "g", g, v.x.ndim == 3 ? "(B, O, L)" : v.x.ndim == 4 ? "(B, O, H, W)" : "(B, O, D, H, W)", v.x.ndim);
+  v.g = taken(call, op, "g", g,
+              v.x.ndim == 3   ? "(B, O, L)"
+              : v.x.ndim == 4 ? "(B, O, H, W)"
+                              : "(B, O, D, H, W)",
+              v.x.ndim);
   check_dtype(op, v.g, g, "g", v.x, x, "x");
   if (v.x.shape[0] != v.g.shape[0])
     throw py::value_error("conv_moments: g has shape " + shape_text(v.g) + " but x has " + shape_text(v.x) +
@@ -103,60 +106,61 @@ ConvViews conv_views(const py::object& x, const py::object& g, const ConvNumbers
 }
 
 // Memory that ops.py has made for the results.
-template <class X> X* result(const char* op, const char* name, const py::object& o, DType dtype, int64_t numel) {
-  const auto v = view_on_cpu(o.ptr());
-  if (!v || v->dtype != dtype || v->numel != numel || !v->dense)
+template <class X>
+X* result(Call& call, const char* op, const char* name, const py::object& o, DType dtype, int64_t numel) {
+  const View v = call.take(name, o);
+  if (v.dtype != dtype || v.numel != numel || !v.dense)
     throw py::value_error(std::string(op) + ": " + name + " expected " + std::to_string(numel) +
-                          " dense numbers of the real type, got " + (v ? shape_text(*v) : describe(o.ptr())));
-  return static_cast<X*>(v->data);
+                          " dense numbers of the real type, got " + shape_text(v) + " of " + describe(o.ptr()));
+  return static_cast<X*>(v.data);
 }
 
-SampleSums sample_sums(const char* op, DType dtype, int64_t numel, int64_t batch, const py::object& total,
-                       const py::object& centred, const py::object& sq_norms) {
+SampleSums sample_sums(Call& call, const char* op, DType dtype, int64_t numel, int64_t batch, const Results& to) {
   const DType real = dtype == DType::f64 ? DType::f64 : DType::f32;
-  return {result<void>(op, "total", total, real, numel),
-          centred.is_none() ? nullptr : result<void>(op, "centred", centred, real, numel),
-          result<double>(op, "sq_norms", sq_norms, DType::f64, batch)};
+  return {result<void>(call, op, "total", to.total, real, numel),
+          to.centred.is_none() ? nullptr : result<void>(call, op, "centred", to.centred, real, numel),
+          result<double>(call, op, "sq_norms", to.sq_norms, DType::f64, batch), nullptr};
 }
 
 }  // namespace
 
 std::pair<int64_t, int64_t> outer_shape(const py::object& a, const py::object& g) {
-  const OuterViews v = outer_views(a, g);
+  Call call("outer_moments");
+  const OuterViews v = outer_views(call, a, g);
   return {v.g.shape[2], v.a.shape[2]};
 }
 
-void outer_moments(const py::object& a, const py::object& g, const py::object& total, const py::object& centred,
-                   const py::object& sq_norms) {
-  const OuterViews v = outer_views(a, g);
+void outer_moments(const py::object& a, const py::object& g, const Results& to) {
+  Call call("outer_moments");
+  const OuterViews v = outer_views(call, a, g);
   const int64_t batch = v.a.shape[0], steps = v.a.shape[1], inputs = v.a.shape[2], outputs = v.g.shape[2];
   for (const View& x : {v.a, v.g})
     if (x.shape[2] > 1 && x.strides[2] != 1)
       throw py::value_error(
           "outer_moments: expected operands that are dense along their last dimension, got a stride of " +
           std::to_string(x.strides[2]));
-  const Outer outer{
-      v.a.dtype,      batch,
-      steps,          outputs,
-      inputs,         v.a.data,
-      v.g.data,       v.a.strides[0],
-      v.a.strides[1], v.g.strides[0],
-      v.g.strides[1], sample_sums("outer_moments", v.a.dtype, outputs * inputs, batch, total, centred, sq_norms)};
-  std::optional<py::gil_scoped_release> released;
-  if (batch * steps * outputs * inputs > kReleaseGilWork) released.emplace();
-  cpu::outer_moments(outer);
+  Outer outer{
+      v.a.dtype,      batch,          steps,
+      outputs,        inputs,         v.a.data,
+      v.g.data,       v.a.strides[0], v.a.strides[1],
+      v.g.strides[0], v.g.strides[1], sample_sums(call, "outer_moments", v.a.dtype, outputs * inputs, batch, to)};
+  if (!call.is_on_cpu()) outer.sums.scratch = call.scratch(to.new_scratch, cuda::outer_scratch(outer));
+  call.run(
+      batch * steps * outputs * inputs > kReleaseGilWork, [&] { cpu::outer_moments(outer); },
+      [&](const cuda::Queue& queue) { return cuda::outer_moments(outer, queue); });
 }
 
 std::vector<int64_t> conv_shape(const py::object& x, const py::object& g, const ConvNumbers& numbers) {
-  const ConvViews v = conv_views(x, g, numbers);
+  Call call("conv_moments");
+  const ConvViews v = conv_views(call, x, g, numbers);
   std::vector<int64_t> shape{v.g.shape[1], v.x.shape[1] / numbers.groups};
   shape.insert(shape.end(), v.kernel + 5 - v.x.ndim, v.kernel + 3);
   return shape;
 }
 
-void conv_moments(const py::object& x, const py::object& g, const ConvNumbers& numbers, const py::object& total,
-                  const py::object& centred, const py::object& sq_norms) {
-  const ConvViews v = conv_views(x, g, numbers);
+void conv_moments(const py::object& x, const py::object& g, const ConvNumbers& numbers, const Results& to) {
+  Call call("conv_moments");
+  const ConvViews v = conv_views(call, x, g, numbers);
   const int dims = v.x.ndim - 2;
   Conv conv{};
   conv.dtype = v.x.dtype;
@@ -185,10 +189,11 @@ void conv_moments(const py::object& x, const py::object& g, const ConvNumbers& n
   }
   int64_t size = v.g.shape[1] * conv.inputs, positions = conv.out[0] * conv.out[1] * conv.out[2];
   for (int64_t k : conv.kernel) size *= k;
-  conv.sums = sample_sums("conv_moments", conv.dtype, size, conv.batch, total, centred, sq_norms);
-  std::optional<py::gil_scoped_release> released;
-  if (conv.batch * positions * size > kReleaseGilWork) released.emplace();
-  cpu::conv_moments(conv);
+  conv.sums = sample_sums(call, "conv_moments", conv.dtype, size, conv.batch, to);
+  if (!call.is_on_cpu()) conv.sums.scratch = call.scratch(to.new_scratch, cuda::conv_scratch(conv));
+  call.run(
+      conv.batch * positions * size > kReleaseGilWork, [&] { cpu::conv_moments(conv); },
+      [&](const cuda::Queue& queue) { return cuda::conv_moments(conv, queue); });
 }
 
 }  // namespace nk

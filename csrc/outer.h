@@ -9,9 +9,11 @@ namespace nk {
 // (outputs, inputs) of a call, or an error sentence.
 std::pair<int64_t, int64_t> outer_shape(const py::object& a, const py::object& g);
 
-// centred: None, or like total.
-void outer_moments(const py::object& a, const py::object& g, const py::object& total, const py::object& centred,
-                   const py::object& sq_norms);
+// Where results go; centred: None, or like total. new_scratch: makes memory, see `Call::scratch`.
+struct Results {
+  py::object total, centred, sq_norms, new_scratch;
+};
+void outer_moments(const py::object& a, const py::object& g, const Results&);
 
 // A number for each space dimension.
 struct ConvNumbers {
@@ -19,7 +21,6 @@ struct ConvNumbers {
   int64_t groups;
 };
 std::vector<int64_t> conv_shape(const py::object& x, const py::object& g, const ConvNumbers&);
-void conv_moments(const py::object& x, const py::object& g, const ConvNumbers&, const py::object& total,
-                  const py::object& centred, const py::object& sq_norms);
+void conv_moments(const py::object& x, const py::object& g, const ConvNumbers&, const Results&);
 
 }  // namespace nk

@@ -105,7 +105,7 @@ def device_index(x: object) -> int | None:
 
 
 def cpu_takes(x: object) -> bool:
-    """Whether the kernels that the CPU alone has, `outer_moments` and `conv_moments`, take x."""
+    """Whether the kernels that the CPU alone has, `row_sums` and `recentre_`, take x."""
     return device_index(x) == -1
 
 
@@ -407,19 +407,20 @@ def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tenso
         c_b = g_b^\top a_b, \quad t = \sum_b c_b, \quad s = \sum_b (c_b - t/B)^2, \quad n_b = |c_b|^2
 
     Args:
-        a: (B, T, I), what went into the layer; float64, float32, bfloat16 or float16 on the CPU, any strides (a copy is
-            made if the last dimension is not dense).
-        g: (B, T, O) of the same dtype, the gradient of what came out.
+        a: (B, T, I), what went into the layer; float64, float32, bfloat16 or float16, any strides (a copy is made if
+            the last dimension is not dense).
+        g: (B, T, O) of the same dtype on the same device, the gradient of what came out.
         squares: whether s is wanted.
 
     Returns:
-        t and s (or None), (O, I) in float64 for float64 and else float32; n, (B,) float64. Formed in that type, an
-        element of a sample as one chain of multiply-adds; s by Youngs and Cramer's update, and where it is below the
-        smallest normal float32 it is lost; n is right wherever float64 can hold it. The same to the bit on all levels
-        with FMA hardware, for any number of threads. Nothing is synchronised.
+        t and s (or None), (O, I) in float64 for float64 and else float32; n, (B,) float64; on a's device. Formed in
+        that type, an element of a sample as one chain of multiply-adds; s by Youngs and Cramer's update, and where it
+        is below the smallest normal float32 it is lost; n is right wherever float64 can hold it. The same to the bit on
+        all levels with FMA hardware, for any number of threads; the same on all GPUs, where t and s have the CPU's bits
+        unless the output is so small that the samples are summed in parts. Nothing is synchronised.
 
     Raises:
-        TypeError: not a plain CPU tensor of these dtypes, or dtypes differ.
+        TypeError: no kernel takes a tensor; dtypes or devices differ.
         ValueError: shapes do not fit.
 
     Reference: Youngs and Cramer 1971, Technometrics 13(3).
@@ -430,7 +431,7 @@ def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tenso
     """
     shape = _C.outer_shape(a, g)
     total, centred, sq_norms = _sample_sums(shape, a, squares)
-    _C.outer_moments(_dense_last(a), _dense_last(g), total, centred, sq_norms)
+    _C.outer_moments(_dense_last(a), _dense_last(g), total, centred, sq_norms, _scratch_beside(a))
     return total, centred, sq_norms
 
 
@@ -455,9 +456,9 @@ def conv_moments(
 
     Args:
         x: (B, C, *space), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or
-            float16 on the CPU, any strides (a copy is made if the last dimension is not dense).
-        g: (B, O, *out) of the same dtype, the gradient of what came out. A transposed convolution is the same call with
-            x and g swapped.
+            float16, any strides (a copy is made if the last dimension is not dense).
+        g: (B, O, *out) of the same dtype on the same device, the gradient of what came out. A transposed convolution is
+            the same call with x and g swapped.
         kernel_size, stride, dilation: a number for each space dimension.
         padding: what was added on the left of each; zero is read outside x. The right follows from the size of g.
         groups: divides C and O.
@@ -466,7 +467,7 @@ def conv_moments(
         Total and centred (or None), (O, C/groups, *kernel_size), and sq_norms (B,), as `outer_moments` has them.
 
     Raises:
-        TypeError: not a plain CPU tensor of these dtypes, or dtypes differ.
+        TypeError: no kernel takes a tensor; dtypes or devices differ.
         ValueError: shapes do not fit, or numbers of space dimensions.
 
     >>> x, g = torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[1.0, 10.0]]])
@@ -475,15 +476,15 @@ def conv_moments(
     """
     numbers = _C.ConvNumbers(kernel_size, stride, padding, dilation, groups)
     total, centred, sq_norms = _sample_sums(_C.conv_shape(x, g, numbers), x, squares)
-    _C.conv_moments(_dense_last(x), _dense_last(g), numbers, total, centred, sq_norms)
+    _C.conv_moments(_dense_last(x), _dense_last(g), numbers, total, centred, sq_norms, _scratch_beside(x))
     return total, centred, sq_norms
 
 
 def _sample_sums(shape: Sequence[int], of: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Unwritten results of the kernels that own dW."""
     real = torch.float64 if of.dtype == torch.float64 else torch.float32
-    total = torch.empty(shape, dtype=real, device="cpu")
-    sq_norms = torch.empty(of.shape[0], dtype=torch.float64, device="cpu")
+    total = torch.empty(shape, dtype=real, device=of.device)
+    sq_norms = torch.empty(of.shape[0], dtype=torch.float64, device=of.device)
     return total, torch.empty_like(total) if squares else None, sq_norms
 
 

@@ -9,6 +9,10 @@ constexpr const char* kAbsent = "this build of normkern has no CUDA kernels";
 const char* run(const Chunk*, int64_t, const Queue&) { return kAbsent; }
 const char* add_parts(const SlotParts*, int64_t, int, const float*, const Queue&) { return kAbsent; }
 const char* fill_nan(double*, int64_t, const float*, const Queue&) { return kAbsent; }
+int64_t outer_scratch(const Outer&) { return 0; }
+const char* outer_moments(const Outer&, const Queue&) { return kAbsent; }
+int64_t conv_scratch(const Conv&) { return 0; }
+const char* conv_moments(const Conv&, const Queue&) { return kAbsent; }
 int64_t moments_scratch(const Moments&) { return 0; }
 const char* moments(const Moments&, const Queue&) { return kAbsent; }
 int64_t row_sums_scratch(const RowSums&) { return 0; }

@@ -50,7 +50,8 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)  # tables of tensors need 32 K
 endif()
 add_library(normkern_cuda OBJECT
   csrc/cuda/update_f64.cu csrc/cuda/update_f32.cu csrc/cuda/update_bf16.cu csrc/cuda/update_f16.cu csrc/cuda/run.cu
-  csrc/cuda/samples_f64.cu csrc/cuda/samples_f32.cu csrc/cuda/samples_bf16.cu csrc/cuda/samples_f16.cu csrc/cuda/samples.cu)
+  csrc/cuda/samples_f64.cu csrc/cuda/samples_f32.cu csrc/cuda/samples_bf16.cu csrc/cuda/samples_f16.cu csrc/cuda/samples.cu
+  csrc/cuda/product.cu csrc/cuda/outer.cu csrc/cuda/conv.cu)
 set_target_properties(normkern_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
 target_compile_features(normkern_cuda PRIVATE cuda_std_17)
 # No fused multiply-add that is not written as one: the same bits as on the CPU. A spilled register is a mistake here.

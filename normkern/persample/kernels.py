@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,14 +25,27 @@ CANCELLED = 1e-3
 Triple = tuple[Tensor, Tensor | None, Tensor]
 
 
-def of(*tensors: Tensor) -> ModuleType | Any:
-    """`ops`, or `reference` for tensors that no kernel of the CPU takes."""
-    for x in tensors:
-        if not ops.cpu_takes(x):
-            from .. import reference
+#: What has kernels on a CUDA device too.
+ON_CUDA = ("outer_moments", "conv_moments", "moments", "row_sq_norms", "norm_sums", "embedding_moments")
 
-            return reference
-    return ops
+
+def of(*tensors: Tensor) -> ModuleType | Any:
+    """`ops`, of a CUDA device what it has kernels for, or `reference` for tensors that no kernel takes."""
+    device = ops.device_index(tensors[0])
+    for x in tensors[1:]:
+        if ops.device_index(x) != device:
+            device = None
+    if device == -1:
+        return ops
+    from .. import reference
+
+    return reference if device is None else _on_cuda(reference)
+
+
+@functools.cache
+def _on_cuda(reference: ModuleType) -> SimpleNamespace:
+    both = {name: getattr(reference, name) for name in (*ON_CUDA, "row_sums", "recentre_")}
+    return SimpleNamespace(**both | {name: getattr(ops, name) for name in ON_CUDA})
 
 
 def one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
