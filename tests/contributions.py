@@ -7,7 +7,8 @@ from memory import same_bits
 
 from normkern import ops, reference
 
-WITH_FMA = [name for name in ops.supported_isas() if name not in ("v2", "portable")]
+WITHOUT_FMA = ("v2", "portable")
+WITH_FMA = [name for name in ops.supported_isas() if name not in WITHOUT_FMA]
 
 
 @contextmanager
@@ -25,12 +26,12 @@ def real_of(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def allowed_errors(c, size_of_c, steps, dtype, isa):
+def allowed_errors(c, size_of_c, steps, dtype, backend):
     """What rounding may do to total, centred and sq_norms of contributions c (B, ...), sums of terms of size_of_c.
 
     Every rounding is half a unit of what is rounded; without FMA hardware a multiply-add has two.
     """
-    u = torch.finfo(real_of(dtype)).eps / 2 * (1 if isa in WITH_FMA else 2)
+    u = torch.finfo(real_of(dtype)).eps / 2 * (2 if backend in WITHOUT_FMA else 1)
     if dtype == torch.float64:
         u *= 2  # the oracle's own
     of_c = (steps + 1) * u * size_of_c
@@ -48,10 +49,10 @@ def allowed_errors(c, size_of_c, steps, dtype, isa):
     return of_total[-1], of_centred, of_norms
 
 
-def assert_right(got, c, size_of_c, steps, dtype, isa, what):
+def assert_right(got, c, size_of_c, steps, dtype, backend, what):
     with one_thread():
         exact = reference.contribution_sums(c, squares=True)
-        budget = allowed_errors(c, size_of_c, steps, dtype, isa)
+        budget = allowed_errors(c, size_of_c, steps, dtype, backend)
     for name, x, y, allowed in zip(("total", "centred", "sq_norms"), got, exact, budget, strict=True):
         if x is None:
             continue

@@ -21,6 +21,18 @@ class Fenced:
         return bool(outside.isnan().all())
 
 
+class Rooms:
+    """Makes a kernel's scratch memory, fenced."""
+
+    def __init__(self) -> None:
+        self.made: list[Fenced] = []
+
+    def __call__(self, size: int) -> torch.Tensor:
+        # As torch aligns what it allocates.
+        self.made.append(Fenced(torch.full((size,), torch.nan, dtype=torch.float64)))
+        return self.made[-1].tensor
+
+
 def here(x: torch.Tensor) -> torch.Tensor:
     """x, from a generator of the CPU's for the same numbers everywhere, where tensors are made by default."""
     return x.to(torch.get_default_device())

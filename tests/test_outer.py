@@ -3,7 +3,7 @@
 import pytest
 import torch
 from contributions import WITH_FMA, assert_all_same, assert_right, on_all_levels, on_thread_counts, one_thread, real_of
-from memory import Fenced, same_bits
+from memory import Fenced, Rooms, here, same_bits
 
 from normkern import ops, reference
 
@@ -33,10 +33,10 @@ SIZES = [
 
 def operands(batch, steps, inputs, outputs, dtype=torch.float32, seed=0):
     make = torch.Generator().manual_seed(seed)
-    a, g = (torch.randn(batch, steps, n, generator=make, dtype=torch.float64) for n in (inputs, outputs))
+    a, g = (torch.randn(batch, steps, n, generator=make, dtype=torch.float64, device="cpu") for n in (inputs, outputs))
     # Means that differ from zero, and sizes over some octaves, so that nothing hides in its neighbour's rounding.
-    a = a * torch.exp2(torch.randint(-4, 2, (inputs,), generator=make).double()) + 0.5
-    return a.to(dtype), g.to(dtype)
+    a = a * torch.exp2(torch.randint(-4, 2, (inputs,), generator=make, device="cpu").double()) + 0.5
+    return here(a.to(dtype)), here(g.to(dtype))
 
 
 def outer_products(a, g):
@@ -46,24 +46,24 @@ def outer_products(a, g):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outer_against_reference(isa, dtype):
+def test_outer_against_reference(backend, dtype):
     for size in SIZES:
         a, g = operands(*size, dtype)
         c, size_of_c = outer_products(a, g)
         what = f"{dtype} {size}"
         got = ops.outer_moments(a, g, squares=True)
-        assert_right(got, c, size_of_c, size[1], dtype, isa, what)
+        assert_right(got, c, size_of_c, size[1], dtype, backend, what)
         without = ops.outer_moments(a, g, squares=False)
         assert without[1] is None
         assert same_bits(without[0], got[0]), what
         assert same_bits(without[2], got[2]), what
 
 
-def test_every_width_of_a_tile(isa):
+def test_every_width_of_a_tile(backend):
     for n in range(1, 71):
         a, g = operands(2, 3, n, 71 - n, seed=n)
         c, size_of_c = outer_products(a, g)
-        assert_right(ops.outer_moments(a, g, squares=True), c, size_of_c, 3, torch.float32, isa, f"I {n}")
+        assert_right(ops.outer_moments(a, g, squares=True), c, size_of_c, 3, torch.float32, backend, f"I {n}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -76,7 +76,7 @@ def test_reference_is_a_loop_over_samples(dtype):
     torch.testing.assert_close(sq_norms, c.double().flatten(1).norm(dim=1) ** 2, rtol=1e-6, atol=0)
 
 
-def test_total_is_what_autograd_gives(isa):
+def test_total_is_what_autograd_gives(backend):
     layer, x, weight = torch.nn.Linear(70, 45), torch.randn(4, 6, 70), torch.randn(4, 6, 45)
     (layer(x) * weight).sum().backward()
     total, _, _ = ops.outer_moments(x, weight, squares=False)
@@ -102,7 +102,7 @@ def layouts(x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outer_of_any_layout_gives_the_same_bits(isa, dtype):
+def test_outer_of_any_layout_gives_the_same_bits(backend, dtype):
     a, g = operands(3, 9, 37, 45, dtype)
     expected = ops.outer_moments(a, g, squares=True)
     for (what, x), (_, y) in zip(layouts(a), layouts(g), strict=True):
@@ -110,7 +110,7 @@ def test_outer_of_any_layout_gives_the_same_bits(isa, dtype):
             assert all(same_bits(p, q) for p, q in zip(got, expected, strict=True)), what
 
 
-def test_outer_of_expanded_operands(isa):
+def test_outer_of_expanded_operands(backend):
     a, g = operands(1, 1, 37, 45)
     wide_a, wide_g = a.expand(4, 3, 37), g.expand(4, 3, 45)
     got = ops.outer_moments(wide_a, wide_g, squares=True)
@@ -121,14 +121,15 @@ def test_outer_of_expanded_operands(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_outer_writes_its_results_and_nothing_else(isa, dtype):
-    for size in ((3, 5, 37, 45), (2, 3, 515, 7), (2, 3, 1, 71)):
+def test_outer_writes_its_results_and_nothing_else(backend, dtype):
+    for size in ((3, 5, 37, 45), (2, 3, 515, 7), (2, 3, 1, 71), (70, 7, 65, 3)):
         a, g = (Fenced(x, 3).tensor for x in operands(*size, dtype))  # what lies around the operands is NaN
         batch, _, inputs, outputs = size
         total, centred = (Fenced(torch.zeros(outputs, inputs, dtype=real_of(dtype)), 1) for _ in range(2))
         norms = Fenced(torch.zeros(batch, dtype=torch.float64), 1)
-        ops.binary.outer_moments(a, g, total.tensor, centred.tensor, norms.tensor)
-        assert all(x.is_intact() for x in (total, centred, norms))
+        rooms = Rooms()
+        ops.binary.outer_moments(a, g, total.tensor, centred.tensor, norms.tensor, rooms)
+        assert all(x.is_intact() for x in (total, centred, norms, *rooms.made))
         expected = ops.outer_moments(a.clone(), g.clone(), squares=True)
         got = (total.tensor, centred.tensor, norms.tensor)
         assert all(same_bits(p, q) for p, q in zip(got, expected, strict=True))
@@ -158,12 +159,12 @@ def test_outer_is_the_same_on_all_levels(dtype):
 # ---- Numbers that are hard --------------------------------------------------------------------------------------------
 
 
-def test_constant_and_tiny_noise(isa):
+def test_constant_and_tiny_noise(backend):
     """Contributions of 1000 +- 0.01: sums of squares have lost the noise, a sum of squared deviations has not."""
     batch = 64
     make = torch.Generator().manual_seed(1)
     a = torch.ones(batch, 1, 40)
-    g = (1000 + 0.01 * torch.randn(batch, 1, 50, generator=make, dtype=torch.float64)).float()
+    g = here((1000 + 0.01 * torch.randn(batch, 1, 50, generator=make, dtype=torch.float64, device="cpu")).float())
     _, centred, _ = ops.outer_moments(a, g, squares=True)
     exact = (g.double() - g.double().mean(0)).square().sum(0).T.expand(50, 40)
     torch.testing.assert_close(centred.double(), exact, rtol=0.02, atol=0)
@@ -171,7 +172,7 @@ def test_constant_and_tiny_noise(isa):
     assert ((raw.T - exact).abs() / exact).max() > 1, "the case is too easy"
 
 
-def test_equal_samples_have_no_spread(isa):
+def test_equal_samples_have_no_spread(backend):
     a, g = operands(1, 7, 33, 20)
     _, centred, _ = ops.outer_moments(a.expand(2, 7, 33), g.expand(2, 7, 20), squares=True)
     assert centred.tolist() == torch.zeros(20, 33).tolist()
@@ -179,7 +180,7 @@ def test_equal_samples_have_no_spread(isa):
 
 @pytest.mark.parametrize("steps", [1, 5, 1100])
 @pytest.mark.parametrize("size", [1e-30, 1e-21, 1e-18, 1e-12, 1e12, 1e18, 1e21, 1e30])
-def test_norms_outside_the_range_of_float32_squares(isa, size, steps):
+def test_norms_outside_the_range_of_float32_squares(backend, size, steps):
     a, g = operands(4, steps, 37, 45)
     root = size**0.5
     a[1], g[1] = a[1] * root, g[1] * root
@@ -191,7 +192,7 @@ def test_norms_outside_the_range_of_float32_squares(isa, size, steps):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_bad_number_stays_where_it_is(isa, value):
+def test_a_bad_number_stays_where_it_is(backend, value):
     a, g = operands(4, 9, 70, 45)
     expected = ops.outer_moments(a, g, squares=True)
     a[2, 5, 33] = value
@@ -206,7 +207,7 @@ def test_a_bad_number_stays_where_it_is(isa, value):
     assert same_bits(sq_norms[keep], expected[2][keep])
 
 
-def test_an_infinite_gradient_is_an_infinite_norm(isa):
+def test_an_infinite_gradient_is_an_infinite_norm(backend):
     """Not NaN, which infinity times the zeros that fill up a tile would be."""
     a, g = operands(3, 5, 37, 45)
     g[1, 2, 7] = torch.inf
@@ -218,7 +219,7 @@ def test_an_infinite_gradient_is_an_infinite_norm(isa):
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0), (0, 0, 0, 0)])
 @pytest.mark.parametrize("squares", [False, True])
-def test_outer_of_nothing_is_zero(isa, shape, squares):
+def test_outer_of_nothing_is_zero(backend, shape, squares):
     batch, steps, inputs, outputs = shape
     total, centred, sq_norms = ops.outer_moments(
         torch.ones(batch, steps, inputs), torch.ones(batch, steps, outputs), squares=squares

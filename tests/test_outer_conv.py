@@ -8,7 +8,7 @@ import torch
 from contributions import WITH_FMA, assert_all_same, assert_right, on_all_levels, on_thread_counts, one_thread, real_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import Fenced, same_bits
+from memory import Fenced, Rooms, here, same_bits
 
 from normkern import ops, reference
 
@@ -73,9 +73,9 @@ CASES = {
 def case(name, dtype, seed=0):
     shape, channels, size, kernel, options = CASES[name]
     make = torch.Generator().manual_seed(seed)
-    x = (torch.randn(shape, generator=make, dtype=torch.float64) + 0.5).to(dtype)
-    g = torch.randn(shape[0], channels, *size, generator=make, dtype=torch.float64).to(dtype)
-    return x, g, kernel, numbers(kernel, **options)
+    x = (torch.randn(shape, generator=make, dtype=torch.float64, device="cpu") + 0.5).to(dtype)
+    g = torch.randn(shape[0], channels, *size, generator=make, dtype=torch.float64, device="cpu").to(dtype)
+    return here(x), here(g), kernel, numbers(kernel, **options)
 
 
 def contributions(x, g, kernel, options):
@@ -95,16 +95,17 @@ def contributions(x, g, kernel, options):
 
 @lru_cache
 def contributions_of(name, dtype):
-    return contributions(*case(name, dtype))
+    x, g, *layer = case(name, dtype)
+    return contributions(x.cpu(), g.cpu(), *layer)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_conv_against_reference(isa, dtype):
+def test_conv_against_reference(backend, dtype):
     for name in CASES:
         x, g, kernel, options = case(name, dtype)
-        c, size_of_c = contributions_of(name, dtype)
+        c, size_of_c = map(here, contributions_of(name, dtype))
         got = ops.conv_moments(x, g, kernel, **options, squares=True)
-        assert_right(got, c, size_of_c, g[0, 0].numel(), dtype, isa, name)
+        assert_right(got, c, size_of_c, g[0, 0].numel(), dtype, backend, name)
         without = ops.conv_moments(x, g, kernel, **options, squares=False)
         assert without[1] is None
         assert same_bits(without[0], got[0]), name
@@ -168,7 +169,7 @@ def test_conv_is_what_autograd_gives_each_sample(conv):
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_transposed_is_the_same_with_its_operands_swapped(isa, dims):
+def test_transposed_is_the_same_with_its_operands_swapped(backend, dims):
     options = numbers((3,) * dims, stride=2, padding=1, dilation=2, groups=2)
     x = torch.randn(4, 6, *(4,) * dims, dtype=torch.float64)
     weight = torch.randn(6, 5, *(3,) * dims, dtype=torch.float64, requires_grad=True)  # (inputs, outputs/groups, ...)
@@ -203,7 +204,7 @@ LAID_OUT = ("3x3", "3x3, stride 2", "1x1", "1x1, few outputs", "few outputs", "d
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_conv_of_any_layout_gives_the_same_bits(isa, dtype):
+def test_conv_of_any_layout_gives_the_same_bits(backend, dtype):
     for name in LAID_OUT:
         x, g, kernel, options = case(name, dtype)
         expected = ops.conv_moments(x, g, kernel, **options, squares=True)
@@ -215,7 +216,7 @@ def test_conv_of_any_layout_gives_the_same_bits(isa, dtype):
                 assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), f"{name}, {what}"
 
 
-def test_conv_of_expanded_operands(isa):
+def test_conv_of_expanded_operands(backend):
     x, g = torch.randn(1, 1, 6, 7).expand(3, 4, 6, 7), torch.randn(1, 5, 1, 1).expand(3, 5, 6, 7)
     options = numbers((3, 3), padding=1)
     got = ops.conv_moments(x, g, (3, 3), **options, squares=True)
@@ -224,7 +225,7 @@ def test_conv_of_expanded_operands(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_conv_writes_its_results_and_nothing_else(isa, dtype):
+def test_conv_writes_its_results_and_nothing_else(backend, dtype):
     for name in CASES:
         x, g, kernel, options = case(name, dtype)
         expected = ops.conv_moments(x, g, kernel, **options, squares=True)
@@ -233,8 +234,9 @@ def test_conv_writes_its_results_and_nothing_else(isa, dtype):
         total, centred = (Fenced(torch.zeros(shape, dtype=real_of(dtype)), 1) for _ in range(2))
         norms = Fenced(torch.zeros(len(x), dtype=torch.float64), 1)
         layer = ops.binary.ConvNumbers(kernel, *(options[n] for n in ("stride", "padding", "dilation", "groups")))
-        ops.binary.conv_moments(x, g, layer, total.tensor, centred.tensor, norms.tensor)
-        assert all(f.is_intact() for f in (total, centred, norms)), name
+        rooms = Rooms()
+        ops.binary.conv_moments(x, g, layer, total.tensor, centred.tensor, norms.tensor, rooms)
+        assert all(f.is_intact() for f in (total, centred, norms, *rooms.made)), name
         got = (total.tensor, centred.tensor, norms.tensor)
         assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True)), name
 
@@ -264,11 +266,11 @@ def test_conv_is_the_same_on_all_levels(dtype):
 # ---- Numbers that are hard --------------------------------------------------------------------------------------------
 
 
-def test_conv_with_constant_and_tiny_noise(isa):
+def test_conv_with_constant_and_tiny_noise(backend):
     batch = 64
     make = torch.Generator().manual_seed(1)
     x = torch.ones(batch, 3, 1, 1)
-    g = (1000 + 0.01 * torch.randn(batch, 20, 1, 1, generator=make, dtype=torch.float64)).float()
+    g = here((1000 + 0.01 * torch.randn(batch, 20, 1, 1, generator=make, dtype=torch.float64, device="cpu")).float())
     _, centred, _ = ops.conv_moments(x, g, (1, 1), **numbers((1, 1)), squares=True)
     exact = (g.double() - g.double().mean(0)).square().sum(0)[:, None].expand(20, 3, 1, 1)
     torch.testing.assert_close(centred.double(), exact, rtol=0.02, atol=0)
@@ -276,7 +278,7 @@ def test_conv_with_constant_and_tiny_noise(isa):
 
 @pytest.mark.parametrize("name", ["3x3", "few outputs", "depthwise", "large", "large, depthwise", "large, few outputs"])
 @pytest.mark.parametrize("size", [1e-30, 1e-21, 1e21, 1e30])
-def test_conv_norms_outside_the_range_of_float32_squares(isa, name, size):
+def test_conv_norms_outside_the_range_of_float32_squares(backend, name, size):
     x, g, kernel, options = case(name, torch.float32)
     x[0], g[0] = x[0] * size**0.5, g[0] * size**0.5
     g[1] = 0
@@ -287,7 +289,7 @@ def test_conv_norms_outside_the_range_of_float32_squares(isa, name, size):
 
 
 @pytest.mark.parametrize("name", ["3x3", "few outputs", "depthwise", "1x1", "1x1, few outputs"])
-def test_a_bad_number_stays_in_its_sample_and_its_channel(isa, name):
+def test_a_bad_number_stays_in_its_sample_and_its_channel(backend, name):
     x, g, kernel, options = case(name, torch.float32)
     expected = ops.conv_moments(x, g, kernel, **options, squares=True)
     g[1, 2, 3, 3] = torch.nan
@@ -312,7 +314,7 @@ def test_a_bad_number_stays_in_its_sample_and_its_channel(isa, name):
     ],
 )
 @pytest.mark.parametrize("squares", [False, True])
-def test_conv_of_nothing_is_zero(isa, shape, g, squares):
+def test_conv_of_nothing_is_zero(backend, shape, g, squares):
     total, centred, sq_norms = ops.conv_moments(
         torch.ones(shape), torch.ones(g), (3, 3), **numbers((3, 3), padding=1), squares=squares
     )

@@ -35,6 +35,8 @@ const char* set_numbers(const Conv& c, ConvProduct& p) {
     rest = rest ? rest / c.out[d] : 0;
   }
   p.next_sample = (int)rest;
+  if (p.product.steps == 0)
+    for (int& n : p.out) n = 1;  // nobody divides by zero
   return nullptr;
 }
 

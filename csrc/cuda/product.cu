@@ -104,7 +104,9 @@ const char* finish(DType dtype, const Product& p, const SampleSums& sums, const 
     if (const char* error = launched()) return error;
   }
   if (p.batch == 0) return nullptr;
-  NK_LAUNCH(add_squares, dim3((uint32_t)p.batch), dim3(kThreads), 0, stream, p, sums.sq_norms);
+  Product squares = p;
+  if (p.steps == 0) squares.tiles = 0;  // no tile has written any
+  NK_LAUNCH(add_squares, dim3((uint32_t)p.batch), dim3(kThreads), 0, stream, squares, sums.sq_norms);
   return launched();
 }
 
