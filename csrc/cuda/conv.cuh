@@ -23,18 +23,19 @@ struct Tap {
   int at[3];
 };
 
-__device__ __forceinline__ Tap tap_of(const ConvProduct& p, int64_t col) {
-  if (col >= p.product.cols) return {0, {2 * kMostExtent, 0, 0}};  // outside of any x
+__device__ __forceinline__ void set(Tap& to, const ConvProduct& p, int64_t col) {
   const int taps = p.kernel[0] * p.kernel[1] * p.kernel[2];
   const int64_t channel = col / taps;
   const int tap = (int)(col - channel * taps);
-  Tap t{channel * p.x_channel, {tap / (p.kernel[1] * p.kernel[2]), tap / p.kernel[2] % p.kernel[1], tap % p.kernel[2]}};
+  const int at[3] = {tap / (p.kernel[1] * p.kernel[2]), tap / p.kernel[2] % p.kernel[1], tap % p.kernel[2]};
+  const bool exists = col < p.product.cols;
+  int64_t offset = channel * p.x_channel;
 #pragma unroll
   for (int d = 0; d < 3; d++) {
-    t.at[d] *= p.dilation[d];
-    t.offset += t.at[d] * p.x_space[d];
+    to.at[d] = exists ? at[d] * p.dilation[d] : 2 * kMostExtent;  // outside of any x
+    offset += at[d] * p.dilation[d] * p.x_space[d];
   }
-  return t;
+  to.offset = offset;
 }
 
 // A thread has one step in every kSteps, and every so many rows and columns of it: side by side lie positions.
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kTileThreads, kTilesResident<Real<T>>)
   const Task& task = shared[0];
   if (threadIdx.x == 0) shared[0] = task_of<R>(p.product, blockIdx.x);
   __syncthreads();
-  if (threadIdx.x < kTileCols<R>) taps[threadIdx.x] = tap_of(p, task.col + threadIdx.x);
+  if (threadIdx.x < kTileCols<R>) set(taps[threadIdx.x], p, task.col + threadIdx.x);
   __syncthreads();
   ConvOperands<T> operands(p, task, taps);
   sum_samples<R>(p.product, task, operands, {rows, cols, squares});

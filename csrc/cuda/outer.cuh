@@ -28,20 +28,21 @@ template <class T, int kWidth> class Strip {
  public:
   __device__ __forceinline__ Strip(const Matrices& m, int64_t sample, int step, int64_t first_col, int64_t width)
       : col_(threadIdx.x % kThreadsPerStep * N) {
-    at_ = static_cast<const T*>(m.x) + sample * m.sample + step * m.step + first_col + col_;
+    at_ = sample * m.sample + step * m.step + first_col + col_;
     left_ = left(width - first_col - col_, kWidth);
-    is_packed_ = is_aligned(at_) && m.sample % N == 0 && m.step % N == 0;
+    is_packed_ = is_aligned(static_cast<const T*>(m.x) + at_) && m.sample % N == 0 && m.step % N == 0;
   }
 
-  __device__ __forceinline__ void fetch(bool exists) {
+  __device__ __forceinline__ void fetch(const Matrices& m, bool exists) {
+    const T* from = static_cast<const T*>(m.x) + at_;
 #pragma unroll
     for (int j = 0; j < kPacks; j++) {
       held_[j].raw = {0, 0, 0, 0};
       if (!exists) continue;
-      if (is_packed_ && (j + 1) * kApart - kApart + N <= left_)
-        held_[j].load(at_ + j * kApart);
+      if (is_packed_ && j * kApart + N <= left_)
+        held_[j].load(from + j * kApart);
       else
-        load_some(held_[j], at_ + j * kApart, left_ - j * kApart);
+        load_some(held_[j], from + j * kApart, left_ - j * kApart);
     }
   }
   __device__ __forceinline__ void advance(const Matrices& m, bool wraps) { at_ += wraps ? m.next + m.wrap : m.next; }
@@ -73,7 +74,7 @@ template <class T, int kWidth> class Strip {
 
   int col_, left_;
   bool is_packed_;
-  const T* at_;
+  int64_t at_;
   Pack<T> held_[kPacks];
 };
 
@@ -92,8 +93,8 @@ template <class T> class OuterOperands {
         a_(outer.a, task.first_sample + sample_, t_, task.col, outer.product.cols) {}
 
   __device__ __forceinline__ void fetch() {
-    g_.fetch(left_ > 0);
-    a_.fetch(left_ > 0);
+    g_.fetch(outer_.g, left_ > 0);
+    a_.fetch(outer_.a, left_ > 0);
     left_ -= kSteps;
     t_ += outer_.next_step;
     const bool wraps = t_ >= outer_.product.steps;

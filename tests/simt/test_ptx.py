@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from memory import same_bits
 
-from . import build, nvcc, ptx, ptxrun, sample_calls
+from . import build, nvcc, product_calls, ptx, ptxrun, sample_calls
 from .calls import SPECIAL, every_call, random_lists
 from .judgement import DTYPES, lay_out
 from .needs import need
@@ -73,6 +73,16 @@ def test_kernels_over_samples_have_the_bits_of_the_emulator(in_ptx, name, dtype)
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         a, b = (x.tensor if isinstance(x, Near) else x for x in (a, b))
         assert same_bits(a, b), f"result {i}, of shape {tuple(a.shape)}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("call", product_calls.every_call(), ids=str)
+def test_bits_of_the_emulator_of_products(in_ptx, call, dtype):
+    tensors = call.tensors(dtype)
+    expected = call(*tensors)
+    with in_ptx():
+        got = call(*tensors)
+    assert all(a is b is None or same_bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_every_kernel_was_executed(kernels, executed):
