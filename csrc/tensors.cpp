@@ -65,11 +65,6 @@ std::optional<View> view(PyObject* object, const void* last) {
   return View{data, t.ndim, t.shape, t.strides, numel, *dtype, *device, is_dense(t, numel)};
 }
 
-std::optional<View> view_on_cpu(PyObject* object) {
-  const auto v = view(object);
-  return v && v->device == kCpu ? v : std::nullopt;
-}
-
 std::optional<Ids> view_ids(PyObject* object) {
   DLTensor t;
   if (Py_TYPE(object) != torch.tensor || torch.exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {

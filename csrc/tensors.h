@@ -46,9 +46,6 @@ struct View {
 // asked.
 std::optional<View> view(PyObject* object, const void* last = nullptr);
 
-// The same for what has kernels for the CPU alone.
-std::optional<View> view_on_cpu(PyObject* object);
-
 // Whole numbers of 64 bits, in row-major order without a gap, on a device that has kernels.
 struct Ids {
   const int64_t* data;

@@ -10,6 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import build
+from .product_mutants import EDITS
+
+#: Kernels of float and launchers of a family, and the files that are its own.
+FAMILIES = {
+    "samples": (("samples_f32.cu", "samples.cu"), ("columns", "moments", "norm_sums", "row_sums", "embedding", "samples")),
+    "products": (("outer.cu", "conv.cu", "product.cu"), ("tile", "outer", "conv", "product")),
+    "updates": (("update_f32.cu", "run.cu"), ()),
+}
 
 
 @dataclass(frozen=True)
@@ -24,8 +32,8 @@ class Mutant:
     always: bool = False  # also where there is no time for all of them
 
     @property
-    def is_of_samples(self) -> bool:
-        return self.file.split(".")[0] in ("columns", "moments", "norm_sums", "row_sums", "embedding", "samples")
+    def family(self) -> str:
+        return next((name for name, (_, own) in FAMILIES.items() if self.file.split(".")[0] in own), "updates")
 
     def sources(self) -> list[Path]:
         """The family's kernels of float and its launchers with the edit, in a folder of their own.
@@ -40,8 +48,7 @@ class Mutant:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(build.CSRC, folder)
         (folder / "cuda" / self.file).write_text(shipped.replace(self.old, self.new))
-        names = ("samples_f32.cu", "samples.cu") if self.is_of_samples else ("update_f32.cu", "run.cu")
-        return [folder / "cuda" / name for name in names]
+        return [folder / "cuda" / name for name in FAMILIES[self.family][0]]
 
     def verdict(self) -> str:
         """What is said of it, by an interpreter of its own; nothing if nobody objects."""
@@ -247,28 +254,35 @@ MUTANTS = [
         "      of_g[j].load(g + at);", "      of_g[j].load(g + at);\n      (void)*(const volatile uint32_t*)(g + at);",
         "bytes read,",
     ),
+    *(Mutant(*edit) for edit in EDITS),
 ]  # fmt: skip
 
 
 def main(name: str) -> int:
     import torch
 
-    from . import judgement, sample_judgement
+    from . import judgement, product_judgement, sample_judgement
     from .backend import Backend
     from .calls import Call
+    from .product_calls import Outer, few_calls
     from .sample_calls import CALLS
 
     mutant = next(m for m in MUTANTS if m.name == name)
+    judge, calls = {
+        "samples": (sample_judgement, CALLS),
+        "products": (product_judgement, few_calls()),
+        "updates": (
+            judgement,
+            [Call("SgdMomentumFirst", "step"), Call("SgdMomentum", "step"), Call("SgdMomentum", "step", "row")],
+        ),
+    }[mutant.family]
     backend = Backend(checked=True, kernels=mutant.sources())
     try:
-        for call in CALLS if mutant.is_of_samples else ():
-            sample_judgement.same_as_cpu(backend, call, torch.float32, seeds=(1, 2))
-            sample_judgement.moves_what_it_must(backend, call, torch.float32)
-        if mutant.is_of_samples:
-            return 0
-        for call in (Call("SgdMomentumFirst", "step"), Call("SgdMomentum", "step"), Call("SgdMomentum", "step", "row")):
-            judgement.same_as_cpu(backend, call, torch.float32, seeds=(1, 2))
-            judgement.moves_what_it_must(backend, call, torch.float32)
+        for call in calls:
+            judge.same_as_cpu(backend, call, torch.float32, seeds=(1, 2))
+            judge.moves_what_it_must(backend, call, torch.float32)
+        if mutant.family == "products":
+            product_judgement.moves_in_packs(backend, Outer((2, 16, 64, 64)), torch.float32)
     except (AssertionError, RuntimeError) as complaint:
         print(complaint)
         return 1

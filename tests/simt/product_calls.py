@@ -34,12 +34,27 @@ def wide(x):
     return torch.nn.functional.pad(x, (3, 4), value=torch.nan)[..., 3:-4]
 
 
+def rows_apart(x):
+    """Samples begin at multiples of 16 bytes, their steps do not."""
+    batch, steps, n = x.shape
+    room = torch.full((batch, -(-steps * (n + 1) // 8) * 8), torch.nan, dtype=x.dtype)
+    return room[:, : steps * (n + 1)].view(batch, steps, n + 1)[..., :n].copy_(x)
+
+
+def name(call, text):
+    return text + (f", {call.place.__name__}" if call.place else "") + ("" if call.squares else ", no squares")
+
+
+def placed(call, x):
+    return call.place(x) if call.place else x
+
+
 class Outer:
-    def __init__(self, shape, place=lambda x: x, squares=True):
+    def __init__(self, shape, place=None, squares=True):
         self.shape, self.place, self.squares = shape, place, squares
 
     def __str__(self):
-        return f"outer {self.shape} {self.place.__name__} {self.squares}"
+        return name(self, f"outer {self.shape}")
 
     @property
     def steps(self):
@@ -51,20 +66,20 @@ class Outer:
         return 1, self.shape[3], self.shape[2]
 
     def tensors(self, dtype):
-        return [self.place(x) for x in operands(*self.shape, dtype)]
+        return [placed(self, x) for x in operands(*self.shape, dtype)]
 
     def __call__(self, a, g):
         return ops.outer_moments(a, g, squares=self.squares)
 
 
 class Conv:
-    def __init__(self, name, place=lambda x: x, squares=True):
+    def __init__(self, name, place=None, squares=True):
         self.name, self.place, self.squares = name, place, squares
         _, self.channels, self.size, self.kernel, _ = CASES[name]
         _, _, _, self.options = case(name, torch.float32)
 
     def __str__(self):
-        return f"conv {self.name} {self.place.__name__} {self.squares}"
+        return name(self, f"conv {self.name}")
 
     @property
     def steps(self):
@@ -78,20 +93,23 @@ class Conv:
 
     def tensors(self, dtype):
         x, g, *_ = case(self.name, dtype)
-        return [self.place(x), self.place(g)]
+        return [placed(self, x), placed(self, g)]
 
     def __call__(self, x, g):
         return ops.conv_moments(x, g, self.kernel, **self.options, squares=self.squares)
 
 
 def every_call():
-    few = [Outer(SHAPES[4], squares=False), Conv("long", squares=False), Conv("3d, strided", squares=False)]
-    places = [
-        make(p)
-        for p in (out_of_alignment, wide)
-        for make in (lambda p: Outer(SHAPES[2], p), lambda p: Conv("groups", p))
-    ]
-    return [Outer(shape) for shape in SHAPES] + [Conv(name) for name in CONVOLUTIONS] + few + places
+    places = [Outer(SHAPES[2], place) for place in (out_of_alignment, wide, rows_apart)]
+    places += [Conv("groups", place) for place in (out_of_alignment, wide)]
+    without = [Outer(SHAPES[4], squares=False), Conv("long", squares=False), Conv("3d, strided", squares=False)]
+    return [Outer(shape) for shape in SHAPES] + [Conv(name) for name in CONVOLUTIONS] + places + without
+
+
+def few_calls():
+    """One of each kind."""
+    several = [Outer(shape) for shape in SHAPES[2:]] + [Outer(SHAPES[2], wide), Outer((2, 9, 68, 6), rows_apart)]
+    return several + [Conv(name) for name in ("3x3, stride 2", "groups", "long", "3d, strided")]
 
 
 # ---- How a call is cut: csrc/cuda/product.h ----------------------------------------------------------------------------

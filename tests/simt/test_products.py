@@ -84,8 +84,9 @@ def test_more_than_a_grid_or_a_part_takes(checked):
             x = one.expand(shape)
             with pytest.raises(RuntimeError, match=f"outer_moments: .*: {said}"):
                 checked.binary.outer_moments(x, x, one[0], None, norms[: shape[0]], None)
-        far = torch.ones(1, 1, 1).expand(1, 1, 2**28 + 1)
-        layer = checked.binary.ConvNumbers((1,), (1,), (0,), (1,), 1)
+        one = torch.ones(1, 1, 1, 1)
+        far = one.expand(1, 1, 2**28 + 1, 1)
+        layer = checked.binary.ConvNumbers((1, 1), (1, 1), (0, 0), (1, 1), 1)
         with pytest.raises(RuntimeError, match="conv_moments: .*: a space dimension has more than 2\\^28 positions"):
             checked.binary.conv_moments(far, one, layer, one, None, norms[:1], ops._scratch_beside(one))
         assert checked.launches() == before
