@@ -13,7 +13,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from . import byte_model, sass
+from . import byte_model, sass, sass_products
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 THREADS = 256  # per block: csrc/cuda/block.cuh
@@ -119,6 +119,8 @@ def judge(kernel: sass.Kernel) -> Verdict:
             f"spills or local memory: {kernel.stack} bytes of stack, {kernel.local} of local memory, "
             f"{kernel.local_accesses()} accesses"
         )
+    if kernel.family in sass_products.FAMILIES:
+        return Verdict(kernel, faults + sass_products.faults(kernel, GPUS[kernel.arch].shared))
     promised = promise(kernel)
     if not promised:
         return Verdict(kernel, faults)
@@ -171,17 +173,20 @@ def _cell(registers: int, in_flight: float, gpu: Gpu) -> str:
 MARKS = ("<!-- sass_check: begin -->", "<!-- sass_check: end -->")
 
 
-def write_docs(path: Path, text: str) -> None:
-    """Puts the table between its marks.
+PRODUCT_MARKS = ("<!-- sass_products: begin -->", "<!-- sass_products: end -->")
+
+
+def write_docs(path: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
+    """Puts a table between its marks.
 
     Raises:
         ValueError: the marks are not there.
     """
     old = path.read_text()
-    begin, end = (old.find(mark) for mark in MARKS)
+    begin, end = (old.find(mark) for mark in marks)
     if begin < 0 or end < begin:
-        raise ValueError(f"{path}: expected the lines {MARKS[0]} and {MARKS[1]}, found no such pair")
-    path.write_text(f"{old[: begin + len(MARKS[0])]}\n{text}{old[end:]}")
+        raise ValueError(f"{path}: expected the lines {marks[0]} and {marks[1]}, found no such pair")
+    path.write_text(f"{old[: begin + len(marks[0])]}\n{text}{old[end:]}")
 
 
 def main(arguments=None) -> int:
@@ -202,6 +207,8 @@ def main(arguments=None) -> int:
                 print(f"    {fault}")
     if chosen.docs:
         write_docs(chosen.docs, table(verdicts))
+        gpus = {arch: (gpu.name, gpu.shared) for arch, gpu in GPUS.items()}
+        write_docs(chosen.docs, sass_products.table([v.kernel for v in verdicts], gpus), PRODUCT_MARKS)
     print(f"sass_check: {len(verdicts) - len(bad)} passed, {len(bad)} failed")
     return bool(bad) or not verdicts
 

@@ -3,12 +3,13 @@
 NORMKERN_CUDA_BINARY names a binary of all architectures, as CI builds it; else the kernels are compiled for one.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 
 import pytest
 
-from . import build, nvcc, sass, sass_check
+from . import build, nvcc, sass, sass_check, sass_products
 from .needs import need
 
 BINARY = os.environ.get("NORMKERN_CUDA_BINARY")
@@ -61,6 +62,33 @@ def test_the_judge_is_judged():
         faults = sass_check.judge(kernels[rule]).faults
         assert bool(faults) == bool(fault), (rule, faults)
         assert not fault or any(fault in f for f in faults), (rule, faults)
+
+
+def changed(kernel, old, new):
+    """The kernel with another opcode in its innermost loop, or everywhere."""
+    hot = sass_products.hot_loop(kernel).instructions
+    chosen = hot if any(i.opcode == old for i in hot) else kernel.instructions
+    new = [
+        dataclasses.replace(i, opcode=new) if i.opcode.startswith(old) and i in chosen else i
+        for i in kernel.instructions
+    ]
+    return dataclasses.replace(kernel, instructions=new)
+
+
+def test_the_judge_of_products_is_judged(verdicts):
+    kernel = next(v.kernel for v in verdicts if v.kernel.name == "outer_products<float>" and v.kernel.arch == "sm_90")
+    assert not sass_check.judge(kernel).faults
+    broken = {
+        "loads 8 bytes at once": changed(kernel, "LDS.128", "LDS.64"),
+        "expected 32 for 3": changed(kernel, "LDS.128", "NOP"),
+        "other instructions": changed(kernel, "FFMA", "FMUL"),
+        "moves more than": changed(kernel, "LDS.128", "LDG.E.128"),
+        "packs of 16": changed(kernel, "LDG.E.128", "LDG.E.64"),
+        "holds 2 blocks": dataclasses.replace(kernel, registers=176),
+        "spills": dataclasses.replace(kernel, stack=8),
+    }
+    for fault, bad in broken.items():
+        assert any(fault in f for f in sass_check.judge(bad).faults), fault
 
 
 def test_the_table_goes_between_its_marks(tmp_path):
