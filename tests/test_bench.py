@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
 
-from bench import compare, noise_right, report, right
+from bench import compare, gpu_samples, noise_right, report, right
 from bench.arrays import HYPER, Arrays, Step, arrays
 from bench.cases import CASES, RESNET50, TRANSFORMER, Case
 from bench.jobs import JOBS
@@ -64,6 +64,25 @@ def test_tables_fit_together():
 def test_quick_run_has_the_case_that_shows_wrong_numbers():
     quick = [case for case in CASES.values() if "quick" in case.tags]
     assert torch.bfloat16 in {case.dtype for case in quick}
+
+
+@pytest.mark.parametrize("op", ["outer_moments", "conv_moments"])
+def test_peers_on_a_gpu_sum_the_same(op):
+    make = {
+        "outer_moments": lambda: gpu_samples.linear(3, 4, 5, 6, torch.float32, device="cpu"),
+        "conv_moments": lambda: gpu_samples.conv(3, 2, 4, 5, 3, torch.float32, device="cpu"),
+    }
+    problem = make[op]()
+    ours, no_squares, grad, materialised = problem.peers.values()
+    total, centred, sq_norms = ours()
+    variance, mean, norms = materialised()
+    torch.testing.assert_close(no_squares()[0], total)
+    torch.testing.assert_close(grad(), total)
+    torch.testing.assert_close(total.view_as(mean) / 3, mean)
+    torch.testing.assert_close(centred.view_as(variance) / 2, variance)
+    torch.testing.assert_close(sq_norms.float(), norms**2)
+    assert problem.flops == 2 * 3 * total.numel() * (4 if op == "outer_moments" else 25)
+    assert problem.model_us > 0
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
