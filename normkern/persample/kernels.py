@@ -44,8 +44,8 @@ def of(*tensors: Tensor) -> ModuleType | Any:
 
 @functools.cache
 def _on_cuda(reference: ModuleType) -> SimpleNamespace:
-    both = {name: getattr(reference, name) for name in (*ON_CUDA, "row_sums", "recentre_")}
-    return SimpleNamespace(**both | {name: getattr(ops, name) for name in ON_CUDA})
+    ours = {name: getattr(ops, name) for name in ON_CUDA}
+    return SimpleNamespace(**ours, row_sums=reference.row_sums, recentre_=reference.recentre_)
 
 
 def one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch import nn
 
+import normkern
 from normkern import ops
 
 from . import product_judgement
@@ -40,6 +42,30 @@ def test_calls_have_one_part_and_several():
         of_kind = [n for name, n in counts.items() if name.startswith(kind)]
         assert min(of_kind) == 1
         assert max(of_kind) >= 2
+
+
+def test_a_context_runs_the_kernels_of_its_device(emulated):
+    """Convolution, norms, an embedding and linear layers with one step and with many: the CPU's numbers."""
+    torch.manual_seed(0)
+    layers = {
+        "text": ((2, 7), nn.Sequential(nn.Embedding(11, 8), nn.LayerNorm(8), nn.Linear(8, 5), nn.Flatten(), nn.Linear(35, 3))),
+        "image": ((2, 3, 6, 6), nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3))),
+    }  # fmt: skip
+    for name, (shape, model) in layers.items():
+        x = torch.randint(11, shape) if name == "text" else torch.randn(shape)
+
+        def result(model=model, x=x):
+            with normkern.GradientNoise(model, stats=("nsr", "variance")) as noise:
+                model(x).square().sum(1).mean().backward()
+            return noise.result()
+
+        expected = result()
+        with emulated.in_place():
+            before = emulated.launches()
+            got = result()
+            assert emulated.launches() > before + 5
+        torch.testing.assert_close(got.sq_norms, expected.sq_norms, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(got.trace_sigma, expected.trace_sigma, rtol=1e-4, atol=1e-9)
 
 
 CALLS = {"outer_moments": Outer((70, 7, 20, 65)), "conv_moments": Conv("long")}
