@@ -19,6 +19,7 @@ const char* cut(const Conv& c, Product& p) {
 }
 
 const char* set_numbers(const Conv& c, ConvProduct& p) {
+  if (volume(c.kernel) > kMostExtent) return "a kernel has more than 2^28 taps";
   for (int d = 0; d < 3; d++) {
     const int64_t reach = (c.out[d] - 1) * c.stride[d] + (c.kernel[d] - 1) * c.dilation[d] + 1;
     if (c.in[d] > kMostExtent || c.out[d] > kMostExtent || reach > kMostExtent)

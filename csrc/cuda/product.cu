@@ -26,9 +26,12 @@ int64_t squares_room(const Product& p) { return parts_of(p.batch * p.tiles, 2) *
 
 template <class R>
 __global__ void __launch_bounds__(kThreads) join_parts(const Product __grid_constant__ p, R* total, R* centred) {
+  NK_SHARED(double, before, [kMostParts + 1]);  // samples
   NK_SHARED(double, by, [kMostParts]);
-  for (int part = 1 + (int)threadIdx.x; part < (int)p.parts; part += kThreads) {
-    const double n = (double)p.first_sample(part), more = (double)p.first_sample(part + 1) - n;
+  for (int part = (int)threadIdx.x; part <= (int)p.parts; part += kThreads) {
+    before[part] = (double)p.first_sample(part);
+    if (part == 0 || part == (int)p.parts) continue;
+    const double n = before[part], more = (double)p.first_sample(part + 1) - n;
     by[part] = 1 / (n * more * (n + more));
   }
   __syncthreads();
@@ -36,11 +39,10 @@ __global__ void __launch_bounds__(kThreads) join_parts(const Product __grid_cons
   if (i >= size) return;
   const R *totals = static_cast<const R*>(p.total) + i, *centreds = static_cast<const R*>(p.centred) + i;
   double sum = (double)totals[0], squares = centred ? (double)centreds[0] : 0;
-  for (int part = 1; part < (int)p.parts; part++) {
-    const double n = (double)p.first_sample(part), more = (double)p.first_sample(part + 1) - n;
-    YoungsCramer::join(sum, squares, (double)totals[part * size], centred ? (double)centreds[part * size] : 0.0, n,
-                       more, by[part]);
-  }
+#pragma unroll 4
+  for (int part = 1; part < (int)p.parts; part++)
+    YoungsCramer::join(sum, squares, (double)totals[part * size], centred ? (double)centreds[part * size] : 0.0,
+                       before[part], before[part + 1] - before[part], by[part]);
   total[i] = (R)sum;
   if (centred) centred[i] = (R)squares;
 }

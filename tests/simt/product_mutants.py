@@ -140,7 +140,7 @@ EDITS = [
     (
         "parts are joined before their shares are there", "product.cu",
         "  __syncthreads();\n  const int64_t size", "  const int64_t size",
-        UNWRITTEN + "8 bytes at by",
+        UNWRITTEN + "8 bytes at b",
         True,
     ),
     (
