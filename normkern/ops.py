@@ -104,11 +104,6 @@ def device_index(x: object) -> int | None:
     return _C.device_index(x)
 
 
-def cpu_takes(x: object) -> bool:
-    """Whether the kernels that the CPU alone has, `row_sums` and `recentre_`, take x."""
-    return device_index(x) == -1
-
-
 def _scratch_beside(x: Tensor) -> Callable[[int], Tensor]:
     """Makes unwritten float64 memory on x's device, for what a kernel's blocks leave each other."""
     return lambda size: torch.empty(size, dtype=torch.float64, device=x.device)

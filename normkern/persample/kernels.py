@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,27 +23,15 @@ CANCELLED = 1e-3
 Triple = tuple[Tensor, Tensor | None, Tensor]
 
 
-#: What has kernels on a CUDA device too.
-ON_CUDA = ("outer_moments", "conv_moments", "moments", "row_sq_norms", "norm_sums", "embedding_moments")
-
-
 def of(*tensors: Tensor) -> ModuleType | Any:
-    """`ops`, of a CUDA device what it has kernels for, or `reference` for tensors that no kernel takes."""
+    """`ops`, or `reference` for tensors that no kernel takes together."""
     device = ops.device_index(tensors[0])
-    for x in tensors[1:]:
-        if ops.device_index(x) != device:
-            device = None
-    if device == -1:
-        return ops
-    from .. import reference
+    for x in tensors:
+        if device is None or ops.device_index(x) != device:
+            from .. import reference
 
-    return reference if device is None else _on_cuda(reference)
-
-
-@functools.cache
-def _on_cuda(reference: ModuleType) -> SimpleNamespace:
-    ours = {name: getattr(ops, name) for name in ON_CUDA}
-    return SimpleNamespace(**ours, row_sums=reference.row_sums, recentre_=reference.recentre_)
+            return reference
+    return ops
 
 
 def one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

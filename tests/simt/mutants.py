@@ -14,7 +14,10 @@ from .product_mutants import EDITS
 
 #: Kernels of float and launchers of a family, and the files that are its own.
 FAMILIES = {
-    "samples": (("samples_f32.cu", "samples.cu"), ("columns", "moments", "norm_sums", "row_sums", "embedding", "samples")),
+    "samples": (
+        ("samples_f32.cu", "samples.cu"),
+        ("columns", "moments", "norm_sums", "row_sums", "embedding", "samples"),
+    ),
     "products": (("outer.cu", "conv.cu", "product.cu"), ("tile", "outer", "conv", "product")),
     "updates": (("update_f32.cu", "run.cu"), ()),
 }
