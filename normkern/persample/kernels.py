@@ -44,7 +44,7 @@ def outer(a: Tensor, g: Tensor, squares: bool, g_norms: Callable[[], Tensor] | N
     """Total, centred squares and norms of c_b = g_b^T a_b; a (B, T, I), g (B, T, O)."""
     steps = a.shape[1]
     a, g = one_dtype(a, g)
-    if steps == 1:
+    if steps == 1 and not (squares and a.is_cuda and of(a, g) is ops):  # there its question would wait for the device
         return _one_step(a[:, 0], g[:, 0], squares, g_norms)
     if not squares and steps <= GRAM_STEPS and min(a.shape[2], g.shape[2]) >= GRAM_WIDTH and a.dtype == torch.float32:
         return _gram(a, g)
