@@ -34,7 +34,7 @@ struct Cell {
 constexpr size_t kCell = 2, kPage = 4096;
 struct Page {
   Cell cells[kPage / kCell];
-  bool is_written[kPage / kCell] = {};
+  bool is_blank[kPage / kCell] = {};  // allowed memory that nobody has written
 };
 struct Region {
   uintptr_t end;
@@ -45,21 +45,28 @@ std::map<uintptr_t, Region> regions;  // by their first byte
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
 Cell shared_cells[kSharedRoom], dynamic_cells[kDynamicShared];
 
+uintptr_t last_number = 0;
+Page* last_page = nullptr;
+
 Page& page_of(uintptr_t address) {
-  static uintptr_t last_number = 0;
-  static Page* last = nullptr;
   const uintptr_t number = address / kPage;
-  if (!last || number != last_number) {
+  if (!last_page || number != last_number) {
     std::unique_ptr<Page>& page = pages[number];
     if (!page) page = std::make_unique<Page>();
-    last = page.get();
+    last_page = page.get();
     last_number = number;
   }
-  return *last;
+  return *last_page;
 }
 
-void mark_written(uintptr_t from, uintptr_t to, bool value) {
-  for (uintptr_t a = from / kCell * kCell; a < to; a += kCell) page_of(a).is_written[a % kPage / kCell] = value;
+// Where there is no page nothing is blank: a page is fifty times as large as the memory it stands for.
+void mark_blank(uintptr_t from, uintptr_t to, bool value) {
+  for (uintptr_t a = from / kCell * kCell; a < to; a += kCell) {
+    if (!value && !pages.count(a / kPage))
+      a = (a / kPage + 1) * kPage - kCell;
+    else
+      page_of(a).is_blank[a % kPage / kCell] = value;
+  }
 }
 
 // The region around or right before the address.
@@ -228,7 +235,7 @@ void examine(uintptr_t address, size_t size, bool is_write, bool is_atomic, bool
   for (uintptr_t a = address / step * step; a < address + size; a += step) {
     Page* page = is_shared ? nullptr : &page_of(a);
     Cell& cell = is_shared ? t.cells[a - address] : page->cells[a % kPage / kCell];
-    const bool is_written = is_shared ? cell.written_in == state.block_start : page->is_written[a % kPage / kCell];
+    const bool is_written = is_shared ? cell.written_in == state.block_start : !page->is_blank[a % kPage / kCell];
     if ((!is_write || is_atomic) && !is_written)
       report(t, "read of memory that nobody has written", address, size, is_write, is_atomic);
     if (const char* with = race(cell.write, is_atomic, is_shared))
@@ -239,7 +246,7 @@ void examine(uintptr_t address, size_t size, bool is_write, bool is_atomic, bool
         report(t, std::string("write-after-read race with ") + with, address, size, is_write, is_atomic);
       cell.write = now(is_atomic);
       cell.written_in = state.block_start;
-      if (page) page->is_written[a % kPage / kCell] = true;
+      if (page) page->is_blank[a % kPage / kCell] = false;
     } else {
       note_read(cell.read, is_atomic);
     }
@@ -255,7 +262,7 @@ void allow(const void* p, size_t size, const char* name) {
   uintptr_t from = (uintptr_t)p, to = from + size;
   const auto* around = region_at(from);
   if (around && around->second.end >= to) return;
-  mark_written(from, to, true);
+  mark_blank(from, to, false);
   auto at = around && around->second.end > from ? regions.find(around->first) : regions.lower_bound(from);
   std::string text = name;
   while (at != regions.end() && at->first < to) {
@@ -267,7 +274,7 @@ void allow(const void* p, size_t size, const char* name) {
   regions[from] = {to, text};
 }
 
-void blank(const void* p, size_t size) { mark_written((uintptr_t)p, (uintptr_t)p + size, false); }
+void blank(const void* p, size_t size) { mark_blank((uintptr_t)p, (uintptr_t)p + size, true); }
 
 int allowed(uint64_t (*stretches)[2], int room) {
   int n = 0;
@@ -280,6 +287,8 @@ int allowed(uint64_t (*stretches)[2], int room) {
 
 void forget_all() {
   regions.clear();
+  pages.clear();
+  last_page = nullptr;
   count_sectors();
   traffic = {};
 }
