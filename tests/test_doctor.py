@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ import torch
 import normkern
 from normkern import doctor, machine, ops
 from normkern.__main__ import main
-from normkern.doctor import differences, environment, gpu, numbers, threads
+from normkern.doctor import differences, environment, gpu, numbers, samples, threads
 from normkern.doctor.finding import Check, failed, note, ok, skipped
 
 OPS = {op.name: op for op in numbers.OPS}
@@ -432,6 +433,26 @@ def test_gpu_kernels_that_are_wrong(monkeypatch):
     found = gpu.same_as_cpu()
     assert found.verdict == "failed"
     assert found.measured.startswith("cuda:0, plain, float64, stats='tensor': tensor of shape (20011,) differs by")
+
+
+@pytest.mark.parametrize("name", samples.RUNS)
+def test_sums_over_samples_that_are_wrong(monkeypatch, name):
+    assert samples.against_reference(name).verdict == "ok"
+    right = getattr(ops, name)
+
+    def wrong(*arguments, **options):
+        out = right(*arguments, **options)
+        (out if isinstance(out, torch.Tensor) else out[0]).flatten()[-1] += 1.0  # one entry, on one level, in one dtype
+        return out
+
+    def sometimes(*arguments, **options):
+        dtype = next(x.dtype for x in arguments if isinstance(x, torch.Tensor) and x.is_floating_point())
+        return (wrong if ops.isa() == OTHER and dtype == torch.float32 else right)(*arguments, **options)
+
+    monkeypatch.setattr(ops, name, sometimes)
+    found = samples.against_reference(name)
+    assert found.verdict == "failed"
+    assert re.match(rf"{OTHER} float32: off by [\d.e-]+ of the largest entry", found.measured)
 
 
 def test_torchs_own_sgd_is_no_failure_of_ours(monkeypatch):

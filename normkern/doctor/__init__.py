@@ -13,7 +13,7 @@ import torch
 
 from .. import machine, ops
 from ..info import console, info
-from . import environment, numbers, threads
+from . import environment, numbers, samples, threads
 from .finding import Check, Finding, failed
 
 __all__ = ["Check", "Finding", "checks", "examine", "import_modules", "show"]
@@ -44,7 +44,7 @@ def _import(name: str) -> None:
 
 def checks(brought_by: dict[str, str] | None = None) -> list[Check]:
     """Every line of the table, in order."""
-    return [*environment.checks(brought_by or {}), *threads.checks(), *numbers.checks()]
+    return [*environment.checks(brought_by or {}), *threads.checks(), *numbers.checks(), *samples.checks()]
 
 
 def examine(
