@@ -83,7 +83,7 @@ EDITS = [
         True,
     ),
     (
-        "one column too many", "outer.cuh",
+        "one column of a tile too many", "outer.cuh",
         "if (e < left) values[e]", "if (e <= left) values[e]",
         "bytes read",
         True,

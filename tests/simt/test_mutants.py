@@ -30,6 +30,11 @@ def test_the_other_mutants_are_caught():
     judge([m for m in MUTANTS if not m.always])
 
 
+def test_every_mutant_has_a_name_of_its_own():
+    names = [m.name for m in MUTANTS]
+    assert len(set(names)) == len(names)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
 def test_mutants_still_apply(mutant):
     mutant.sources()
