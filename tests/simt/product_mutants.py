@@ -85,7 +85,7 @@ EDITS = [
     (
         "one column of a tile too many", "outer.cuh",
         "if (e < left) values[e]", "if (e <= left) values[e]",
-        "bytes read",
+        "access past the end",
         True,
     ),
     (
