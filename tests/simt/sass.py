@@ -1,10 +1,13 @@
 """Machine code as nvdisasm and cuobjdump print it: kernels, their resources, their loops and what these move."""
 
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
 import sysconfig
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -138,6 +141,9 @@ def read_binary(path: Path) -> list[Kernel]:
         subprocess.run(
             [tool("cuobjdump"), "-xelf", "all", str(path.resolve())], cwd=folder, check=True, capture_output=True
         )
-        for cubin in sorted(Path(folder).glob("*.cubin")):
-            kernels += read_cubin(cubin, re.search(r"\.(sm_\d+)a?\.cubin$", cubin.name)[1])
+        cubins = sorted(Path(folder).glob("*.cubin"))
+        archs = [re.search(r"\.(sm_\d+)a?\.cubin$", cubin.name)[1] for cubin in cubins]
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            for found in pool.map(read_cubin, cubins, archs):
+                kernels += found
     return kernels
