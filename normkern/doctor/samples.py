@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import machine, ops, reference
+from .. import machine, ops
 from .finding import Check, Finding, failed, ok
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -82,6 +82,8 @@ def _results(run: Run, of: ModuleType, dtype: torch.dtype, device: str, kind: to
 
 def off(run: Run, dtype: torch.dtype, device: str) -> float:
     """How far an op is off the reference: of each result's largest entry."""
+    from .. import reference
+
     got = _results(run, ops, dtype, device, dtype)
     exact = _results(run, reference, dtype, "cpu", torch.float64)
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, exact, strict=True))
