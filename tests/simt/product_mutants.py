@@ -14,7 +14,6 @@ EDITS = [
         "steps are overwritten while they are read", "tile.cuh",
         "operands.put(at.rows[now ^ 1], at.cols[now ^ 1]);", "operands.put(at.rows[now], at.cols[now]);",
         "race with another",
-        True,
     ),
     (
         "no barrier between stretches of steps", "tile.cuh",
@@ -36,7 +35,6 @@ EDITS = [
         "the last step of a sample lost", "tile.cuh",
         "at.cols[now], k, upto);", "at.cols[now], k, left == upto - k ? upto - 1 : upto);",
         "differs from the CPU's",
-        True,
     ),
     (
         "shares of the first samples alone", "tile.cuh",
@@ -69,7 +67,6 @@ EDITS = [
         "results out of alignment", "tile.cuh",
         "is_aligned(out) && cols % N == 0;", "is_aligned(out);",
         "misaligned access: write of 16 bytes",
-        True,
     ),
     (
         "no packs of operands", "outer.cuh",
@@ -108,7 +105,6 @@ EDITS = [
         "columns that nobody writes", "conv.cuh",
         "    for (int j = 0; j < kCols; j++) put(", "    for (int j = 0; j + 1 < kCols; j++) put(",
         UNWRITTEN + "16 bytes at cols",
-        True,
     ),
     (
         "taps are read before they are there", "conv.cuh",
@@ -130,7 +126,6 @@ EDITS = [
         "g read twice", "conv.cuh",
         "rows_[j] = g[row * p_.g_channel];", "rows_[j] = g[row * p_.g_channel], (void)*(const volatile uint16_t*)(g + row * p_.g_channel);",
         "bytes read",
-        True,
     ),
     (
         "the last part forgotten in a join", "product.cu",
@@ -141,7 +136,6 @@ EDITS = [
         "parts are joined before their shares are there", "product.cu",
         "  __syncthreads();\n  const int64_t size", "  const int64_t size",
         UNWRITTEN + "8 bytes at b",
-        True,
     ),
     (
         "a coordinate past the parts", "product.cu",
