@@ -220,7 +220,6 @@ MUTANTS = [
         "positions without a square", "embedding.cuh",
         "        if (lane == 0) squares[at[j]] = 0;\n", "",
         "read of memory that nobody has written: read of 8 bytes",
-        always=True,
     ),
     Mutant(
         "the last sample forgotten", "embedding.cuh",

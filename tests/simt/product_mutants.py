@@ -45,7 +45,6 @@ EDITS = [
         "the last sample of a part lost", "tile.cuh",
         "(p.first_sample(t.part + 1) - t.first_sample);", "(p.first_sample(t.part + 1) - t.first_sample - (t.part > 0));",
         UNWRITTEN,
-        True,
     ),
     (
         "squares of two tiles in one place", "tile.cuh",
@@ -77,7 +76,6 @@ EDITS = [
         "packs of operands out of alignment", "outer.cuh",
         "&& m.sample % N == 0 && m.step % N == 0;", "&& m.sample % N == 0;",
         "misaligned access: read of 16 bytes",
-        True,
     ),
     (
         "one column of a tile too many", "outer.cuh",
@@ -94,7 +92,6 @@ EDITS = [
         "a tail that nobody writes", "outer.cuh",
         "      R x[N];\n      held_[j].unpack(x);", "      if (j * kApart >= left_) continue;\n      R x[N];\n      held_[j].unpack(x);",
         UNWRITTEN + "16 bytes",
-        True,
     ),
     (
         "steps of the next sample", "outer.cuh",
@@ -115,7 +112,6 @@ EDITS = [
         "a border that is not looked for", "conv.cuh",
         "for (int d = 0; d < 3; d++) inside =", "for (int d = 0; d < 2; d++) inside =",
         "",
-        True,
     ),
     (
         "a row of positions too far", "conv.cuh",
