@@ -34,6 +34,11 @@ def wide(x):
     return torch.nn.functional.pad(x, (3, 4), value=torch.nan)[..., 3:-4]
 
 
+def padded(x):
+    """Rows that begin at multiples of 16 bytes, and end elsewhere."""
+    return torch.nn.functional.pad(x, (0, 8 - x.shape[-1] % 8), value=torch.nan)[..., : x.shape[-1]]
+
+
 def rows_apart(x):
     """Samples begin at multiples of 16 bytes, their steps do not."""
     batch, steps, n = x.shape
@@ -100,7 +105,7 @@ class Conv:
 
 
 def every_call():
-    places = [Outer(SHAPES[2], place) for place in (out_of_alignment, wide, rows_apart)]
+    places = [Outer(SHAPES[2], place) for place in (out_of_alignment, wide, padded, rows_apart)]
     places += [Conv("groups", place) for place in (out_of_alignment, wide)]
     without = [Outer(SHAPES[4], squares=False), Conv("long", squares=False), Conv("3d, strided", squares=False)]
     return [Outer(shape) for shape in SHAPES] + [Conv(name) for name in CONVOLUTIONS] + places + without
@@ -108,7 +113,7 @@ def every_call():
 
 def few_calls():
     """One of each kind."""
-    several = [Outer(shape) for shape in SHAPES[2:]] + [Outer(SHAPES[2], wide), Outer((2, 9, 68, 6), rows_apart)]
+    several = [Outer(shape) for shape in SHAPES[2:]] + [Outer(SHAPES[2], wide), Outer(SHAPES[2], padded), Outer((7, 9, 68, 6), rows_apart)]
     return several + [Conv(name) for name in ("3x3, stride 2", "groups", "long", "3d, strided")]
 
 
