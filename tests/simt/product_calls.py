@@ -113,7 +113,11 @@ def every_call():
 
 def few_calls():
     """One of each kind."""
-    several = [Outer(shape) for shape in SHAPES[2:]] + [Outer(SHAPES[2], wide), Outer(SHAPES[2], padded), Outer((7, 9, 68, 6), rows_apart)]
+    several = [Outer(shape) for shape in SHAPES[2:]] + [
+        Outer(SHAPES[2], wide),
+        Outer(SHAPES[2], padded),
+        Outer((7, 9, 68, 6), rows_apart),
+    ]
     return several + [Conv(name) for name in ("3x3, stride 2", "groups", "long", "3d, strided")]
 
 
