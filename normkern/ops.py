@@ -562,13 +562,7 @@ def row_sq_norms(x: Tensor) -> Tensor:
     >>> row_sq_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
     tensor([25.,  4.], dtype=torch.float64)
     """
-    if not kernel_takes(x):
-        raise TypeError(_not_taken("row_sq_norms", "x", x))
-    if x.ndim != 2:
-        raise ValueError(f"row_sq_norms: x has shape {tuple(x.shape)}; expected (B, P)")
-    row_sq = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-    _C.row_sums(_side_by_side(x), True, row_sq, _scratch_beside(x))
-    return row_sq
+    return _row_sums("row_sq_norms", x, squares=True)
 
 
 def row_sums(x: Tensor) -> Tensor:
@@ -586,12 +580,16 @@ def row_sums(x: Tensor) -> Tensor:
     >>> row_sums(torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
     tensor([ 7., -2.], dtype=torch.float64)
     """
+    return _row_sums("row_sums", x, squares=False)
+
+
+def _row_sums(op: str, x: Tensor, *, squares: bool) -> Tensor:
     if not kernel_takes(x):
-        raise TypeError(_not_taken("row_sums", "x", x))
+        raise TypeError(_not_taken(op, "x", x))
     if x.ndim != 2:
-        raise ValueError(f"row_sums: x has shape {tuple(x.shape)}; expected (B, P)")
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (B, P)")
     out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
-    _C.row_sums(_side_by_side(x), False, out, _scratch_beside(x))
+    _C.row_sums(_side_by_side(x), squares, out, _scratch_beside(x))
     return out
 
 

@@ -46,7 +46,7 @@ class GradientNoise:
         check: whether every layer is compared with autograd in the first context ("first"), always or never. That what
             arrives in ``.grad`` is what was measured is checked always.
 
-    On the CPU by kernels, elsewhere by torch. Nothing is synchronised there but by checks and a call that returns.
+    By kernels on the CPU and on CUDA devices, elsewhere by torch. Nothing is synchronised there but by checks.
 
     Raises:
         TypeError, ValueError: arguments; a batch of less than two samples; a batch_size that is not the model's.
