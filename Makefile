@@ -6,12 +6,14 @@
 #                checked (make cuda-sweep: with every type and every kernel broken on purpose, and docs/cuda.md's table)
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
 #   make bench-noise    the part about single gradients' noise: bench/results/noise.json, the README's table of it
+#   make papers  the claims of four papers on networks of one's own: bench/papers/results/ (an hour; an interrupted run
+#                continues; make papers QUICK=1: four minutes, into build/papers/; DATA=folder: CIFAR-10 in torchvision's layout)
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-compare clean
+.PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-compare papers clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -71,6 +73,9 @@ bench-noise: .venv/ready .venv/bench-ready
 
 bench-compare: .venv/ready .venv/bench-ready
 	$(BIN)/python -m bench.compare $(OLD) $(NEW)
+
+papers: .venv/ready
+	$(BIN)/python -m bench.papers $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
 
 # An editable install: Python files are read from here, the binary is built anew when its sources change.
 .venv/ready: $(SOURCES)

@@ -1,0 +1,372 @@
+"""bench/papers: claims' lines, runs that are not made twice, reports that stand alone, statistics with known answers."""
+
+import argparse
+import base64
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("scipy")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from rich.console import Console
+
+import normkern
+from bench.papers import auto_rate, exponential, intrinsic, report, statistics, svag
+from bench.papers.claims import Claim
+from bench.papers.data import batches, for_all, load, loss_of, losses_of
+from bench.papers.figures import Figures, label
+from bench.papers.nets import Ensemble, by_member
+from bench.papers.paper import Paper, Scale, reproduce
+from bench.papers.runs import Results, Run, append, read, run_all, source_digest
+from bench.papers.training import cosine, log_steps, step_decay, take_step
+
+ROOT = Path(__file__).parent.parent
+PAPERS = [m.PAPER for m in (auto_rate, exponential, intrinsic, svag)]
+
+
+def claim(**given):
+    fields = {"arxiv": "1234.56789", "number": 1, "where": "section 1", "paper": "it is so", "here": "1 [0, 2]",
+              "criterion": "it is", "passed": True, "seeds": 3, "differs": "nothing"}  # fmt: skip
+    return Claim(**(fields | given))
+
+
+# Claims
+
+
+def test_claim_line():
+    assert str(claim()) == "CLAIM 1234.56789 1: paper it is so | here 1 [0, 2] | PASS"
+    assert str(claim(passed=False)).endswith(" | FAIL")
+
+
+# Statistics
+
+
+def test_mean_has_students_interval():
+    # t with 3 degrees of freedom at 97.5 %: 3.1824; standard deviation of 1, 2, 3, 4: 1.2910.
+    x = statistics.mean([1.0, 2.0, 3.0, 4.0])
+    assert x.estimate == 2.5
+    assert x.half_width == pytest.approx(3.18245 * 1.29099 / 2, rel=1e-5)
+
+
+def test_mean_of_one_says_nothing_of_its_spread():
+    assert statistics.mean([3.0]) == (3.0, -math.inf, math.inf)
+
+
+def test_slope_of_a_line_with_known_residuals():
+    # y = 2x + 1 + (1, -1, -1, 1)/10: the residuals are orthogonal to 1 and x; standard error sqrt(0.04/2/5).
+    x = statistics.slope([0.0, 1.0, 2.0, 3.0], [1.1, 2.9, 4.9, 7.1])
+    assert x.estimate == pytest.approx(2.0)
+    assert x.half_width == pytest.approx(4.30265 * math.sqrt(0.04 / 2 / 5), rel=1e-5)
+
+
+def test_welchs_difference():
+    x = statistics.difference([1.0, 2.0, 3.0, 4.0], [2.0, 4.0, 6.0, 8.0])
+    assert x.estimate == -2.5
+    # Standard error sqrt(5/12 + 20/12), Satterthwaite's degrees of freedom 4.4118, t 2.6748.
+    assert x.half_width == pytest.approx(2.6775 * math.sqrt(25 / 12), rel=2e-3)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    samples = torch.randn(2000, 5, generator=generator).tolist()
+    covered = sum(statistics.mean(x).low <= 0 <= statistics.mean(x).high for x in samples) / 2000
+    assert abs(covered - 0.95) < 0.02
+
+
+def test_ratio_of_geometric_means():
+    assert statistics.log_ratio([2.0, 8.0], [1.0, 4.0]).estimate == pytest.approx(2.0)
+
+
+# Data and networks
+
+
+def test_digits_are_normalised():
+    data = load(None)
+    assert data.images.shape == (1437, 1, 8, 8)
+    assert abs(data.images.mean()) < 1e-5
+    assert data.images.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_cifar10_in_torchvisions_layout(tmp_path):
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        pixels = torch.randint(256, (4, 3072), dtype=torch.uint8).numpy()
+        (folder / name).write_bytes(pickle.dumps({b"data": pixels, b"labels": [0, 1, 2, 3]}))
+    data = load(str(tmp_path))
+    assert data.images.shape == (20, 3, 32, 32)
+    assert data.test_images.shape == (4, 3, 32, 32)
+    assert data.labels.tolist() == [0, 1, 2, 3] * 5
+    net = Ensemble(2, 3, torch.Generator().manual_seed(0))
+    assert net(for_all(data.images, 2)).shape == (20, 2, 10)
+
+
+def test_fixed_wrong_labels_stay_the_same():
+    data = load(None)
+    wrong = data.with_wrong_labels(0.2)
+    assert torch.equal(wrong.labels, data.with_wrong_labels(0.2).labels)
+    assert float((wrong.labels != data.labels).double().mean()) == pytest.approx(0.18, abs=0.03)
+
+
+@pytest.mark.parametrize("norm", exponential.NORMS)
+def test_members_are_networks_of_their_own(norm):
+    """What one member computes and learns does not depend on the others; every weight is scale-invariant."""
+    data = load(None).to(torch.float64)
+    both = Ensemble(2, 1, torch.Generator().manual_seed(0), norm=norm).double()
+    alone = Ensemble(1, 1, torch.Generator().manual_seed(1), norm=norm).double()
+    with torch.no_grad():
+        for (_, a), (_, b) in zip(both.named_parameters(), alone.named_parameters(), strict=True):
+            b.copy_(a[1:])
+    batch = next(batches(data, 2, 16, torch.Generator().manual_seed(2)))
+    logits = both(batch.images)
+    torch.testing.assert_close(logits[:, 1:], alone(batch.images[:, 1:]))
+    loss_of(logits, batch.labels).backward()
+    loss_of(alone(batch.images[:, 1:]), batch.labels[:, 1:]).backward()
+    for (name, a), (_, b) in zip(both.scale_invariant(), alone.scale_invariant(), strict=True):
+        torch.testing.assert_close(a.grad[1:], b.grad, msg=name)
+        cosine = (a * a.grad).sum() / (a.norm() * a.grad.norm())
+        assert abs(cosine) < 1e-10, name
+
+
+def test_losses_by_member():
+    logits, labels = torch.randn(5, 3, 10), torch.randint(10, (5, 3))
+    expected = [torch.nn.functional.cross_entropy(logits[:, m], labels[:, m]) for m in range(3)]
+    torch.testing.assert_close(losses_of(logits, labels), torch.stack(expected))
+
+
+def test_recalibrated_statistics_know_the_weights_length():
+    """Test accuracy after all weights were made longer: the same logits, from statistics of the weights as they are."""
+    data = load(None)
+    net = Ensemble(2, 1, torch.Generator().manual_seed(0))
+    before = net.logits(data, data.test_images[:50])
+    with torch.no_grad():
+        for _, w in net.scale_invariant():
+            w *= 1000
+    torch.testing.assert_close(net.logits(data, data.test_images[:50]), before, rtol=1e-3, atol=1e-3)
+    # With the statistics of training images: a test image's logits do not depend on its company.
+    torch.testing.assert_close(net.logits(data, data.test_images[:5]), before[:5], rtol=1e-3, atol=1e-3)
+
+
+def test_statistics_by_row_are_by_member():
+    net = Ensemble(3, 1, torch.Generator().manual_seed(0))
+    optimizer = normkern.SGD(net.scale_invariant(), lr=0.1, stats="row")
+    expected = net.weight_sq()
+    take_step(net, optimizer, next(batches(load(None), 3, 8, torch.Generator().manual_seed(1))))
+    torch.testing.assert_close(by_member(optimizer.stats().weight_sq, 3).sum(0), expected)
+
+
+def test_schedules_and_looks():
+    assert [round(step_decay(1.0, [2, 3])(s), 6) for s in range(4)] == [1.0, 1.0, 0.1, 0.01]
+    assert cosine(1.0, 10)(0) == 1.0
+    assert cosine(1.0, 10)(10) == pytest.approx(0.01)
+    assert log_steps(8, 1) == [1, 2, 4, 8]
+
+
+def test_bursts_begin_where_the_loss_returns():
+    assert exponential.burst_begins([0.5, 0.005, 0.2, 0.05, 0.3, 0.001, 0.15]) == [2, 6]
+
+
+def test_quadratic_follows_its_recursion():
+    """E x^2 of SVAG on a quadratic is known exactly (l = 2, ten steps of lr 0.4)."""
+    told = svag.quadratic(2.0, 0, 200_000)
+    a, l, lr, steps = 1 - svag.TOY_LR / 2, 2, svag.TOY_LR, 10
+    exact = a ** (2 * steps) * svag.TOY_BEGIN**2 + lr**2 / l * (1 - a ** (2 * steps)) / (1 - a * a)
+    decayed = math.exp(-2 * svag.TOY_TIME)
+    sde = svag.TOY_BEGIN**2 * decayed + lr / 2 * (1 - decayed)
+    assert abs(told["error"] - (exact - sde)) < 5 * told["standard_error"]
+
+
+# Runs
+
+
+def double(x):
+    return {"twice": 2 * x}
+
+
+def test_runs_are_appended_and_not_made_twice(tmp_path):
+    path, console = tmp_path / "runs.jsonl", Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    runs = [Run(double, {"x": x}) for x in (1, 2)]
+    first = run_all(runs, path, workers=0, console=console)
+    assert first.one(double, x=2) == {"twice": 4}
+    written = path.read_bytes()
+    again = run_all([*runs, Run(double, {"x": 3})], path, workers=0, console=console)
+    assert path.read_bytes().startswith(written)
+    assert len(path.read_text().splitlines()) == 3
+    assert [r["twice"] for _, r in again.of(double)] == [2, 4, 6]
+
+
+def test_a_torn_last_line_is_no_result_and_spoils_none(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    append(path, {"key": "a", "result": 1})
+    with path.open("a") as file:
+        file.write('{"key": "b", "resu')
+    append(path, {"key": "c", "result": 3})
+    assert sorted(read(path)) == ["a", "c"]
+
+
+def test_results_of_other_source_are_not_reused(tmp_path):
+    module = tmp_path / "bench_papers_source.py"
+    digests = []
+    for body in ("1", "1", "2"):
+        code = (
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from bench.papers import runs; "
+            "runs.PACKAGE = 'bench_papers_source'; import bench_papers_source as m; print(runs.source_digest(m.run))"
+        )
+        module.write_text(
+            f"CONSTANT = 3\n\ndef used():\n    return {body}\n\ndef run():\n    return used() + CONSTANT\n"
+        )
+        done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+        digests.append(done.stdout)
+    assert digests[0] == digests[1] != digests[2]
+    assert source_digest(auto_rate.tuned) != source_digest(auto_rate.descent)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from rich.console import Console
+from bench.papers.runs import Run, run_all
+from {module} import slow
+
+if __name__ == "__main__":
+    runs = [Run(slow, {{"x": x, "begun": {begun!r}}}, cost=9 - x) for x in range(6)]
+    results = run_all(runs, Path({path!r}), workers=2, title="killed", console=Console())
+    print("sum", sum(r["x"] for _, r in results.of(slow)))
+"""
+SLOW = """
+import os, time
+def slow(x, begun):
+    with open(begun, "a") as file:
+        file.write(f"{x} {os.getpid()}\\n")
+    time.sleep(0.05 if x < 2 else 1.0)
+    return {"x": x}
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills with SIGKILL")
+def test_a_killed_run_continues_where_it_stopped(tmp_path):
+    path, begun = tmp_path / "runs.jsonl", tmp_path / "begun"
+    (tmp_path / "papers_slow.py").write_text(SLOW)
+    script = tmp_path / "script.py"
+    script.write_text(KILLED.format(module="papers_slow", path=str(path), begun=str(begun)))
+    command, env = [sys.executable, str(script)], {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(read(path)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = path.read_bytes()
+    survived = len(read(path))
+    assert 2 <= survived < 6
+    workers = {int(line.split()[1]) for line in begun.read_text().splitlines()}
+    deadline = time.monotonic() + 10
+    while any(map(alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, workers)), "workers outlived the run"
+
+    made_before = len(begun.read_text().splitlines())
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=120)
+    assert "sum 15" in done.stdout
+    assert f"{survived} of 6 runs are in" in done.stdout.replace("\n", " ")
+    assert path.read_bytes().startswith(kept)
+    assert len(begun.read_text().splitlines()) - made_before == 6 - survived
+
+
+def alive(pid):
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except OSError:
+        return False
+    return status != "Z"
+
+
+# Reports
+
+
+def small_paper(passed=True):
+    def judge(results: Results, figures: Figures):
+        with figures.draw("line", 1) as (axis,):
+            axis.plot([0, 1], [0, 1])
+            label(axis, "time, s", "length, m")
+        numbers = {"twice": [r["twice"] for _, r in results.of(double)], "slope": statistics.mean([1.0, 2.0])._asdict()}
+        return [claim(passed=passed, here="<1 & 2> a|b", numbers=numbers, figures=(figures.file("line"),))]
+
+    return Paper(
+        "1234.56789", "auto_rate", "A Title", "Some Body", "Claims.", lambda scale: [Run(double, {"x": 1})], judge
+    )
+
+
+def test_report_is_self_contained(tmp_path, capsys):
+    given = argparse.Namespace(quick=True, data=None, out=tmp_path, workers=0)
+    assert reproduce([small_paper()], given)
+    assert "CLAIM 1234.56789 1: paper it is so | here <1 & 2> a|b | PASS\n" in capsys.readouterr().out
+    page, summary = (tmp_path / "report.html").read_text(), (tmp_path / "summary.md").read_text()
+    references = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]+)""", page)
+    assert references
+    assert all(r.startswith("data:image/png;base64,") for r in references)
+    assert "url(" not in page
+    assert "@import" not in page
+    figure = base64.b64decode(references[0].split(",", 1)[1])
+    assert figure == (tmp_path / "auto_rate_line.png").read_bytes()
+    for text in ("&lt;1 &amp; 2&gt; a|b", "section 1", "torch", torch.__version__, "1.5 [", "PASS", "QUICK run"):
+        assert text in page, text
+    for text in ("**PASS**", "a\\|b", "![auto_rate_line.png]", "QUICK run", torch.__version__, "1 of 1 claims"):
+        assert text in summary, text
+    document = json.loads((tmp_path / "auto_rate.json").read_text())
+    assert document["claims"][0]["verdict"] == "PASS"
+    assert document["runs"] == 1
+
+
+def test_a_claim_that_fails_is_printed_and_stays(tmp_path, capsys):
+    given = argparse.Namespace(quick=False, data=None, out=tmp_path, workers=0)
+    assert not reproduce([small_paper(passed=False)], given)
+    assert capsys.readouterr().out.count("| FAIL\n") == 1
+    assert "**FAIL**" in (tmp_path / "summary.md").read_text()
+    assert "QUICK" not in (tmp_path / "summary.md").read_text()
+
+
+def test_report_of_nothing(tmp_path):
+    assert len(report.write(tmp_path)) == 2
+
+
+# Papers
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda p: p.name)
+@pytest.mark.parametrize("quick", [True, False])
+def test_every_run_is_plain_and_has_its_own_key(paper, quick):
+    runs = paper.runs(Scale(quick=quick))
+    assert len({run.key for run in runs}) == len(runs)
+    assert all(json.loads(json.dumps(run.arguments)) == run.arguments for run in runs)
+    assert paper.arxiv in paper.doc
+    assert re.search(r"^1\. .*(section|theorem|lemma|abstract)", paper.doc, re.MULTILINE | re.IGNORECASE)
+
+
+def test_at_least_twelve_claims_over_four_papers():
+    assert len({paper.arxiv for paper in PAPERS}) == 4
+    assert sum(len(re.findall(r"^\d\. ", paper.doc, re.MULTILINE)) for paper in PAPERS) >= 12
+
+
+def test_identity_of_auto_rate_tuning_in_a_few_steps():
+    told = auto_rate.identity(lr=3.0, seed=0, members=2, steps=5, data=None)
+    assert max(told["mismatch"]) < 1e-10
+    assert max(told["least_over_bound"]) <= 1
+
+
+def test_exponential_runs_are_equal_in_a_few_steps():
+    told = exponential.side_by_side(norm="layer", schedule="cosine", seed=0, steps=25, data=None)
+    assert max(told["growing"] + told["folded"]) < 1e-11
