@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import io
 import json
 import math
 import os
@@ -197,7 +198,7 @@ def double(x):
 
 
 def test_runs_are_appended_and_not_made_twice(tmp_path):
-    path, console = tmp_path / "runs.jsonl", Console(file=open(os.devnull, "w"))  # noqa: SIM115
+    path, console = tmp_path / "runs.jsonl", Console(file=io.StringIO())
     runs = [Run(double, {"x": x}) for x in (1, 2)]
     first = run_all(runs, path, workers=0, console=console)
     assert first.one(double, x=2) == {"twice": 4}

@@ -222,7 +222,7 @@ def runs(scale: Scale) -> list[Run]:
         for schedule in SCHEDULES:
             given = {"norm": norm, "schedule": schedule, "seed": 0, "steps": steps, "data": scale.data}
             made.append(Run(side_by_side, given, 8 * steps))
-    members, steps = scale.pick((6, 300), (16, 3000))
+    members, steps = scale.pick((6, 300), (32, 3000))
     for norm in NORMS:
         # Other seeds for each way: independent samples, as the comparison takes them to be.
         for way, seed in (("decay", 1), ("exponential", 2)):

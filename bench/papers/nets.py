@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -122,8 +122,3 @@ class Ensemble(nn.Module):
 def by_member(values: Tensor, members: int) -> Tensor:
     """Slots of statistics by row, layer after layer, as (layers, members)."""
     return values.view(-1, members)
-
-
-def finite_mean(values: Sequence[float]) -> float:
-    """NaN where a member left the range of numbers."""
-    return float(torch.tensor(values, dtype=torch.float64).mean())

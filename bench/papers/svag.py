@@ -41,8 +41,8 @@ ARXIV = "2102.12470"
 C = math.sqrt(2)
 WRONG = 0.1
 WEIGHT_DECAY = 0.005
-#: The small batch, its lr, and how many times both are scaled for the large one.
-BATCH, LR, LARGE = 16, 0.1, 16
+#: The small batch, its lr, and how many times both are scaled for the large one, where signal is to outweigh noise.
+BATCH, LR, LARGE = 16, 0.1, 64
 MEASURES = ("weight_sq", "signal", "noise")
 #: Of the quadratic of claim 5: lr, time, begin; curvature and noise are 1.
 TOY_LR, TOY_TIME, TOY_BEGIN = 0.8, 4.0, 2.0
@@ -124,25 +124,13 @@ def quadratic(l: float, seed: int, particles: int) -> dict[str, Any]:
 def runs(scale: Scale) -> list[Run]:
     """l at a small and a large batch; the linear scaling rule at l = 1; the quadratic."""
     made = []
-    members, time = scale.pick((4, 40.0), (8, 300.0))
     ls = scale.pick((1.0, 4.0), (1.0, 2.0, 4.0, 8.0, 16.0))
-    for batch_scale in (1, LARGE):
-        for l in ls:
-            of_large = scale.pick(160.0, 300.0) if batch_scale > 1 else time
-            given = {"l": l, "scale": batch_scale, "seed": 0, "members": members, "time": of_large, "data": scale.data}
-            if batch_scale > 1:
-                given["members"] = scale.pick(2, 6)
-            made.append(Run(svag, given, (0.5 + batch_scale / 4) * given["members"] * l * of_large / batch_scale))
-    for batch_scale in scale.pick((64,), (4, 64)):
-        given = {
-            "l": 1.0,
-            "scale": batch_scale,
-            "seed": 0,
-            "members": scale.pick(2, 6),
-            "time": 300.0,
-            "data": scale.data,
-        }
-        made.append(Run(svag, given, (0.5 + batch_scale / 4) * given["members"] * 300 / batch_scale))
+    settings = [(1, ls, *scale.pick((4, 40.0), (8, 300.0))), (LARGE, ls, *scale.pick((2, 320.0), (6, 1000.0)))]
+    settings += [(k, (1.0,), *scale.pick((2, 160.0), (6, 300.0))) for k in scale.pick((16,), (4, 16))]
+    for k, of_k, members, time in settings:
+        for l in of_k:
+            given = {"l": l, "scale": k, "seed": 0, "members": members, "time": time, "data": scale.data}
+            made.append(Run(svag, given, (0.5 + k / 4) * members * l * time / k))
     particles = scale.pick(500_000, 4_000_000)
     ls = scale.pick((1.0, 2.0, 4.0, 8.0), (1.0, 2.0, 4.0, 8.0, 16.0))
     made += [Run(quadratic, {"l": l, "seed": 1, "particles": particles}, l * particles / 20000) for l in ls]
@@ -172,8 +160,7 @@ def _ratios(run: dict[str, Any], base: dict[str, Any], noise_time: float = 1.0) 
         if min(*x, *y) <= 0:  # an unbiased estimate of a signal that is lost in noise
             x, y = [max(sum(x) / len(x), 1e-12)] * len(x), [max(sum(y) / len(y), 1e-12)] * len(y)
         ratios[key] = statistics.log_ratio(x, y)
-    factor = noise_time
-    ratios["noise"] = statistics.Interval(*(x * factor for x in ratios["noise"]))
+    ratios["noise"] = statistics.Interval(*(x * noise_time for x in ratios["noise"]))
     return ratios
 
 
