@@ -142,6 +142,14 @@ def test_members_are_networks_of_their_own(norm):
         assert abs(cosine) < 1e-10, name
 
 
+def test_networks_of_other_seeds_have_the_same_last_layer():
+    """Else two ensembles with the same law of training would predict differently for ever."""
+    one, other = (Ensemble(2, 1, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    assert torch.equal(one.head, other.head)
+    assert not torch.equal(one.stem, other.stem)
+    assert not torch.equal(one.stem[0], one.stem[1])
+
+
 def test_losses_by_member():
     logits, labels = torch.randn(5, 3, 10), torch.randint(10, (5, 3))
     expected = [torch.nn.functional.cross_entropy(logits[:, m], labels[:, m]) for m in range(3)]

@@ -50,7 +50,9 @@ class Ensemble(nn.Module):
         for name, (out, fan, k) in shapes.items():
             weight = torch.randn(members, out, fan, k, k, generator=generator)
             setattr(self, name, nn.Parameter(weight * (2 / (fan * k * k)) ** 0.5))
-        head = torch.linalg.qr(torch.randn(2 * width, 2 * width, generator=generator)).Q[:CLASSES]
+        # The same in all networks: ensembles that are compared are to differ in nothing that training cannot change.
+        square = torch.randn(2 * width, 2 * width, generator=torch.Generator().manual_seed(0))
+        head = torch.linalg.qr(square).Q[:CLASSES]
         head = (head * HEAD_NORM / head.norm()).expand(members, -1, -1).clone()
         self.head = nn.Parameter(head, requires_grad=trained_head)
         self.bias = nn.Parameter(torch.zeros(members, CLASSES), requires_grad=trained_head)

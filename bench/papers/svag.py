@@ -130,7 +130,7 @@ def runs(scale: Scale) -> list[Run]:
     for k, of_k, members, time in settings:
         for l in of_k:
             given = {"l": l, "scale": k, "seed": 0, "members": members, "time": time, "data": scale.data}
-            made.append(Run(svag, given, (0.5 + k / 4) * members * l * time / k))
+            made.append(Run(svag, given, (10 + 5 * k) * members * l * time / k))
     particles = scale.pick(500_000, 4_000_000)
     ls = scale.pick((1.0, 2.0, 4.0, 8.0), (1.0, 2.0, 4.0, 8.0, 16.0))
     made += [Run(quadratic, {"l": l, "seed": 1, "particles": particles}, l * particles / 20000) for l in ls]
@@ -187,7 +187,6 @@ def _draw_along_time(results: Results, figures: Figures, scale: int, name: str) 
         )
         label(axes[1], "continuous time, lr · steps / l", "|w|²")
         label(axes[2], "continuous time, lr · steps / l", "noise-to-signal N/G")
-        axes[2].set_yscale("symlog")
 
 
 def _told(ratios: dict[str, statistics.Interval]) -> str:
