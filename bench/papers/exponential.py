@@ -57,12 +57,15 @@ def _milestones(steps: int) -> list[int]:
 
 
 def _nets(count: int, norm: str, seed: int, members: int, data: Data) -> list[Ensemble]:
-    """Networks with the same weights."""
+    """Networks with the same weights.
+
+    Of maps that stay at 4 by 4: instance normalisation over 2 by 2 numbers amplifies rounding from step to step.
+    """
     dtype = data.images.dtype
     made = []
     for _ in range(count):
         generator = torch.Generator().manual_seed(seed)
-        made.append(Ensemble(members, data.images.shape[1], generator, norm=norm).to(dtype))
+        made.append(Ensemble(members, data.images.shape[1], generator, norm=norm, shrinking=False).to(dtype))
     return made
 
 
@@ -222,7 +225,7 @@ def runs(scale: Scale) -> list[Run]:
         for schedule in SCHEDULES:
             given = {"norm": norm, "schedule": schedule, "seed": 0, "steps": steps, "data": scale.data}
             made.append(Run(side_by_side, given, 8 * steps))
-    members, steps = scale.pick((6, 300), (32, 3000))
+    members, steps = scale.pick((6, 300), (20, 3000))
     for norm in NORMS:
         # Other seeds for each way: independent samples, as the comparison takes them to be.
         for way, seed in (("decay", 1), ("exponential", 2)):
@@ -284,10 +287,10 @@ def _equal(results: Results, figures: Figures) -> Claim:
         "below "
         f"{bound:g}, or at most {times} times what another rounding of the first weights makes of the run with "
         "weight decay",
-        all(worst[name] <= max(bound, times * rounded[name]) for name in worst), len(worst),
-        "Training amplifies rounding, most with instance normalisation over maps of 2 by 2: that is why the run "
-        "with weight "
-        "decay is compared with itself too.",
+        all(worst[name] <= max(bound, times * rounded[name]) and rounded[name] <= 1e-6 for name in worst), len(worst),
+        "Training amplifies rounding, most with instance normalisation: that is why the run with weight decay is "
+        "compared with "
+        "itself too, and where that makes more than 1e-6 nothing is told, and the claim fails.",
         {"largest difference": worst, "of another rounding": rounded}, (figures.file("equal"),),
     )  # fmt: skip
 

@@ -31,14 +31,15 @@ class Ensemble(nn.Module):
         norm: "batch", "group", "layer" or "instance".
         width: channels of the first block; the second has twice as many.
         trained_head: the last layer is trained, and has a bias.
+        shrinking: the second block halves the maps.
     """
 
     def __init__(
         self, members: int, channels_in: int, generator: torch.Generator, *, norm: str = "batch", width: int = 8,
-        trained_head: bool = False,
+        trained_head: bool = False, shrinking: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.members, self.norm = members, norm
+        self.members, self.norm, self._stride = members, norm, 2 if shrinking else 1
         shapes = {
             "stem": (width, channels_in, 3),
             "first_a": (width, width, 3),
@@ -67,8 +68,8 @@ class Ensemble(nn.Module):
         """Images (n, members, channels, height, width) -> logits (n, members, classes)."""
         x = F.relu(self._conv_norm("stem", images.flatten(1, 2), 2))
         x = F.relu(self._conv_norm("first_b", F.relu(self._conv_norm("first_a", x))) + x)
-        y = self._conv_norm("second_b", F.relu(self._conv_norm("second_a", x, 2)))
-        x = F.relu(y + self._conv_norm("shortcut", x, 2))
+        y = self._conv_norm("second_b", F.relu(self._conv_norm("second_a", x, self._stride)))
+        x = F.relu(y + self._conv_norm("shortcut", x, self._stride))
         features = x.mean((2, 3)).view(len(x), self.members, -1)
         return torch.einsum("nmf,mcf->nmc", features, self.head) + self.bias
 
