@@ -7,7 +7,7 @@
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
 #   make bench-noise    the part about single gradients' noise: bench/results/noise.json, the README's table of it
 #   make papers  the claims of four papers on networks of one's own: bench/papers/results/ (an hour; an interrupted run
-#                continues; make papers QUICK=1: four minutes, into build/papers/; DATA=folder: CIFAR-10 in torchvision's layout)
+#                continues; make papers QUICK=1: two minutes, into build/papers/; DATA=folder: CIFAR-10 in torchvision's layout)
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
 PYTHON ?= python3
 BIN := .venv/bin
