@@ -296,7 +296,7 @@ def _effective(results: Results, figures: Figures) -> Claim:
     return Claim(
         ARXIV, 5, "section 1; lemma 2.4",
         "the effective lr after training does not depend on the lr chosen (slope 0; 1 if nothing tuned it)",
-        f"d log(effective lr) / d log(lr) = {slope} over {decades:.0f} decades with noise that stays; without "
+        f"d log(effective lr) / d log(lr) = {slope} over {decades:.1f} decades with noise that stays; without "
         f"{without}",
         "of the lr whose |w|² has at least tripled, over two decades or more: the interval of the slope within "
         "±0.1, in runs "
