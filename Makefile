@@ -1,6 +1,6 @@
 # Everything needs Python >= 3.10, a C++17 compiler and make; the rest is installed into .venv.
 #   make demo    train on handwritten digits: demo/curves.png, demo/train.json
-#   make test    the whole test suite (make test-slow: with the long sweeps)
+#   make test    the whole test suite, in two processes (WORKERS=n: in so many; make test-slow: with the long sweeps)
 #   make lint    what CI checks of style and types
 #   make cuda    kernels for every GPU architecture, into build/cuda/ (make cuda-build: only that), and their machine code
 #                checked (make cuda-sweep: with every type and every kernel broken on purpose, and docs/cuda.md's table)
@@ -10,7 +10,10 @@
 #                continues; make papers QUICK=1: two minutes, into build/papers/; DATA=folder: CIFAR-10 in torchvision's layout)
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
 PYTHON ?= python3
+WORKERS ?= 2
 BIN := .venv/bin
+# Threads of one process that spin while they wait are threads of the other that do not run.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
 .PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-compare papers clean
@@ -19,10 +22,10 @@ demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: .venv/ready
 	$(BIN)/ruff check .
