@@ -70,6 +70,17 @@ def test_kernel(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_means_do_not_depend_on_what_was_in_memory(backend, dtype):
+    """Without squares nothing is read of where they would be."""
+    x = samples(16, 300, dtype=dtype)
+    mean, norms = ops.moments(x)[::2]
+    ops.moments(torch.full_like(x, torch.nan))  # leaves its NaN on the stack
+    plain = ops.moments(x, squares=False)
+    assert same_bits(plain[0], mean)
+    assert same_sums(backend, plain[2], norms)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outputs_stay_inside(backend, dtype, monkeypatch):
     """The kernel writes its columns and nothing beside them."""
     made = []

@@ -121,11 +121,14 @@ template <bool kSquares, class R, class T> __attribute__((noinline)) bool pass(c
   const Lanes factor = Lanes::all(c.factor);
   Lanes mean_sq = Lanes::all(0), sum = mean_sq;
   for (int64_t j = 0; j < c.size; j += kLanes) {
-    const Lanes mean = load(kept.mean + j, Width<kLanes>{}), centred = load(kept.centred + j, Width<kLanes>{});
+    const Lanes mean = load(kept.mean + j, Width<kLanes>{});
     mean_sq = fma(mean, mean, mean_sq);
-    sum = sum + centred;
     put<Real<T>>(c.mean, j, c.size, mean);
-    if constexpr (kSquares) put<Real<T>>(c.centred, j, c.size, factor * centred);
+    if constexpr (kSquares) {
+      const Lanes centred = load(kept.centred + j, Width<kLanes>{});
+      sum = sum + centred;
+      put<Real<T>>(c.centred, j, c.size, factor * centred);
+    }
   }
   if (sizeof(R) == 4) {
     if (!is_finite(total(mean_sq)) || !is_finite(total(sum))) return false;
