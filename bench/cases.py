@@ -103,5 +103,6 @@ CASES: dict[str, Case] = {
         Case("20 of 8x8", ((8, 8),) * 20, F32, QUICK | PLOT),
         Case("128 rows of 1M", ROWS, F32, QUICK, MOMENTS),
         Case("128 rows of 1M", ROWS, BF16, jobs=MOMENTS),
+        Case("32 rows of 64", ((32, 64),), F32, QUICK, MOMENTS),
     )
 }

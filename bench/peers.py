@@ -275,6 +275,18 @@ def normkern_moments(matrix: Matrix) -> Step:
     return Step(run, lambda: torch.cat([told[0].mean.double(), told[0].variance.double(), told[0].sq_norms]))
 
 
+def op_moments(matrix: Matrix, through_torch: bool) -> Step:
+    """What a call of the op by way of torch's dispatcher costs besides the kernel."""
+    told: list[Any] = []
+    op = torch.ops.normkern.moments.default if through_torch else normkern.ops.moments
+    factor = 1 / (len(matrix.x) - 1)
+
+    def run() -> None:
+        told[:] = op(matrix.x, factor=factor)
+
+    return Step(run, lambda: torch.cat([x.double() for x in told[:3]]))
+
+
 def torch_moments(matrix: Matrix, how: str, compiled: bool = False) -> Step:
     """Welford's algorithm as torch has it, or its vectorised operations, one after the other over a copy."""
     told: list[Any] = []
@@ -422,6 +434,8 @@ PEERS: tuple[Peer, ...] = (
     Peer("combine + torch compile + sums", "SVAG step", part(torch_pairs, compiled=True), compiles_soon, CXX, nothing),
     Peer("torch compile by hand + sums", "SVAG step", compiled_by_hand, compiles_soon, CXX, nothing),
     Peer("normkern moments", "moments", normkern_moments),
+    Peer("normkern.ops.moments", "moments", part(op_moments, through_torch=False)),
+    Peer("torch.ops.normkern.moments", "moments", part(op_moments, through_torch=True)),
     Peer("torch var_mean + norms", "moments", part(torch_moments, how="var_mean")),
     Peer("torch mean, squares, norms", "moments", part(torch_moments, how="squares")),
     Peer(

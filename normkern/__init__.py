@@ -30,7 +30,7 @@ try:
             f"found torch {_torch.__version__}. Upgrade it: pip install 'torch>={_floor}'"
         )
 
-    from . import invariance, ops, reference, theory
+    from . import invariance, library, ops, reference, theory
     from .auto_rate import AutoRateMonitor
     from .equilibrium import EquilibriumMonitor
     from .halves import halves
@@ -71,6 +71,7 @@ __all__ = [
     "__version__",
     "halves",
     "invariance",
+    "library",
     "moments",
     "noise_from_pair",
     "ops",

@@ -6,8 +6,9 @@ import sys
 from typing import Any
 
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
+from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_excluded, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_dynamo_compiling
 
 
 def has_values(x: Tensor) -> bool:
@@ -18,6 +19,13 @@ def has_values(x: Tensor) -> bool:
 def somebody_watches() -> bool:
     """A dispatch mode (make_fx, FakeTensorMode) or a torch.func transform wants to see every operation on a tensor."""
     return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
+
+
+def is_traced() -> bool:
+    """torch.compile, or a dispatch mode, wants ops as such: it cannot see what their kernels do to memory."""
+    return is_dynamo_compiling() or (
+        _len_torch_dispatch_stack() > 0 and not _dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python)
+    )
 
 
 def is_a(x: Any, module: str, name: str) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .kinds import is_traced
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +91,7 @@ def moments(x: Tensor | Sequence[Tensor]) -> Moments:
         raise ValueError(f"moments: {names[0]} has shape {tuple(tensors[0].shape)}; expected at least 2 samples")
     if not any(entry.numel() for entry in tensors):
         raise ValueError(f"moments: {names[0]} has shape {tuple(tensors[0].shape)}; expected at least one column")
-    totals = torch.empty(2, dtype=torch.float64, device=tensors[0].device)
-    mean, variance, sq_norms = _moments(tensors, 1 / (b - 1), totals)
+    mean, variance, sq_norms, totals = _moments(tensors, b)
     mean_sq, trace = totals[0], totals[1] / (b - 1)
     unbiased = mean_sq - trace / b
     return Moments(
@@ -108,9 +108,6 @@ def moments(x: Tensor | Sequence[Tensor]) -> Moments:
     )
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
 def _samples(x: object, name: str) -> Tensor:
     """`x` as it is read."""
     if not isinstance(x, Tensor):
@@ -118,7 +115,8 @@ def _samples(x: object, name: str) -> Tensor:
             f"moments: {name} is {ops.describe(x)}; expected a tensor (B, P), or a list or tuple of tensors (B, *shape)"
         )
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided and not x.is_meta
-    if not plain or x.dtype not in _DTYPES:
+    plain = plain or (is_traced() and not x.is_meta and ops.would_take(x))
+    if not plain or x.dtype not in ops.DTYPES:
         raise TypeError(
             f"moments: {name} is {ops.describe(x)}; "
             "expected a plain, strided torch.Tensor of float64, float32, bfloat16 or float16"
@@ -126,13 +124,18 @@ def _samples(x: object, name: str) -> Tensor:
     return x.detach().resolve_neg()
 
 
-def _moments(tensors: list[Tensor], factor: float, totals: Tensor) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """`ops.moments`, or its eager twin for tensors that no kernel can take."""
-    if all(map(ops.kernel_takes, tensors)):
-        mean, variance, sq_norms = ops.moments(tensors, factor=factor, totals=totals)
+def _moments(tensors: list[Tensor], b: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """`ops.moments` and its totals, or its eager twin for tensors that no kernel can take."""
+    traced = is_traced()
+    is_taken = ops.kernels_take(tensors) if traced else all(map(ops.kernel_takes, tensors))
+    if is_taken and traced:
+        return torch.ops.normkern.moments.list(tensors, divisor=b - 1)  # type: ignore[no-any-return]
+    totals = torch.empty(2, dtype=torch.float64, device=tensors[0].device)
+    if is_taken:
+        mean, variance, sq_norms = ops.moments(tensors, factor=1 / (b - 1), totals=totals)
     else:
         from . import reference
 
-        mean, variance, sq_norms = reference.moments(tensors, factor=factor, totals=totals)
+        mean, variance, sq_norms = reference.moments(tensors, factor=1 / (b - 1), totals=totals)
     assert variance is not None
-    return mean, variance, sq_norms
+    return mean, variance, sq_norms, totals

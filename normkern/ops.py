@@ -11,6 +11,9 @@ from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+
+from .kinds import is_a, is_traced
 
 try:
     import normkern._C as _C
@@ -21,6 +24,8 @@ except ImportError as error:
     ) from error
 
 Stats: TypeAlias = Literal["tensor", "row"] | None
+#: What kernels read and write.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 #: Columns of the table of sums, in order.
 SUMS = ("weight_sq", "grad_sq", "weight_grad_dot", "update_sq", "weight_update_dot")
@@ -44,6 +49,14 @@ cuda_architectures = _C.cuda_architectures
 slot_count = _C.slot_count
 isa = _C.isa
 supported_isas = _C.supported_isas
+
+
+def _torch_op(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Calls ``torch.ops.normkern``: what a tracer can keep of an op, whose kernel writes where no tracer looks."""
+    op: Any = torch.ops.normkern
+    for part in name.split("."):
+        op = getattr(op, part)
+    return op(*args, **kwargs)
 
 
 def select_isa(name: str) -> None:
@@ -109,8 +122,22 @@ def _scratch_beside(x: Tensor) -> Callable[[int], Tensor]:
     return lambda size: torch.empty(size, dtype=torch.float64, device=x.device)
 
 
+#: What decides whether a kernel takes a tensor: `kernel_takes` (None), or `would_take` where tensors have no values.
+Takes: TypeAlias = Callable[[Any], bool]
+
+
+def would_take(x: Any) -> bool:
+    """Whether a kernel takes tensors such as x, which may be a stand-in of no values: a FakeTensor, a meta tensor."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) or is_a(x, "torch._subclasses.fake_tensor", "FakeTensor")
+    is_here = plain and (x.device.type in ("cpu", "meta") or (x.device.type == "cuda" and bool(cuda_architectures())))
+    return is_here and x.layout == torch.strided and x.dtype in DTYPES
+
+
 def kernels_take(tensors: Iterable[Any]) -> bool:
     """Whether one call of an op takes them all: plain tensors of real dtypes, on one device. None is no tensor."""
+    if is_traced():
+        given = [x for x in tensors if x is not None]
+        return all(would_take(x) and not x.is_meta and x.device == given[0].device for x in given)
     devices = {device_index(x) for x in tensors if x is not None}
     return None not in devices and len(devices) <= 1
 
@@ -196,6 +223,14 @@ def sgd_(
     >>> w
     tensor([2.7500, 3.6000])
     """
+    if is_traced():
+        from .library import traced_sgd_
+
+        return traced_sgd_(
+            params, grads, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
+            nesterov=nesterov, maximize=maximize, grad_scale=grad_scale, stats=stats, held=held, l=l,
+            held_scale=held_scale, gauge=gauge, found_inf=found_inf,
+        )  # fmt: skip
     params, grads = list(params), list(grads)
     buffers: list[Tensor | None] | None = None
     first: list[int] = []
@@ -227,7 +262,7 @@ def sgd_(
     )  # fmt: skip
     if refused:
         lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}
-        raise TypeError(_why_refused("sgd_", refused[0], lists))
+        raise TypeError(why_refused("sgd_", refused[0], lists))
     table = _run(step, measured=stats is not None, may_skip=found_inf is not None)
     if momentum_buffers is not None and buffers is not None:
         for i in first:
@@ -317,14 +352,23 @@ def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | N
     >>> a
     tensor([-1.,  2.])
     """
+    if is_traced():
+        return _traced_svag_combine_(list(grads_a), list(grads_b), l)
     check_l(l, "svag_combine_")
     a, b = _both("svag_combine_", grads_a, grads_b)
     step = Pass()
     step.begin()
     refused = step.add_svag_combine(a, b, l)
     if refused:
-        raise TypeError(_why_refused("svag_combine_", refused[0], {"grads_a": a, "grads_b": b}))
+        raise TypeError(why_refused("svag_combine_", refused[0], {"grads_a": a, "grads_b": b}))
     _run(step, measured=False)
+
+
+def _traced_svag_combine_(a: list[Any], b: list[Any], l: float) -> None:
+    """`torch.ops.normkern.svag_combine_`, which takes no None."""
+    check_pairs("svag_combine_", a, b)
+    there = [i for i, x in enumerate(a) if x is not None]
+    _torch_op("svag_combine_", [a[i] for i in there], [b[i] for i in there], l)
 
 
 def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], stats: Stats = "tensor") -> Tensor:
@@ -344,12 +388,14 @@ def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]
     >>> pair_sums([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])])
     tensor([[ 7.,  4.,  5., 13.]], dtype=torch.float64)
     """
+    if is_traced():
+        return _torch_op("pair_sums", list(grads_a), list(grads_b), stats)
     a, b = _both("pair_sums", grads_a, grads_b)
     step = Pass()
     step.begin()
     refused = step.add_difference(a, b, stats_code(stats, "pair_sums"))
     if refused:
-        raise TypeError(_why_refused("pair_sums", refused[0], {"grads_a": a, "grads_b": b}))
+        raise TypeError(why_refused("pair_sums", refused[0], {"grads_a": a, "grads_b": b}))
     table = _run(step, measured=True)
     assert table is not None
     return torch.cat([table[:, 2:4], table[:, :2]], dim=1)
@@ -384,6 +430,9 @@ def welford_(
     >>> m, s
     (tensor([2., 5.]), tensor([2., 0.]))
     """
+    if is_traced():
+        table = _torch_op("welford_", list(means), list(samples), list(squares), n=n, stats=stats)
+        return None if stats is None else table
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"welford_: n expected a whole number from 1, got {n!r}")
     m, x, s = list(means), list(samples), list(squares)
@@ -391,7 +440,7 @@ def welford_(
     step.begin()
     refused = step.add_welford(m, x, s, 1 / n, stats_code(stats, "welford_"))
     if refused:
-        raise TypeError(_why_refused("welford_", refused[0], {"means": m, "samples": x, "squares": s}))
+        raise TypeError(why_refused("welford_", refused[0], {"means": m, "samples": x, "squares": s}))
     return _run(step, measured=stats is not None)
 
 
@@ -424,8 +473,10 @@ def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tenso
     >>> outer_moments(a, g, squares=True)  # contributions [[1, 2]] and [[6, 8]]
     (tensor([[ 7., 10.]]), tensor([[12.5000, 18.0000]]), tensor([  5., 100.], dtype=torch.float64))
     """
+    if is_traced():
+        return _torch_op("outer_moments", a, g, squares=squares)
     shape = _C.outer_shape(a, g)
-    total, centred, sq_norms = _sample_sums(shape, a, squares)
+    total, centred, sq_norms = new_sample_sums(shape, a, squares)
     _C.outer_moments(_dense_last(a), _dense_last(g), total, centred, sq_norms, _scratch_beside(a))
     return total, centred, sq_norms
 
@@ -469,13 +520,16 @@ def conv_moments(
     >>> conv_moments(x, g, (2,), stride=(1,), padding=(0,), dilation=(1,), groups=1, squares=False)
     (tensor([[[21., 32.]]]), None, tensor([1465.], dtype=torch.float64))
     """
+    if is_traced():
+        of_space: Any = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        return _torch_op("conv_moments", x, g, kernel_size, **of_space, squares=squares)
     numbers = _C.ConvNumbers(kernel_size, stride, padding, dilation, groups)
-    total, centred, sq_norms = _sample_sums(_C.conv_shape(x, g, numbers), x, squares)
+    total, centred, sq_norms = new_sample_sums(_C.conv_shape(x, g, numbers), x, squares)
     _C.conv_moments(_dense_last(x), _dense_last(g), numbers, total, centred, sq_norms, _scratch_beside(x))
     return total, centred, sq_norms
 
 
-def _sample_sums(shape: Sequence[int], of: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+def new_sample_sums(shape: Sequence[int], of: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
     """Unwritten results of the kernels that own dW."""
     real = torch.float64 if of.dtype == torch.float64 else torch.float32
     total = torch.empty(shape, dtype=real, device=of.device)
@@ -527,23 +581,42 @@ def moments(
     >>> moments(torch.tensor([[1.0, 5.0], [3.0, 5.0]]))
     (tensor([2., 5.]), tensor([2., 0.]), tensor([26., 34.], dtype=torch.float64))
     """
+    if is_traced():
+        return _traced_moments(x, squares, factor, totals)
     tensors: list[Any] = list(x) if isinstance(x, (list, tuple)) else [x]
     names = [f"x[{i}]" for i in range(len(tensors))] if isinstance(x, (list, tuple)) else ["x"]
-    rows = check_samples("moments", tensors, names)
-    for name, entry in zip(names, tensors, strict=True):
-        if not kernel_takes(entry):
-            raise TypeError(_not_taken("moments", name, entry))
-    real = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    with torch.no_grad():
-        means = [torch.empty_like(entry[0], dtype=real) for entry in tensors]
-        centred = [torch.empty_like(mean) for mean in means] if squares else None
+    means, centred, row_sq = new_moments(tensors, names, squares)
     like = tensors[0]
-    row_sq = torch.empty(rows, dtype=torch.float64, device=like.device)
     totals = _new_totals(like) if totals is None else totals
     _C.moments(tensors, means, centred, factor, row_sq, totals, _scratch_beside(like))
     if isinstance(x, (list, tuple)):
         return means, centred, row_sq
     return means[0], None if centred is None else centred[0], row_sq
+
+
+def new_moments(
+    tensors: list[Any], names: list[str], squares: bool, takes: Takes | None = None
+) -> tuple[list[Tensor], list[Tensor] | None, Tensor]:
+    """Unwritten results of `moments`, of checked arguments."""
+    takes = takes or kernel_takes
+    rows = check_samples("moments", tensors, names)
+    for name, entry in zip(names, tensors, strict=True):
+        if not takes(entry):
+            raise TypeError(not_taken("moments", name, entry))
+    real = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    with torch.no_grad():
+        means = [torch.empty_like(entry[0], dtype=real) for entry in tensors]
+        centred = [torch.empty_like(mean) for mean in means] if squares else None
+    return means, centred, torch.empty(rows, dtype=torch.float64, device=tensors[0].device)
+
+
+def _traced_moments(x: Any, squares: bool, factor: float, totals: Tensor | None) -> tuple[Any, Any, Tensor]:
+    """`torch.ops.normkern.moments`, which returns the totals."""
+    overload = "moments.list" if isinstance(x, (list, tuple)) else "moments"
+    means, centred, row_sq, new_totals = _torch_op(overload, x, squares=squares, factor=factor)
+    if totals is not None:
+        totals.copy_(new_totals)
+    return means, centred, row_sq
 
 
 def row_sq_norms(x: Tensor) -> Tensor:
@@ -562,6 +635,8 @@ def row_sq_norms(x: Tensor) -> Tensor:
     >>> row_sq_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
     tensor([25.,  4.], dtype=torch.float64)
     """
+    if is_traced():
+        return _torch_op("row_sq_norms", x)
     return _row_sums("row_sq_norms", x, squares=True)
 
 
@@ -580,15 +655,23 @@ def row_sums(x: Tensor) -> Tensor:
     >>> row_sums(torch.tensor([[3.0, 4.0], [0.0, -2.0]]))
     tensor([ 7., -2.], dtype=torch.float64)
     """
+    if is_traced():
+        return _torch_op("row_sums", x)
     return _row_sums("row_sums", x, squares=False)
 
 
-def _row_sums(op: str, x: Tensor, *, squares: bool) -> Tensor:
-    if not kernel_takes(x):
-        raise TypeError(_not_taken(op, "x", x))
+def new_row_sums(op: str, x: Tensor, takes: Takes | None = None) -> Tensor:
+    """Unwritten result of `row_sums` and `row_sq_norms`, of a checked argument."""
+    takes = takes or kernel_takes
+    if not takes(x):
+        raise TypeError(not_taken(op, "x", x))
     if x.ndim != 2:
         raise ValueError(f"{op}: x has shape {tuple(x.shape)}; expected (B, P)")
-    out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+    return torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+
+
+def _row_sums(op: str, x: Tensor, *, squares: bool) -> Tensor:
+    out = new_row_sums(op, x)
     _C.row_sums(_side_by_side(x), squares, out, _scratch_beside(x))
     return out
 
@@ -612,8 +695,21 @@ def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
     >>> recentre_(raw, torch.tensor([3.0, 4.0]), 2, 0.01), raw
     (False, tensor([0.5000, 0.0000]))
     """
+    if is_traced():
+        return bool(_torch_op("recentre_", raw, total, count, least))
+    check_recentre(raw, total, count)
+    if device_index(raw) != -1:
+        from . import reference
+
+        return reference.recentre_(raw, total, count, least)
+    return _C.recentre(raw, total, 1 / count, least)
+
+
+def check_recentre(raw: Tensor, total: Tensor, count: int, takes: Takes | None = None) -> None:
+    """Arguments of `recentre_`."""
+    takes = takes or kernel_takes
     for name, entry in {"raw": raw, "total": total}.items():
-        if not kernel_takes(entry) or entry.dtype not in (torch.float64, torch.float32):
+        if not takes(entry) or entry.dtype not in (torch.float64, torch.float32):
             raise TypeError(
                 f"recentre_: {name} is {describe(entry)}; expected a torch.Tensor of float64 or float32 on "
                 f"{_where_kernels_run(entry)}"
@@ -628,11 +724,6 @@ def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
         )
     if count < 1:
         raise ValueError(f"recentre_: count expected at least 1, got {count}")
-    if device_index(raw) != -1:
-        from . import reference
-
-        return reference.recentre_(raw, total, count, least)
-    return _C.recentre(raw, total, 1 / count, least)
 
 
 def _is_dense(x: Tensor) -> bool:
@@ -680,12 +771,27 @@ def norm_sums(
     >>> norm_sums(g, x, torch.ones(1, 2), torch.full((1, 2), 0.5), channels="last")
     (tensor([[2.0000, 1.5000]]), tensor([[2., 2.]]))
     """
+    if is_traced():
+        return _torch_op("norm_sums", g, x, mean, rstd, channels=channels)
+    of_weight, of_bias = new_norm_sums(g, x, mean, rstd, channels)
+    _C.norm_sums(
+        _side_by_side(g), _side_by_side(x), None if mean is None else _dense(mean), _dense(rstd), channels == "first",
+        of_weight, of_bias,
+    )  # fmt: skip
+    return of_weight, of_bias
+
+
+def new_norm_sums(
+    g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, channels: str, takes: Takes | None = None
+) -> tuple[Tensor, Tensor]:
+    """Unwritten results of `norm_sums`, of checked arguments."""
+    takes = takes or kernel_takes
     if channels not in ("last", "first"):
         raise ValueError(f'norm_sums: channels expected "last" or "first", got {channels!r}')
     of_rows = {"rstd": rstd} if mean is None else {"mean": mean, "rstd": rstd}
     for name, entry in {"g": g, "x": x, **of_rows}.items():
-        if not kernel_takes(entry):
-            raise TypeError(_not_taken("norm_sums", name, entry))
+        if not takes(entry):
+            raise TypeError(not_taken("norm_sums", name, entry))
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
     if g.ndim != 3:
         raise ValueError(f"norm_sums: g has shape {tuple(g.shape)}; expected three dimensions")
@@ -699,13 +805,8 @@ def norm_sums(
             raise ValueError(
                 f"norm_sums: {name} has shape {tuple(entry.shape)} but g {tuple(g.shape)}; expected {tuple(shape)}"
             )
-    along = channels == "first"
-    of_weight, of_bias = (g.new_empty((g.shape[0], g.shape[1 if along else 2]), dtype=real) for _ in range(2))
-    _C.norm_sums(
-        _side_by_side(g), _side_by_side(x), None if mean is None else _dense(mean), _dense(rstd), along, of_weight,
-        of_bias,
-    )  # fmt: skip
-    return of_weight, of_bias
+    size = (g.shape[0], g.shape[1 if channels == "first" else 2])
+    return g.new_empty(size, dtype=real), g.new_empty(size, dtype=real)
 
 
 def embedding_moments(
@@ -741,12 +842,33 @@ def embedding_moments(
     >>> embedding_moments(torch.tensor([[0, 0], [2, 0]]), torch.ones(2, 2, 1), 3, squares=True)
     (tensor([[3.], [0.], [1.]]), tensor([[0.5000], [0.0000], [0.5000]]), tensor([4., 2.], dtype=torch.float64))
     """
+    if is_traced():
+        more: Any = {"padding_idx": padding_idx, "squares": squares}
+        return _torch_op("embedding_moments", ids, g, num_embeddings, **more)
+    total, centred, row_sq = new_embedding_moments(ids, g, num_embeddings, padding_idx, squares)
+    ids = ids.to(torch.int64).contiguous()
+    on_cpu = device_index(g) == -1
+    order, begin = (None, None) if on_cpu else _by_id(ids.flatten(), num_embeddings)
+    padding = -1 if padding_idx is None else padding_idx % num_embeddings
+    _C.embedding_moments(
+        ids, order, begin, _side_by_side(g), padding, total, centred, row_sq, _scratch_beside(g)
+    )  # fmt: skip
+    return total, centred, row_sq
+
+
+def new_embedding_moments(
+    ids: Tensor, g: Tensor, num_embeddings: int, padding_idx: int | None, squares: bool, takes: Takes | None = None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Unwritten results of `embedding_moments`, of checked arguments: zeros on the CPU, which adds to them."""
+    takes = takes or kernel_takes
     op = "embedding_moments"
     if isinstance(num_embeddings, bool) or not isinstance(num_embeddings, int) or num_embeddings < 1:
         raise ValueError(f"{op}: num_embeddings expected a whole number from 1, got {num_embeddings!r}")
-    if not kernel_takes(g):
-        raise TypeError(_not_taken(op, "g", g))
-    plain = type(ids) is Tensor and ids.device == g.device and ids.layout == torch.strided
+    if not takes(g):
+        raise TypeError(not_taken(op, "g", g))
+    plain = (
+        (type(ids) is Tensor or takes is not kernel_takes) and ids.device == g.device and ids.layout == torch.strided
+    )
     if not plain or ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{op}: ids is {describe(ids)}; expected a torch.Tensor of int64 or int32 on {g.device}")
     if ids.ndim != 2 or g.ndim != 3 or g.shape[:2] != ids.shape:
@@ -758,17 +880,10 @@ def embedding_moments(
             f"{op}: padding_idx expected None or {-num_embeddings} to {num_embeddings - 1}, got {padding_idx!r}"
         )
     real = torch.float64 if g.dtype == torch.float64 else torch.float32
-    on_cpu = device_index(g) == -1
+    on_cpu = g.device.type == "cpu" if takes is would_take else device_index(g) == -1
     total = (g.new_zeros if on_cpu else g.new_empty)((num_embeddings, g.shape[2]), dtype=real)
     centred = (torch.zeros_like if on_cpu else torch.empty_like)(total) if squares else None
-    row_sq = g.new_empty(len(g), dtype=torch.float64)
-    ids = ids.to(torch.int64).contiguous()
-    order, begin = (None, None) if on_cpu else _by_id(ids.flatten(), num_embeddings)
-    padding = -1 if padding_idx is None else padding_idx % num_embeddings
-    _C.embedding_moments(
-        ids, order, begin, _side_by_side(g), padding, total, centred, row_sq, _scratch_beside(g)
-    )  # fmt: skip
-    return total, centred, row_sq
+    return total, centred, g.new_empty(g.shape[0], dtype=torch.float64)
 
 
 def _by_id(ids: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -849,12 +964,13 @@ def _both(op: str, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> tu
     return a, b
 
 
-def _why_refused(op: str, i: int, lists: dict[str, Any]) -> str:
+def why_refused(op: str, i: int, lists: dict[str, Any], takes: Takes | None = None) -> str:
     """The sentence for position `i`, which no kernel takes. The first list is the one that the others must match."""
+    takes = takes or kernel_takes
     named = {name: x[i] for name, x in lists.items() if x is not None and x[i] is not None}
     for name, tensor in named.items():
-        if not kernel_takes(tensor):
-            return _not_taken(op, f"{name}[{i}]", tensor)
+        if not takes(tensor):
+            return not_taken(op, f"{name}[{i}]", tensor)
     (first, model), *others = named.items()
     for name, tensor in others:
         if tensor.dtype != model.dtype or tensor.device != model.device:
@@ -863,7 +979,10 @@ def _why_refused(op: str, i: int, lists: dict[str, Any]) -> str:
     return f"{op}: {first}[{i}] is {describe(model)} but others, or numbers of the call, are not; expected one device"
 
 
-def _not_taken(op: str, name: str, x: object) -> str:
+def not_taken(op: str, name: str, x: object) -> str:
+    """The sentence for what no kernel takes."""
+    if peek_interpreter_stack() is not None:
+        return f"{op}: {name} is inside a torch.func transform, where no kernel sees it; torch.ops.normkern.{op} may"
     return (
         f"{op}: {name} is {describe(x)}; expected a torch.Tensor of float64, float32, bfloat16 or float16 on "
         f"{_where_kernels_run(x)}"

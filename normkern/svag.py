@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import ParamsT
 
@@ -129,6 +130,7 @@ class SVAG(SGD):
             _check_own({**self._options_of_svag, **param_group}, f"SVAG: param_groups[{len(self.param_groups)}]")
         super().add_param_group(param_group)
 
+    @_disable_dynamo  # what it keeps and clears are attributes of objects, no values of a graph
     def hold(self, copy: bool = False, *, scale: float | None = None) -> None:
         """Takes the accumulated gradients as the first of each pair, and leaves ``.grad`` None for the second.
 
@@ -194,6 +196,7 @@ class SVAG(SGD):
         self._step_locked()
         return result
 
+    @_disable_dynamo
     def _step_locked(self) -> None:
         with self._lock:
             self._step_now()

@@ -30,6 +30,7 @@ from bench.peers import (
     normkern_moments,
     normkern_pairs,
     normkern_step,
+    op_moments,
     reference_pairs,
     torch_moments,
     torch_pairs,
@@ -240,6 +241,8 @@ def test_peers_of_pairs_leave_the_gradients_where_others_find_them():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_right_moments_are_found_right(dtype):
     assert right.moments_fault(normkern_moments, dtype) == ""
+    for through_torch in (False, True):
+        assert right.moments_fault(lambda given, way=through_torch: op_moments(given, way), dtype) == ""
     assert right.moments_fault(lambda given: torch_moments(given, "var_mean"), dtype) == ""
     assert right.moments_fault(lambda given: torch_moments(given, "squares"), dtype) == ""
 

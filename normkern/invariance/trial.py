@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import copy
 import functools
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
+from ..eagerly import eagerly
 from .exact import Exact, drop_eps
 
 #: loss(model, batch) -> scalar.
@@ -186,10 +186,8 @@ class Generators:
 def apart(model: nn.Module) -> Iterator[None]:
     """Whatever is drawn, or set, inside: torch's generators and autograd's modes are as before afterwards."""
     generators = Generators(model)
-    # Without this import nothing is compiled.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), eager:
+        with torch.inference_mode(False), torch.enable_grad(), eagerly():
             yield
     finally:
         generators.restore()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..kinds import is_a
 from .ledger import Record
 
 
@@ -21,7 +20,7 @@ class Anatomy:
 
     @classmethod
     def of(cls, model: nn.Module) -> Anatomy:
-        """RuntimeError: it is compiled or scripted."""
+        """RuntimeError: it is scripted."""
         modules: list[nn.Module] = []
         records: dict[int, Record] = {}
         constants: set[int] = set()
@@ -32,7 +31,7 @@ class Anatomy:
             if module in seen:
                 continue
             seen.add(module)
-            _refuse_compiled(path, module)
+            _refuse_scripted(path, module)
             modules.append(module)
             dot = path and path + "."
             for name, p in module._parameters.items():
@@ -47,17 +46,11 @@ class Anatomy:
         return cls(modules, list(records.values()), constants)
 
 
-def _refuse_compiled(path: str, module: nn.Module) -> None:
-    who = path or "the model"
-    if module._compiled_call_impl is not None or is_a(module, "torch._dynamo.eval_frame", "OptimizedModule"):
-        raise RuntimeError(
-            f"GradientNoise: {who} is compiled (torch.compile), so that its operations cannot be seen; expected the "
-            "model as it was before, which shares its parameters (compiled._orig_mod)"
-        )
+def _refuse_scripted(path: str, module: nn.Module) -> None:
     if isinstance(module, torch.jit.ScriptModule):
         raise RuntimeError(
-            f"GradientNoise: {who} is scripted or traced (torch.jit), so that its operations cannot be seen; expected "
-            "the module that it was made of"
+            f"GradientNoise: {path or 'the model'} is scripted or traced (torch.jit), so that its operations cannot be "
+            "seen; expected the module that it was made of"
         )
 
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import Self
 
+from ..eagerly import eagerly
 from ..kinds import is_a
 from . import processes, rows, signs
 from .anatomy import Anatomy, batch_norms
@@ -23,6 +26,7 @@ from .rows import Lost, Rows
 
 TIERS = ("nsr", "norms", "variance", "projections")
 _open = threading.local()
+_INSIDE_A_GRAPH = "GradientNoise: entered inside a function that torch.compile compiles; expected the context around it"
 
 
 class GradientNoise:
@@ -46,12 +50,14 @@ class GradientNoise:
         check: whether every layer is compared with autograd in the first context ("first"), always or never. That what
             arrives in ``.grad`` is what was measured is checked always.
 
-    By kernels on the CPU and on CUDA devices, elsewhere by torch. Nothing is synchronised there but by checks.
+    By kernels on the CPU and on CUDA devices, elsewhere by torch. Nothing is synchronised there but by checks. What
+    torch.compile has compiled (the model, a part of it, a function around it) runs uncompiled while a context is open.
 
     Raises:
         TypeError, ValueError: arguments; a batch of less than two samples; a batch_size that is not the model's.
-        RuntimeError: batch statistics, operations that mix samples, a compiled model, contexts inside each other, a
-            backward outside of its context or a second one of one forward, contributions that do not add up.
+        RuntimeError: batch statistics, operations that mix samples, a scripted model, contexts inside each other or
+            inside a compiled function, a backward outside of its context or a second one of one forward, contributions
+            that do not add up.
         NotImplementedError: a parameter that is not covered, with ``uncovered="raise"``.
 
     A loss that couples samples by itself (contrastive, over the batch) cannot be seen.
@@ -108,6 +114,7 @@ class GradientNoise:
         self._ledger: Ledger | None = None
         self._capture: Capture | None = None
         self._handles: list[Any] = []
+        self._eagerly: AbstractContextManager[None] | None = None
         self._outermost: nn.Module | None = None  # that runs now
         self._depth = 0  # of calls of the outermost module by itself
         self._seen_out: set[nn.Module] = set()
@@ -118,12 +125,20 @@ class GradientNoise:
     # ---- The context
 
     def __enter__(self) -> Self:
+        if is_dynamo_compiling():
+            raise RuntimeError(_INSIDE_A_GRAPH)
         if getattr(_open, "noise", None) is not None:
             raise RuntimeError("GradientNoise: this context is inside another one; expected one at a time")
         anatomy = Anatomy.of(self.model)
         records = anatomy.records
         if not records:
             raise ValueError("GradientNoise: model has no parameter that requires a gradient")
+        uncompiled = eagerly()
+        try:
+            uncompiled.__enter__()
+        except RuntimeError as error:
+            raise RuntimeError(_INSIDE_A_GRAPH) from error
+        self._eagerly = uncompiled
         checking = self.check if self.check != "first" else (False if self._checked else "first")
         self._ledger = Ledger(
             records, anatomy.constants, frozenset(self.stats), self.uncovered, checking, _is_ddp(self.model),
@@ -146,7 +161,9 @@ class GradientNoise:
     ) -> None:
         assert self._capture is not None
         assert self._ledger is not None
+        assert self._eagerly is not None
         self._capture.__exit__(kind, error, trace)
+        self._eagerly.__exit__(None, None, None)
         _open.noise = None
         for handle in self._handles:
             handle.remove()
