@@ -15,6 +15,8 @@ from .cases import Shape
 HYPER = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 5e-4}
 #: Of the steps from two gradients; the learning rate of such a step is `lr` divided by it.
 SVAG_L = 4.0
+#: Of the steps that clip: far below the gradients' own. Who clips in place finds them clipped from its second turn on.
+MAX_NORM = 100.0
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import torch
 
 Shape = tuple[int, ...]
 
-#: Jobs: of one gradient; of pairs besides; of the gradients of single samples.
+#: Jobs: of one gradient; clipped by all of them besides; of pairs besides; of the gradients of single samples.
 SGD = ("step", "step + statistics")
+CLIPPED = (*SGD, "clipped step")
 SVAG = (*SGD, "SVAG step")
+EVERY_STEP = (*CLIPPED, "SVAG step")
 MOMENTS = ("moments",)
 
 
@@ -89,8 +91,8 @@ QUICK, PLOT = frozenset({"quick"}), frozenset({"plot"})
 CASES: dict[str, Case] = {
     case.key: case
     for case in (
-        Case("ResNet-50", RESNET50, F32, QUICK | PLOT, SVAG),
-        Case("ResNet-50", RESNET50, BF16),
+        Case("ResNet-50", RESNET50, F32, QUICK | PLOT, EVERY_STEP),
+        Case("ResNet-50", RESNET50, BF16, jobs=CLIPPED),
         Case("ResNet-50", RESNET50, F16),
         Case("ResNet-50", RESNET50, F64),
         Case("transformer", TRANSFORMER, F32, PLOT),
@@ -98,9 +100,9 @@ CASES: dict[str, Case] = {
         Case("one of 64M", ONE, F32, QUICK | PLOT, SVAG),
         Case("one of 64M", ONE, BF16, QUICK | PLOT, SVAG),
         Case("one of 64M", ONE, F16),
-        Case("161 of 8x8", ((8, 8),) * 161, F32, QUICK | PLOT, SVAG),
+        Case("161 of 8x8", ((8, 8),) * 161, F32, QUICK | PLOT, EVERY_STEP),
         Case("161 of 32x32", ((32, 32),) * 161, F32),
-        Case("20 of 8x8", ((8, 8),) * 20, F32, QUICK | PLOT),
+        Case("20 of 8x8", ((8, 8),) * 20, F32, QUICK | PLOT, CLIPPED),
         Case("128 rows of 1M", ROWS, F32, QUICK, MOMENTS),
         Case("128 rows of 1M", ROWS, BF16, jobs=MOMENTS),
         Case("32 rows of 64", ((32, 64),), F32, QUICK, MOMENTS),

@@ -14,7 +14,7 @@ import torch
 
 from .arrays import arrays, matrix
 from .cases import Shape
-from .right import moments_fault, sgd_fault, sgd_statistics_fault, svag_fault
+from .right import clipped_fault, moments_fault, sgd_fault, sgd_statistics_fault, svag_fault
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,8 @@ JOBS: dict[str, Job] = {
         Job("step", arrays, 5, "five-stream loop", "normkern", sgd_fault),
         # The sums come from numbers that the step has in its hands: no further stream.
         Job("step + statistics", arrays, 5, "five-stream loop", "normkern", sgd_statistics_fault),
+        # All gradients are read before the first weight can be written.
+        Job("clipped step", arrays, 6, "six-stream loop", "normkern clipped", clipped_fault),
         Job("SVAG step", arrays, 6, "six-stream loop", "normkern SVAG", svag_fault),
         Job("moments", matrix, 1, "sum-of-squares read", "normkern moments", moments_fault),
     )

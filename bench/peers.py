@@ -27,7 +27,7 @@ from torch import Tensor
 import normkern
 from normkern import reference
 
-from .arrays import SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
+from .arrays import MAX_NORM, SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
 from .cases import Case
 from .limits import compiler
 
@@ -61,6 +61,11 @@ def normkern_exponential(arrays: Arrays) -> Step:
     groups = [{"params": arrays.params, "scale_invariant": True, "norm_buffers": []}]
     optimizer = shared(normkern.SGD(groups, decay="exponential", **arrays.hyper), arrays)
     return Step(optimizer.step, true_scale=lambda: optimizer.true_scale()[0])
+
+
+def normkern_stored(arrays: Arrays, **choice: Any) -> Step:
+    """Buffers of another dtype are made anew at the first step."""
+    return Step(shared(normkern.SGD(arrays.params, **arrays.hyper, **choice), arrays).step)
 
 
 def reference_step(arrays: Arrays) -> Step:
@@ -134,6 +139,24 @@ def torch_measured(arrays: Arrays, compiled: bool = False, **choice: bool) -> St
         return torch.stack([w**2, g**2, dots], dim=1)
 
     return Step(measured, sums)
+
+
+# --- makers: clipped step ---------------------------------------------------------------------------------------------
+
+
+def normkern_clipped(arrays: Arrays) -> Step:
+    optimizer = shared(normkern.SGD(arrays.params, **arrays.hyper), arrays)
+    return Step(lambda: optimizer.step(max_norm=MAX_NORM))
+
+
+def torch_clipped(arrays: Arrays, **choice: bool) -> Step:
+    step = torch_step(arrays, **choice).run
+
+    def run() -> None:
+        torch.nn.utils.clip_grad_norm_(arrays.params, MAX_NORM)
+        step()
+
+    return Step(run)
 
 
 # --- makers: SVAG step ------------------------------------------------------------------------------------------------
@@ -365,6 +388,10 @@ def compiles_soon(case: Case) -> bool:
     return few(case) or (case.dtype == torch.float32 and case.name != "161 of 32x32")
 
 
+def in_bfloat16(case: Case) -> bool:
+    return case.dtype == torch.bfloat16
+
+
 def nothing(case: Case) -> bool:
     return False
 
@@ -412,6 +439,9 @@ part = functools.partial
 PEERS: tuple[Peer, ...] = (
     Peer("normkern", "step", normkern_step),
     Peer("normkern exponential", "step", normkern_exponential),
+    Peer("normkern at random", "step", part(normkern_stored, stochastic_rounding=True), in_bfloat16),
+    Peer("normkern float32 momentum", "step", part(normkern_stored, state_dtype=torch.float32), in_bfloat16),
+    Peer("normkern master", "step", part(normkern_stored, master_weights=True), in_bfloat16),
     Peer("reference", "step", reference_step, quick=up_to(32 * M)),
     Peer("torch default", "step", torch_step),
     Peer("torch foreach", "step", part(torch_step, foreach=True)),
@@ -427,6 +457,9 @@ PEERS: tuple[Peer, ...] = (
     Peer("torch foreach + norms", "step + statistics", part(torch_measured, foreach=True)),
     Peer("torch fused + norms", "step + statistics", part(torch_measured, fused=True)),
     Peer("torch compile + norms", "step + statistics", part(torch_measured, compiled=True), compiles_soon, CXX, few),
+    Peer("normkern clipped", "clipped step", normkern_clipped),
+    Peer("clip_grad_norm_ + torch fused", "clipped step", part(torch_clipped, fused=True)),
+    Peer("clip_grad_norm_ + torch default", "clipped step", torch_clipped),
     Peer("normkern SVAG", "SVAG step", normkern_pairs),
     Peer("reference SVAG", "SVAG step", reference_pairs, up_to(32 * M), quick=up_to(M)),
     Peer("combine + torch fused + sums", "SVAG step", part(torch_pairs, fused=True)),

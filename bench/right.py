@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normkern import reference
 
-from .arrays import SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
+from .arrays import MAX_NORM, SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
 from .cases import dtype_name
 
 STEPS = 3
@@ -31,7 +31,9 @@ def awkward(dtype: torch.dtype) -> Arrays:
     return Arrays(params, [torch.zeros_like(p, requires_grad=False) for p in params], HYPER, graph=[])
 
 
-def run(maker: Maker, dtype: torch.dtype, pairs: bool = False) -> tuple[Step, Arrays, list[Tensor], list[Tensor]]:
+def run(
+    maker: Maker, dtype: torch.dtype, pairs: bool = False, clips: bool = False
+) -> tuple[Step, Arrays, list[Tensor], list[Tensor]]:
     """`STEPS` steps of a peer -> it, its arrays, and in float64 the weights after and before the last step."""
     given = awkward(dtype)
     rule: dict[str, Any] = HYPER
@@ -39,6 +41,8 @@ def run(maker: Maker, dtype: torch.dtype, pairs: bool = False) -> tuple[Step, Ar
         rule = {**HYPER, "lr": HYPER["lr"] / SVAG_L, "l": SVAG_L, "held": [g.double() for g in given.held]}
     exact = [p.detach().double().clone() for p in given.params]  # float64's .double() is the tensor itself
     grads = [p.grad.double().clone() for p in given.params if p.grad is not None]
+    if clips:
+        rule = {**HYPER, "clip_coef": reference.clip_coef(reference.grad_sq_norms(grads), MAX_NORM)[1]}
     buffers: list[Tensor | None] = [torch.zeros_like(w) for w in exact]
     step = maker(given)
     before = exact
@@ -59,6 +63,12 @@ def run(maker: Maker, dtype: torch.dtype, pairs: bool = False) -> tuple[Step, Ar
 def sgd_fault(maker: Maker, dtype: torch.dtype) -> str:
     """What is wrong with the weights of a step, or ""."""
     _, given, exact, _ = run(maker, dtype)
+    return _weights_fault(given, exact, dtype)
+
+
+def clipped_fault(maker: Maker, dtype: torch.dtype) -> str:
+    """What is wrong with the weights of a step that clips by the global norm, or ""."""
+    _, given, exact, _ = run(maker, dtype, clips=True)
     return _weights_fault(given, exact, dtype)
 
 

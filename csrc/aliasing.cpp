@@ -10,17 +10,17 @@ namespace {
 struct Extent {
   uintptr_t begin, end;  // bytes
   int tensor;
-  char operand;  // 'w', 'g', 'v' or 'h'
+  char operand;  // 'w', 'g', 'v', 'h' or 'm', the master copy
 };
 
 const View& operand(const Operands& t, char which) {
-  return which == 'w' ? t.w : which == 'g' ? t.g : which == 'v' ? t.v : t.h;
+  return which == 'w' ? t.w : which == 'g' ? t.g : which == 'v' ? t.v : which == 'h' ? t.h : *t.master;
 }
 bool is_read_only(char which) { return which == 'g' || which == 'h'; }
 
 std::string name(const Operands& t, char which) {
   const Names& n = names(t.group);
-  const char* list = which == 'w' ? n.w : which == 'g' ? n.g : which == 'v' ? n.v : n.h;
+  const char* list = which == 'w' ? n.w : which == 'g' ? n.g : which == 'v' ? n.v : which == 'h' ? n.h : n.master;
   return std::string(list) + "[" + std::to_string(t.index) + "]" +
          (t.group < 0 ? "" : " of param_groups[" + std::to_string(t.group) + "]");
 }
@@ -76,10 +76,11 @@ bool same_memory(const View& a, const View& b) {
 }  // namespace
 
 const Names& names(int group) {
-  static const Names all[] = {{"sgd_", "params", "grads", "momentum_buffers", "held"},
-                              {"svag_combine_", "grads_a", "grads_b", "", ""},
-                              {"pair_sums", "grads_a", "grads_b", "", ""},
-                              {"welford_", "means", "samples", "squares", ""}};
+  static const Names all[] = {{"sgd_", "params", "grads", "momentum_buffers", "held", "masters"},
+                              {"svag_combine_", "grads_a", "grads_b", "", "", ""},
+                              {"pair_sums", "grads_a", "grads_b", "", "", ""},
+                              {"welford_", "means", "samples", "squares", "", ""},
+                              {"grad_sq_norms", "grads", "grads", "", "held", ""}};
   return all[group < 0 ? -1 - group : 0];
 }
 
@@ -127,6 +128,7 @@ std::vector<int> rounds(std::vector<Operands>& tensors) {
     extents.push_back({begin_of(t.g), end_of(t.g), (int)i, 'g'});
     if (t.has_v) extents.push_back({begin_of(t.v), end_of(t.v), (int)i, 'v'});
     if (t.has_h) extents.push_back({begin_of(t.h), end_of(t.h), (int)i, 'h'});
+    if (t.master) extents.push_back({begin_of(*t.master), end_of(*t.master), (int)i, 'm'});
   }
   std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
 
@@ -145,8 +147,8 @@ std::vector<int> rounds(std::vector<Operands>& tensors) {
       if (both_read) refuse_pair(tensors[a.tensor]);
       if (a.tensor == b.tensor) {
         // The gradient may be the very tensor that is stepped; anything else within one parameter has no meaning.
-        if (!same || a.operand == 'v' || b.operand == 'v')
-          refuse(tensors[a.tensor], a.operand, tensors[b.tensor], b.operand);
+        const auto is_kept = [](const Extent& x) { return x.operand == 'v' || x.operand == 'm'; };
+        if (!same || is_kept(a) || is_kept(b)) refuse(tensors[a.tensor], a.operand, tensors[b.tensor], b.operand);
         tensors[a.tensor].copies_first = true;
         continue;
       }

@@ -25,11 +25,12 @@ enum class Rule : uint8_t {
   difference,
   welford
 };
+NK_HD bool is_gauged(Rule rule) { return rule >= Rule::gauged && rule <= Rule::gauged_momentum_first; }
 
 // Shape and strides, in elements, of tensors that do not share one dense layout.
 struct Strided {
   int ndim;
-  const int64_t *shape, *w, *g, *v, *h;
+  const int64_t *shape, *w, *g, *v, *h, *master;
 };
 
 // A run of coordinates of one tensor. Dense: the pointers are those of its first coordinate. Strided: they are the
@@ -46,8 +47,17 @@ struct Chunk {
   int columns;   // from one row to the next
   const Hyper* hyper;
   Rule rule;
-  DType dtype;
+  DType dtype;  // of w, g and h
+  DType v_dtype;
+  // A copy of w in float32 that takes its place: w is what that is rounded to. Null: none.
+  float* master = nullptr;
+  bool rounds_at_random = false;  // w, as hyper->rounding says; then coordinates are counted in row-major order
+  uint32_t parameter = 0;         // the tensor's index in the optimizer
+  Multiplier of_lr{1, nullptr};
 };
+
+// Whether its streams differ in how they are stored.
+NK_HD bool is_mixed(const Chunk& c) { return c.master || c.rounds_at_random || (c.v && c.v_dtype != c.dtype); }
 
 // What a kernel that owns dW sums over the samples b of a batch, c_b being the contribution of one: total = sum_b c_b,
 // centred = sum_b (c_b - mean c)^2 elementwise, sq_norms[b] = |c_b|^2. Written whole, never read.
@@ -160,6 +170,8 @@ bool select_isa(const char* name);            // false: not one of them
 
 // Any order, any thread; each chunk writes its own sums. `coordinates`: of all chunks together.
 void run(const Chunk* chunks, int64_t count, int64_t coordinates);
+// |g|^2 of each chunk, of a pair that of its combination, in `sums`: in user units, before clipping.
+void sq_norms(const Chunk* chunks, int64_t count, int64_t coordinates);
 
 void outer_moments(const Outer&);
 void conv_moments(const Conv&);
@@ -192,6 +204,11 @@ struct Queue {  // where to launch
 // slots come in parts is where the parts go, one row after another. Those that differ in hyper, rule, dtype or what
 // they measure are best not mixed: each change is another launch. Nothing waits for the device.
 const char* run(const Chunk* chunks, int64_t count, const Queue&);
+// |g|^2 of each tensor, as cpu::sq_norms has it of chunks; parts(size) of them, one after another, in `sums`.
+const char* sq_norms(const Chunk* chunks, int64_t count, const Queue&);
+// The root of the sum of `count` of them, and what it makes of gradients; NaN as the norm of a step that is skipped.
+const char* clip_coef(const double* sq_norms, int64_t count, double max_norm, double* norm, double* coef,
+                      const float* found_inf, const Queue&);
 // After all runs: adds up the parts, in their order.
 const char* add_parts(const SlotParts* slots, int64_t count, int columns, const float* found_inf, const Queue&);
 // Before all runs: rows of NaN.

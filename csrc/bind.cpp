@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "clip.h"
 #include "gather.h"
 #include "moments.h"
 #include "outer.h"
@@ -59,15 +60,30 @@ OnDevice on_device(const py::object& given, int group) {
   return all;
 }
 
+// How what a step writes is stored: the dtype of buffers, a position in the list of them; (seed, steps so far) of
+// rounding at random; the first parameter's index in the optimizer.
+using Precision = std::optional<std::tuple<std::optional<int>, std::optional<std::pair<uint64_t, uint32_t>>, uint32_t>>;
+
 // A group of a step: by its own numbers, or by those of its gauge.
 Pass::Group step_group(Pass& pass, Hyper hyper, bool nesterov, Stats stats, int index, const GaugeStep* gauge,
-                       const py::object& on_device) {
+                       const py::object& on_device, const LrMultipliers* lr_multipliers, const Precision& precision,
+                       std::optional<int64_t> row = std::nullopt) {
   const OnDevice given = nk::on_device(on_device, index);
   if (given.device) pass.hold(on_device);
   hyper.on_device = given.numbers;
-  if (!gauge) return {hyper, step_rule(hyper.momentum, nesterov), stats, index, given.device};
-  hyper.gauge = *gauge;
-  return {hyper, gauge->has_buffer ? Rule::gauged_momentum : Rule::gauged, stats, index, given.device};
+  Rule rule = step_rule(hyper.momentum, nesterov);
+  if (gauge) {
+    hyper.gauge = *gauge;
+    rule = gauge->has_buffer ? Rule::gauged_momentum : Rule::gauged;
+  }
+  Pass::Group group{hyper, rule, stats, index, given.device, lr_multipliers, row, true};
+  if (precision) {
+    const auto& [state_dtype, rounding, first] = *precision;
+    if (state_dtype) group.state_dtype = DType(*state_dtype);
+    if (rounding) group.hyper.rounding = {true, rounding->first, rounding->second};
+    group.first_parameter = first;
+  }
+  return group;
 }
 
 Hyper with_l(double l) { return {0, 0, 0, 0, 1, false, 1, l, 0}; }
@@ -165,6 +181,15 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("before", [](const GaugeStep& step) { return numbers(step.before); })
       .def_property_readonly("next", [](const GaugeStep& step) { return numbers(step.next); });
 
+  m.def("clip_coef",
+        py::overload_cast<const py::object&, double, const py::object&, const py::object&, const py::object&>(
+            nk::clip_coef),
+        "sq_norms"_a, "max_norm"_a, "norm"_a, "coef"_a, "found_inf"_a = py::none());
+  py::class_<LrMultipliers>(m, "LrMultipliers")
+      .def(py::init<py::object, int64_t, std::string>(), "given"_a, "count"_a, "where"_a)
+      .def("only", &LrMultipliers::only, "index"_a)
+      .def("value", &LrMultipliers::value, "index"_a);
+
   py::class_<Pass>(m, "Pass")
       .def(py::init<>())
       .def("begin", &Pass::begin)
@@ -173,27 +198,35 @@ PYBIND11_MODULE(_C, m) {
           [](Pass& self, const py::list& params, const py::list& grads, const py::object& momentum_buffers,
              const py::object& first, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
              bool maximize, double inverse_scale, int stats, int group, const py::object& slots, const py::object& held,
-             double second_inverse_scale, double l, const GaugeStep* gauge, const py::object& on_device) {
+             double second_inverse_scale, double l, const GaugeStep* gauge, const py::object& on_device,
+             const LrMultipliers* lr_multipliers, std::optional<int64_t> row, const Precision& precision,
+             const py::object& masters) {
             const Hyper hyper{lr, momentum, dampening, weight_decay, inverse_scale, maximize, second_inverse_scale,
                               l,  0};
             return self.add(params, grads, momentum_buffers, first,
-                            step_group(self, hyper, nesterov, Stats(stats), group, gauge, on_device), slots, held);
+                            step_group(self, hyper, nesterov, Stats(stats), group, gauge, on_device, lr_multipliers,
+                                       precision, row),
+                            slots, held, masters);
           },
           "params"_a, "grads"_a, "momentum_buffers"_a, "first"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a,
           "nesterov"_a, "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "slots"_a, "held"_a = py::none(),
-          "second_inverse_scale"_a = 1.0, "l"_a = 1.0, "gauge"_a = py::none(), "on_device"_a = py::none())
+          "second_inverse_scale"_a = 1.0, "l"_a = 1.0, "gauge"_a = py::none(), "on_device"_a = py::none(),
+          "lr_multipliers"_a = py::none(), "row"_a = py::none(), "precision"_a = py::none(), "masters"_a = py::none())
       .def(
           "add_whole",
           [](Pass& self, const py::list& params, const py::object& state, const py::str& key, double lr,
              double momentum, double dampening, double weight_decay, bool nesterov, bool maximize, double inverse_scale,
-             int stats, int group, const GaugeStep* gauge, const py::object& on_device) {
+             int stats, int group, const GaugeStep* gauge, const py::object& on_device,
+             const LrMultipliers* lr_multipliers, const Precision& precision) {
             const Hyper hyper{lr, momentum, dampening, weight_decay, inverse_scale, maximize, 1, 1, 0};
-            return self.add_whole(params, state, key,
-                                  step_group(self, hyper, nesterov, Stats(stats), group, gauge, on_device),
-                                  gauge != nullptr);
+            return self.add_whole(
+                params, state, key,
+                step_group(self, hyper, nesterov, Stats(stats), group, gauge, on_device, lr_multipliers, precision),
+                gauge != nullptr);
           },
           "params"_a, "state"_a, "key"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,
-          "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "gauge"_a = py::none(), "on_device"_a = py::none())
+          "maximize"_a, "inverse_scale"_a, "stats"_a, "group"_a, "gauge"_a = py::none(), "on_device"_a = py::none(),
+          "lr_multipliers"_a = py::none(), "precision"_a = py::none())
       .def(
           "add_svag_combine",
           [](Pass& self, const py::list& a, const py::list& b, double l) {
@@ -218,11 +251,26 @@ PYBIND11_MODULE(_C, m) {
                             py::none());
           },
           "means"_a, "samples"_a, "squares"_a, "share"_a, "stats"_a)
+      .def(
+          "add_gradients",
+          [](Pass& self, const py::list& grads, const py::object& held, double inverse_scale,
+             double second_inverse_scale, double l) {
+            Hyper hyper = with_l(l);
+            hyper.inverse_scale = inverse_scale;
+            hyper.second_inverse_scale = second_inverse_scale;
+            return self.add(grads, grads, py::none(), py::none(), {hyper, Rule::difference, Stats::none, -5},
+                            py::none(), held);
+          },
+          "grads"_a, "held"_a, "inverse_scale"_a, "second_inverse_scale"_a, "l"_a)
       .def("check", &Pass::check, "last"_a)
+      .def("sq_norms", &Pass::sq_norms, "table"_a, "new_scratch"_a)
+      .def("clip", &Pass::clip, "coefs"_a)
       .def("run", &Pass::run, "table"_a, "scratch"_a = py::none())
       .def_property_readonly("like", &Pass::like)
       .def_property_readonly("scratch_rows", &Pass::scratch_rows)
       .def_property_readonly("devices", &Pass::devices)
+      .def_property_readonly("places", &Pass::places)
+      .def_property_readonly("parameters", &Pass::parameters)
       .def_property_readonly("slots", &Pass::slots)
       .def_property_readonly("columns", &Pass::columns)
       .def_property_readonly("slot_offsets", &Pass::slot_offsets);

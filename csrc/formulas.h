@@ -66,6 +66,18 @@ template <class U, class Bool> NK_HD U round_to_bf16(U u, Bool is_nan) {
 }
 NK_HD bf16 narrow_bf16(float x) { return {(uint16_t)(round_to_bf16(as_bits(x), x != x) >> 16)}; }
 
+// The same, up or down at random: up with the probability that is the position between the two neighbours, so that the
+// mean of what is stored is x. `random`: 16 uniform bits. What lies beyond the largest bfloat16 has but one neighbour
+// that is a number, and is rounded to nearest.
+template <class U, class Bool> NK_HD U round_at_random_to_bf16(U u, U random, Bool is_nan) {
+  const auto is_beyond = (u & 0x7fff0000u) == U{} + 0x7f7f0000u;
+  const U rounded = u + (is_beyond ? U{} + 0x8000u : random), quiet_nan = U{} + 0x7fc00000u;
+  return is_nan ? quiet_nan : rounded;
+}
+NK_HD bf16 narrow_bf16_at_random(float x, uint16_t random) {
+  return {(uint16_t)(round_at_random_to_bf16(as_bits(x), (uint32_t)random, x != x) >> 16)};
+}
+
 // binary16 without denormal float operations, so that flush-to-zero mode changes nothing.
 NK_HD float widen(f16 x) {
   const uint32_t sign = (uint32_t)(x.bits & 0x8000u) << 16, rest = (uint32_t)(x.bits & 0x7fffu) << 13;
@@ -80,6 +92,63 @@ NK_HD f16 narrow_f16(float x) {
   const uint32_t subnormal = as_bits(as_float(u) + 0.5f) - as_bits(0.5f);  // the adder rounds for us
   const uint32_t normal = (u + 0xc8000fffu + ((u >> 13) & 1u)) >> 13;
   return {(uint16_t)(sign | (u >= 0x47800000u ? special : u < 0x38800000u ? subnormal : normal))};
+}
+
+// ---- Random numbers -----------------------------------------------------------------------------------------------
+//
+// Philox4x32-10 of Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3" (SC'11): four
+// words that depend on a counter of four words and a key of two, and on nothing else. U is a word, or several side by
+// side.
+
+NK_HD void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  const uint64_t product = (uint64_t)a * b;
+  high = (uint32_t)(product >> 32), low = (uint32_t)product;
+}
+
+NK_HD uint32_t exclusive_or(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
+
+struct Philox {
+  static constexpr int kRounds = 10;
+  template <class Key> struct Keys {  // of each round
+    Key key[kRounds][2];
+    explicit NK_HD Keys(uint64_t first) {
+      for (int i = 0; i < kRounds; i++) {
+        key[i][0] = (uint32_t)first + i * 0x9e3779b9u;
+        key[i][1] = (uint32_t)(first >> 32) + i * 0xbb67ae85u;
+      }
+    }
+  };
+  template <class U, class Key> static NK_HD void apply(U (&x)[4], const Keys<Key>& keys) {
+    for (int i = 0; i < kRounds; i++) {
+      U high0, low0, high1, low1;
+      multiply(x[0], 0xd2511f53u, high0, low0);
+      multiply(x[2], 0xcd9e8d57u, high1, low1);
+      x[0] = exclusive_or(high1, x[1], keys.key[i][0]), x[1] = low1;
+      x[2] = exclusive_or(high0, x[3], keys.key[i][1]), x[3] = low0;
+    }
+  }
+};
+
+// The bits that round one coordinate: of eight coordinates, in row-major order, the words of one counter, half by half.
+// The key is the seed; the counter (coordinates / 8 as two words, the parameter's index in the optimizer, steps so
+// far).
+struct RandomBits {
+  static constexpr int kTogether = 8;
+  uint64_t seed;
+  uint32_t parameter, step;
+
+  NK_HD void words(uint64_t counter, uint32_t (&x)[4]) const {
+    x[0] = (uint32_t)counter, x[1] = (uint32_t)(counter >> 32), x[2] = parameter, x[3] = step;
+    Philox::apply(x, Philox::Keys<uint32_t>(seed));
+  }
+};
+
+// ---- Master weights -----------------------------------------------------------------------------------------------
+//
+// A weight of low precision and its master copy. Where the copy does not round to the weight somebody else has written
+// the weight, which then counts.
+template <class R, class Bool> NK_HD R current_weight(R master, R weight, Bool is_rounded_master) {
+  return is_rounded_master ? master : weight;
 }
 
 // ---- SGD ----------------------------------------------------------------------------------------------------------
@@ -310,6 +379,13 @@ struct PairSums {
     for (int j = 0; j < count; j++) s[j] /= scale * scale;
   }
 };
+
+// What clipping by the global norm multiplies every gradient with: min(1, max_norm/(norm + 1e-6)), as
+// torch.nn.utils.clip_grad_norm_ has it. A NaN stays one, and an infinite norm makes 0.
+NK_HD double clip_coef(double norm, double max_norm) {
+  const double coef = max_norm / (norm + 1e-6);
+  return coef > 1 ? 1.0 : coef;
+}
 
 // How much of it a loop sums. A pair is always measured.
 enum class Measure { nothing, step, pair };

@@ -38,6 +38,16 @@ void check_length(int group, const char* list, size_t got, size_t expected) {
                           names(group).w + " has " + std::to_string(expected));
 }
 
+// Buffers that a step can keep in another type than its parameter's.
+bool may_differ(DType w, DType v) { return w != DType::f64 && (v == DType::f32 || v == DType::bf16); }
+
+bool is_row_major(const View& w) {
+  int64_t stride = 1;
+  for (int d = w.ndim - 1; d >= 0; stride *= w.shape[d--])
+    if (w.shape[d] != 1 && w.strides[d] != stride) return false;
+  return true;
+}
+
 bool rows_are_contiguous(const View& w) {
   return w.ndim < 2 || w.shape[0] == 1 || w.numel == 0 || w.strides[0] == w.numel / w.shape[0];
 }
@@ -71,7 +81,8 @@ void Pass::begin() {
   owned_.clear();
   written_.clear();
   slot_offsets_.clear();
-  slots_ = 0;
+  slots_ = parameters_ = 0;
+  clip_coefs_.clear();
   reading_ = 0;
   has_pairs_ = has_cuda_ = false;
   measured_ = kCpu;
@@ -84,7 +95,7 @@ std::optional<View> Pass::read(PyObject* object, bool is_kept) {
 }
 
 bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, PyObject* buffer, PyObject* held,
-                bool first, const Group& group, int i, int64_t slot, int64_t slot_count) {
+                PyObject* master, bool first, const Group& group, int i, int64_t slot, int64_t slot_count) {
   if (!w) return false;
   const Names& n = names(group.index);
   const auto fits = [&](const std::optional<View>& other) {
@@ -96,11 +107,14 @@ bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, P
   if (!same_shape(*g, *w)) refuse_shape(group.index, n.g, i, *g, *w);
   if (writes_w(group.rule)) check_no_self_overlap(*w, n.w, i, group.index);
 
-  Job job{(int)hypers_.size() - 1, group.rule, slot, slot_count, group.stats == Stats::row};
+  const Multiplier of_lr = group.lr_multipliers ? group.lr_multipliers->at(i, w->device) : Multiplier{1, nullptr};
+  Job job{(int)hypers_.size() - 1,   group.rule,     slot,  slot_count,
+          group.stats == Stats::row, first_row_ + i, of_lr, param};
   Operands t{*w, *g, *w, *g, has_buffer(group.rule), held && held != Py_None, i, group.index, false};
   if (t.has_v) {
     const auto v = read(buffer, true);
-    if (!fits(v)) return false;
+    const bool is_mixed = group.is_step && v && v->device == w->device && may_differ(w->dtype, v->dtype);
+    if (!fits(v) && !is_mixed) return false;
     if (!same_shape(*v, *w)) refuse_shape(group.index, n.v, i, *v, *w);
     check_no_self_overlap(*v, n.v, i, group.index);
     t.v = *v;
@@ -113,6 +127,17 @@ bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, P
     t.h = *h;
     has_pairs_ = true;
   }
+  if (master && master != Py_None) {
+    const auto m = read(master, true);
+    const bool is_low = w->dtype == DType::bf16 || w->dtype == DType::f16;
+    if (!m || !is_low || m->dtype != DType::f32 || m->device != w->device) return false;
+    if (!same_shape(*m, *w)) refuse_shape(group.index, n.master, i, *m, *w);
+    check_no_self_overlap(*m, n.master, i, group.index);
+    t.master = *m;
+    written_.push_back(master);
+  }
+  job.rounds_at_random = group.hyper.rounding.is_random && w->dtype == DType::bf16;
+  job.parameter = group.first_parameter + (uint32_t)i;
   has_cuda_ = has_cuda_ || w->device != kCpu;
   if (t.has_v) written_.push_back(buffer);
   if (writes_w(group.rule)) written_.push_back(param);
@@ -122,12 +147,12 @@ bool Pass::take(const std::optional<View>& w, PyObject* param, PyObject* grad, P
 }
 
 std::vector<int> Pass::add(const py::list& params, const py::list& grads, const py::object& momentum_buffers,
-                           const py::object& first, const Group& group, const py::object& slots,
-                           const py::object& held) {
+                           const py::object& first, const Group& group, const py::object& slots, const py::object& held,
+                           const py::object& masters) {
   const int n = (int)params.size();
   const bool has_v = has_buffer(group.rule);
   check_length(group.index, names(group.index).g, grads.size(), n);
-  py::list buffers, firsts;
+  py::list buffers, firsts, copies;
   if (has_v) {
     if (momentum_buffers.is_none())
       throw py::value_error(where(group.index) + ": momentum is not 0, expected momentum_buffers, got None");
@@ -138,12 +163,18 @@ std::vector<int> Pass::add(const py::list& params, const py::list& grads, const 
     firsts = held.cast<py::list>();
     check_length(group.index, names(group.index).h, firsts.size(), n);
   }
+  if (!masters.is_none()) {
+    copies = masters.cast<py::list>();
+    check_length(group.index, names(group.index).master, copies.size(), n);
+  }
   std::vector<bool> is_first(n, false);
   if (!first.is_none())
     for (py::handle i : first) is_first.at(i.cast<int>()) = true;
 
   hypers_.push_back(group.hyper);
-  for (const py::object& list : {py::object(params), py::object(grads), py::object(buffers), py::object(firsts)})
+  first_row_ = group.row ? *group.row : std::exchange(parameters_, parameters_ + n);
+  for (const py::object& list :
+       {py::object(params), py::object(grads), py::object(buffers), py::object(firsts), py::object(copies)})
     owned_.push_back(list);
   std::vector<int> refused;
   for (int i = 0; i < n; i++) {
@@ -152,8 +183,9 @@ std::vector<int> Pass::add(const py::list& params, const py::list& grads, const 
     const int64_t count = slots_of(p, w, group.stats);
     const int64_t slot = slots.is_none() ? next_slots(count, group.stats) : py::list(slots)[i].cast<int64_t>();
     if (g == Py_None) continue;
-    PyObject *buffer = has_v ? item(buffers, i) : nullptr, *h = firsts.empty() ? nullptr : item(firsts, i);
-    if (!take(w, p, g, buffer, h, is_first[i], group, i, slot, count)) refused.push_back(i);
+    PyObject *buffer = has_v ? item(buffers, i) : nullptr, *h = firsts.empty() ? nullptr : item(firsts, i),
+             *master = copies.empty() ? nullptr : item(copies, i);
+    if (!take(w, p, g, buffer, h, master, is_first[i], group, i, slot, count)) refused.push_back(i);
   }
   return refused;
 }
@@ -167,6 +199,7 @@ bool Pass::add_whole(const py::list& params, const py::object& state, const py::
   const int64_t slots = slots_;
   Gather gather(params, state, key);
   hypers_.push_back(group.hyper);
+  first_row_ = parameters_;
   for (int i = 0; i < n; i++) {
     Gather::Entry entry = gather.next();
     PyObject* p = item(params, i);
@@ -177,7 +210,9 @@ bool Pass::add_whole(const py::list& params, const py::object& state, const py::
     without += skipped;
     const bool mixed = all_or_none && without > 0 && without <= i;
     if (skipped && !mixed) continue;
-    if (mixed || entry.missing || !take(w, p, entry.grad.ptr(), entry.value, nullptr, false, group, i, slot, count)) {
+    if (mixed || entry.missing ||
+        !take(w, p, entry.grad.ptr(), entry.value, nullptr, nullptr, false, group, i, slot, count) ||
+        (group.state_dtype && operands_.back().has_v && operands_.back().v.dtype != *group.state_dtype)) {
       operands_.resize(operands);
       jobs_.resize(operands);
       owned_.resize(owned);
@@ -190,6 +225,7 @@ bool Pass::add_whole(const py::list& params, const py::object& state, const py::
     }
     owned_.push_back(std::move(entry.grad));
   }
+  parameters_ += n;
   return true;
 }
 
@@ -239,35 +275,56 @@ bool Pass::measures_on(int device, PyObject* param) {
   return device == measured_;
 }
 
-bool Pass::runs_dense(const Operands& t, bool by_row) const {
+bool Pass::runs_dense(const Operands& t, const Job& job, bool by_row) const {
   const View& w = t.w;
+  if (job.rounds_at_random && !is_row_major(w)) return false;
+  if (t.master && !(t.master->dense && same_strides(w, *t.master))) return false;
   return w.dense && t.g.dense && same_strides(w, t.g) && (!t.has_v || (t.v.dense && same_strides(w, t.v))) &&
          (!t.has_h || (t.h.dense && same_strides(w, t.h))) && (!by_row || rows_are_contiguous(w));
 }
 
 Strided Pass::strided_of(const Operands& t) const {
-  return {
-      t.w.ndim, t.w.shape, t.w.strides, t.g.strides, t.has_v ? t.v.strides : nullptr, t.has_h ? t.h.strides : nullptr};
+  return {t.w.ndim,
+          t.w.shape,
+          t.w.strides,
+          t.g.strides,
+          t.has_v ? t.v.strides : nullptr,
+          t.has_h ? t.h.strides : nullptr,
+          t.master ? t.master->strides : nullptr};
 }
 
 int Pass::last_round() const { return rounds_.empty() ? 0 : *std::max_element(rounds_.begin(), rounds_.end()); }
+
+Chunk Pass::whole_tensor(const Operands& t, const Job& job) const {
+  Chunk c{};
+  c.w = t.w.data, c.g = t.g.data, c.v = t.has_v ? t.v.data : nullptr, c.h = t.has_h ? t.h.data : nullptr;
+  c.size = t.w.numel, c.columns = columns(), c.hyper = &hypers_[job.hyper], c.rule = job.rule;
+  c.dtype = t.w.dtype, c.v_dtype = t.has_v ? t.v.dtype : t.w.dtype;
+  c.master = t.master ? static_cast<float*>(t.master->data) : nullptr;
+  c.rounds_at_random = job.rounds_at_random, c.parameter = job.parameter, c.of_lr = job.of_lr;
+  return c;
+}
 
 // Cuts one parameter into chunks, each with the place where its sums go.
 void Pass::cut(const Operands& t, const Job& job, double* table) {
   const int columns = this->columns(), own = own_columns(t);
   const View& w = t.w;
-  const bool by_row = table && this->by_row(job), dense = runs_dense(t, by_row) && !t.copies_first;
+  const bool by_row = table && this->by_row(job), dense = runs_dense(t, job, by_row) && !t.copies_first;
   const Strided* strided = nullptr;
   if (!dense) {
     strided_.push_back(strided_of(t));
     strided = &strided_.back();
   }
   const auto chunk = [&](int64_t begin, int64_t size, int64_t slot_size, double* sums) {
-    const int64_t offset = dense ? begin * w.item() : 0;
-    chunks_.push_back({static_cast<char*>(w.data) + offset, static_cast<const char*>(t.g.data) + offset,
-                       t.has_v ? static_cast<char*>(t.v.data) + offset : nullptr,
-                       t.has_h ? static_cast<const char*>(t.h.data) + offset : nullptr, strided, begin, size, slot_size,
-                       sums, columns, &hypers_[job.hyper], job.rule, w.dtype});
+    const int64_t skipped = dense ? begin : 0;
+    Chunk c = whole_tensor(t, job);
+    c.w = static_cast<char*>(c.w) + skipped * w.item();
+    c.g = static_cast<const char*>(c.g) + skipped * w.item();
+    if (c.v) c.v = static_cast<char*>(c.v) + skipped * t.v.item();
+    if (c.h) c.h = static_cast<const char*>(c.h) + skipped * w.item();
+    if (c.master) c.master += skipped;
+    c.strided = strided, c.begin = begin, c.size = size, c.slot_size = slot_size, c.sums = sums;
+    chunks_.push_back(c);
   };
   const auto cut_slot = [&](int64_t begin, int64_t size, double* out) {
     const int64_t parts = pieces(size);
@@ -315,6 +372,17 @@ std::vector<int> Pass::devices() const {
   return all;
 }
 
+std::vector<py::object> Pass::places() const {
+  std::vector<py::object> all;
+  for (int device : devices())
+    for (size_t i = 0; i < operands_.size(); i++)
+      if (operands_[i].w.device == device) {
+        all.push_back(py::reinterpret_borrow<py::object>(jobs_[i].param));
+        break;
+      }
+  return all;
+}
+
 void Pass::run(const py::object& table, const py::object& scratch) {
   const int columns = this->columns();
   if (has_pairs_ && (table.is_none() || slots_ == 0))
@@ -330,10 +398,11 @@ void Pass::run(const py::object& table, const py::object& scratch) {
   double* sums = slots_ > 0 && !table.is_none() ? rows_of(table, slots_, "table") : nullptr;
   double* parts = sums && has_cuda_ && scratch_rows() > 0 ? rows_of(scratch, scratch_rows(), "scratch") : nullptr;
   if (!has_cuda_) {
+    clip_on(kCpu);
     run_on_cpu(sums);
   } else {
     for (int device : devices())
-      if (device == kCpu)
+      if (clip_on(device); device == kCpu)
         run_on_cpu(measured_ == kCpu ? sums : nullptr);
       else
         run_on(device, measured_ == device ? sums : nullptr, parts);
@@ -362,6 +431,8 @@ void Pass::run_on_cpu(double* sums) {
     chunks_.clear();
     for (size_t i = 0; i < operands_.size(); i++)
       if (is_in(round, i) && operands_[i].w.device == kCpu) cut(operands_[i], jobs_[i], sums);
+    // The end of the gradients is what `sq_norms` has left in the caches.
+    if (!clip_coefs_.empty()) std::reverse(chunks_.begin(), chunks_.end());
     std::optional<py::gil_scoped_release> released;
     if (coordinates > kReleaseGil) released.emplace();
     cpu::run(chunks_.data(), (int64_t)chunks_.size(), coordinates);
@@ -397,13 +468,13 @@ void Pass::run_on(int device, double* table, double* scratch) {
     }
     if (t.w.numel == 0) continue;
     const Strided* strided = nullptr;
-    if (!runs_dense(t, rows)) {
+    if (!runs_dense(t, job, rows)) {
       strided_.push_back(strided_of(t));
       strided = &strided_.back();
     }
-    rounds[rounds_.empty() ? 0 : rounds_[i]].push_back({t.w.data, t.g.data, t.has_v ? t.v.data : nullptr,
-                                                        t.has_h ? t.h.data : nullptr, strided, 0, t.w.numel, slot_size,
-                                                        sums, columns, &hypers_[job.hyper], job.rule, t.w.dtype});
+    Chunk c = whole_tensor(t, job);
+    c.strided = strided, c.slot_size = slot_size, c.sums = sums;
+    rounds[rounds_.empty() ? 0 : rounds_[i]].push_back(c);
   }
   // Each kind of tensor is a launch of its own: those of a kind come together.
   const auto kind = [](const Chunk& c) {

@@ -32,6 +32,7 @@ try:
 
     from . import invariance, library, ops, reference, theory
     from .auto_rate import AutoRateMonitor
+    from .ddp_noise import DDPNoise, DDPNoiseResult
     from .equilibrium import EquilibriumMonitor
     from .halves import halves
     from .invariance import InvarianceMonitor
@@ -57,6 +58,8 @@ __all__ = [
     "TEXP",
     "TORCH_FLOOR",
     "AutoRateMonitor",
+    "DDPNoise",
+    "DDPNoiseResult",
     "EquilibriumMonitor",
     "EquivalentExponentialLR",
     "GradientNoise",

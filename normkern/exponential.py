@@ -13,6 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .kinds import has_values
+from .mesh import check_summable, is_dtensor, shard, sum_over_shards
 from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_gauge, place
 
 #: |<w,g>| / (|w| |g|) above which a loss sees the scale of w.
@@ -172,6 +173,8 @@ def check_scale_invariance(
 
 def _sums(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]] | None:
     """<w,g>, |w|^2, |g|^2 of each parameter; None if they have no values."""
+    if not all(is_dtensor(x) or has_values(x) for x in (*params, *grads)):
+        return None
     if ops.kernels_take((*params, *grads)):
         dtypes = zip(params, grads, strict=True)
         if all(p.dtype == g.dtype and p.shape == g.shape for p, g in dtypes):
@@ -181,13 +184,17 @@ def _sums(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[float
     from .reference import gradient_sums
 
     rows = []
-    for p, g in zip(params, grads, strict=True):
-        w, g = (x.full_tensor() if hasattr(x, "full_tensor") else x for x in (p.detach(), g.detach()))
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if is_dtensor(p):
+            check_summable(p, f'decay="exponential": params[{i}]')
+        w, g = (shard(x, like=p) if is_dtensor(p) else x for x in (p.detach(), g.detach()))
         if not has_values(w) or not has_values(g):
             return None
-        rows.append(gradient_sums(w, g, "tensor")[0, [0, 2, 3]].tolist())
-    dots, w_sq, g_sq = zip(*rows, strict=True)
-    return list(dots), list(w_sq), list(g_sq)
+        rows.append(gradient_sums(w, g, "tensor")[:, [0, 2, 3]].to(params[0].device))
+    table = torch.cat(rows)
+    sum_over_shards(table, [(slice(i, i + 1), p) for i, p in enumerate(params)])
+    dots, w_sq, g_sq = table.T.tolist()
+    return dots, w_sq, g_sq
 
 
 def _name(options: dict[str, Any], i: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -14,8 +15,10 @@ from torch.optim.sgd import sgd as torch_sgd
 
 from . import ops
 from .exponential import GroupGauge
-from .kinds import has_values, is_a, somebody_watches
-from .options import BUFFER, GAUGE, number, place
+from .kinds import has_values, somebody_watches
+from .mesh import check_summable, is_dtensor, own_rows, shard
+from .options import BUFFER, GAUGE, LR_MULTIPLIERS, MASTER, number, place
+from .precision import group_precision
 
 _log = logging.getLogger("normkern")
 
@@ -46,11 +49,15 @@ class GroupStep:
         "index",
         "left_to_torch",
         "lr",
+        "masters",
+        "multipliers",
         "on_device",
         "options",
         "pair",
         "params",
         "plan",
+        "precision",
+        "row",
         "slot",
         "state",
         "stats",
@@ -79,8 +86,12 @@ class GroupStep:
         self.lr: float | Tensor = lr if isinstance(lr, Tensor) else number(lr, "lr", index)
         self.code = 0 if self.stats is None else ops.stats_code(self.stats, place(index))
         momentum = number(options["momentum"], "momentum", index)
-        self.slot = plan.slots
-        self.created: list[tuple[Tensor, Tensor]] = []
+        self.slot, self.row = plan.slots, plan.parameters
+        multipliers = options.get(LR_MULTIPLIERS)
+        self.multipliers: ops.LrMultipliers | None = None
+        if multipliers is not None:
+            self.multipliers = ops.read_lr_multipliers(multipliers, len(params), place(index))
+        self.created: list[tuple[Tensor, str, Tensor]] = []  # parameter, key of its state, new entry
         self.left_to_torch: list[int] = []
         self.torch_sums: list[tuple[int, Tensor]] = []
         self.wrappers: list[Tensor] = []  # DTensors whose local part the kernel writes
@@ -100,12 +111,28 @@ class GroupStep:
         if options["decay"] != "coupled" or GAUGE in options:
             self.gauge = GroupGauge(options, index, None if pair is None else pair.grads, state, arguments)
         gauge = None if self.gauge is None else self.gauge.step
+        if multipliers is not None and (gauge is not None or options["decay"] == "exponential"):
+            raise ValueError(
+                f'{place(index)}: lr_multipliers expected None with decay="exponential", and in the step that leaves '
+                "it, as one gauge speaks for all parameters of a group; give each multiplier a group"
+            )
+        self.precision = precision = group_precision(options, index, self.row)
         all_to_torch = options["differentiable"] or somebody_watches()
         state = state if (momentum != 0 if gauge is None else gauge.has_buffer) else None
         if (
             pair is None
             and not all_to_torch
-            and plan.add_whole(params, state, BUFFER, *arguments, gauge, self.on_device)
+            and (precision is None or not precision.has_masters)
+            and plan.add_whole(
+                params,
+                state,
+                BUFFER,
+                *arguments,
+                gauge,
+                self.on_device,
+                self.multipliers,
+                None if precision is None else precision.code(),
+            )
         ):
             return
         self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
@@ -119,8 +146,16 @@ class GroupStep:
         for i in missing:
             p, g = params[i], grads[i]
             if g is not None and ops.kernels_take((p, g)) and p.dtype == g.dtype:
-                self.buffers[i] = torch.empty_like(p, requires_grad=False)
-                self.created.append((p, self.buffers[i]))
+                dtype = p.dtype if precision is None else precision.buffer_dtype(p)
+                self.buffers[i] = torch.empty_like(p, dtype=dtype, requires_grad=False)
+                self.created.append((p, BUFFER, self.buffers[i]))
+        self.masters: list[Any] | None = None
+        if precision is not None:
+            self.masters, new = precision.masters(params, self.grads, self.state)
+            if self.masters is not None:
+                self.created += [(params[i], MASTER, self.masters[i]) for i in new]
+            converted = precision.convert(params, self.grads, self.buffers)
+            self.created += [(params[i], BUFFER, self.buffers[i]) for i in converted]
         refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None, **self._more_arguments())
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
@@ -153,12 +188,18 @@ class GroupStep:
             for x, name, at in ((lr, "lr", lr_there), (weight_decay, "weight_decay", decay_there))
         )
 
-    def _more_arguments(self, held: list[Any] | None = None) -> dict[str, Any]:
+    def _more_arguments(
+        self, held: list[Any] | None = None, masters: list[Any] | None = None, begin: int = 0
+    ) -> dict[str, Any]:
+        """Of the whole group; or of a shard of parameter `begin`, with its part of `held` and `masters`."""
         gauge = None if self.gauge is None else self.gauge.step
+        more: dict[str, Any] = {"gauge": gauge, "lr_multipliers": self.multipliers}
+        if self.precision is not None:
+            more |= {"precision": self.precision.code(begin), "masters": self.masters if masters is None else masters}
         if self.pair is None:
-            return {"gauge": gauge, "on_device": self.on_device}
+            return {**more, "on_device": self.on_device}
         held, scale = self.pair.held if held is None else held, self.pair.second_inverse_scale
-        return {"gauge": gauge, "held": held, "second_inverse_scale": scale, "l": self.pair.l}
+        return {**more, "held": held, "second_inverse_scale": scale, "l": self.pair.l}
 
     def _find_another_way(self, refused: list[int], missing: set[int], arguments: _Arguments) -> None:
         """A DTensor runs through its local shard; what the kernel cannot take is left to torch's loop."""
@@ -171,7 +212,9 @@ class GroupStep:
                 )
             if self.options["fused"]:
                 _device_dtype_check_for_fused(p)
-            if not (_is_dtensor(p) and self._add_shard(i, i in missing, arguments)):
+            if self.stats is not None and is_dtensor(p):
+                check_summable(p, f"{where}: params[{i}]")
+            if not (is_dtensor(p) and self._add_shard(i, i in missing, arguments)):
                 _log.debug("%s: params[%d], %s, is stepped by torch's own loop", where, i, ops.describe(p))
                 if p.is_cuda and not ops.cuda_architectures():
                     _warn_of_gpu()
@@ -181,60 +224,79 @@ class GroupStep:
         """Hands the kernel the local part of DTensor i; False if it cannot take that either."""
         p, buffer = self.params[i], self.buffers[i]
         if first:
-            buffer = torch.zeros_like(p, requires_grad=False)
+            dtype = p.dtype if self.precision is None else self.precision.buffer_dtype(p)
+            buffer = torch.zeros_like(p, dtype=dtype, requires_grad=False)
         held = None if self.pair is None else self.pair.held[i]
+        master = None if self.masters is None else self.masters[i]
         with torch.no_grad():
-            w, g, v, h = ([None if x is None else _shard(x, like=p)] for x in (p, self.grads[i], buffer, held))
-        slots, more = [self._first_slot(i)], self._more_arguments(h)
+            parts = (p, self.grads[i], buffer, held, master)
+            w, g, v, h, m = ([None if x is None else shard(x, like=p)] for x in parts)
+        slots, more = [self._first_slot(i)], {**self._more_arguments(h, m, i), "row": self.row + i}
+        if self.multipliers is not None:
+            more["lr_multipliers"] = self.multipliers.only(i)
         if self.plan.add(w, g, None if buffer is None else v, [0] if first else None, *arguments, slots=slots, **more):
             return False
         if first:
-            self.created.append((p, buffer))
-        self.wrappers += [x for x in (p, buffer) if x is not None]
+            self.created.append((p, BUFFER, buffer))
+        self.wrappers += [x for x in (p, buffer, master) if x is not None]
         return True
+
+    def measured(self, offsets: Iterator[int]) -> list[tuple[Any, int, bool]]:
+        """Of each parameter, where its slots begin, `offsets` having them next, and whether it has one per row."""
+        return [(p, next(offsets), self.stats == "row") for p in self.params] if self.stats else []
 
     def _first_slot(self, i: int) -> int:
         """Where the sums of parameter i begin; for the shard of a DTensor, those of its first own row."""
         if self.stats is None:
             return 0
         slot = self.slot + sum(ops.slot_count(p, self.code) for p in self.params[:i])
-        if self.stats == "row" and self.params[i].ndim >= 2 and _is_dtensor(self.params[i]):
-            from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-            p = self.params[i]
-            _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-            slot += offset[0]
-        return slot
+        p = self.params[i]
+        return slot + own_rows(p).start if self.stats == "row" and p.ndim >= 2 and is_dtensor(p) else slot
 
     def lr_now(self) -> float | Tensor:
         """The learning rate of this step, whatever becomes of a tensor that holds it."""
         return self.lr.clone() if isinstance(self.lr, Tensor) else self.lr
 
-    def step_with_torch(self, grad_scale: Tensor | None) -> None:
+    def sq_norms_with_torch(self, grad_scale: Tensor | None) -> list[tuple[int, Tensor]]:
+        """Row and |g|^2 of those parameters that the kernel cannot take, as `Pass.sq_norms` has it of the others."""
+        if not self.left_to_torch:
+            return []
+        from .reference import sq_norm
+
+        scale = 1.0 if self.gauge is None or self.gauge.step is None else self.gauge.step.scale
+        grads = ((i, _local(self._whole_gradient(i, grad_scale), self.params[i])) for i in self.left_to_torch)
+        return [(self.row + i, sq_norm(g) / scale**2) for i, g in grads]
+
+    def step_with_torch(self, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
         """torch's for-loop, on those parameters that the kernel cannot take."""
-        if self.gauge is not None and self.gauge.step is not None:
-            return self._step_gauged_with_torch(self.gauge.step, grad_scale)
+        gauge = None if self.gauge is None else self.gauge.step
+        if gauge is not None or self.precision is not None:
+            return self._step_with_reference(gauge, grad_scale, clip_coef)
         options = self.options
         params = [self.params[i] for i in self.left_to_torch]
         grads = [self._whole_gradient(i, grad_scale) for i in self.left_to_torch]
         buffers = [self.buffers[i] for i in self.left_to_torch]
         sparse = any(g.layout != torch.strided for g in grads)
-        before = [p.detach().clone() for p in params] if self.stats else []
+        before = [_local(p, p).clone() for p in params] if self.stats else []
         with torch.set_grad_enabled(bool(options["differentiable"])):
-            torch_sgd(
-                params,
-                grads,
-                buffers,
-                has_sparse_grad=sparse,
-                foreach=False,
-                fused=bool(options["fused"]) and sparse,  # raises torch's error
-                weight_decay=options["weight_decay"],
-                momentum=options["momentum"],
-                lr=options["lr"],
-                dampening=options["dampening"],
-                nesterov=options["nesterov"],
-                maximize=options["maximize"],
-            )
+            clipped = grads if clip_coef is None else [g * clip_coef.to(g.device) for g in grads]
+            for lr, some in self._runs_of_torch():
+                made = buffers[some]
+                torch_sgd(
+                    params[some],
+                    clipped[some],
+                    made,
+                    has_sparse_grad=sparse,
+                    foreach=False,
+                    fused=bool(options["fused"]) and sparse,  # raises torch's error
+                    weight_decay=options["weight_decay"],
+                    momentum=options["momentum"],
+                    lr=lr,
+                    dampening=options["dampening"],
+                    nesterov=options["nesterov"],
+                    maximize=options["maximize"],
+                )
+                buffers[some] = made
         if options["momentum"] != 0:
             for p, buffer in zip(params, buffers, strict=True):
                 self.state[p][BUFFER] = buffer
@@ -243,21 +305,39 @@ class GroupStep:
 
             for i, w, g, p in zip(self.left_to_torch, before, grads, params, strict=True):
                 if has_values(p):
-                    sums = step_sums(w, g, p, self.stats)
+                    sums = step_sums(w, _local(g, p), _local(p, p), self.stats)
                     if self.pair is not None and self.pair.held[i] is not None:
-                        sums = torch.cat([sums, gradient_sums(*self._unscaled_pair(i), self.stats)], dim=1)
+                        first, second = (_local(x, p) for x in self._unscaled_pair(i))
+                        sums = torch.cat([sums, gradient_sums(first, second, self.stats)], dim=1)
                     self.torch_sums.append((self._first_slot(i), sums))
 
-    def _step_gauged_with_torch(self, gauge: ops.GaugeStep, grad_scale: Tensor | None) -> None:
+    def _runs_of_torch(self) -> list[tuple[Any, slice]]:
+        """Learning rates, and which of `left_to_torch` have them: torch's function takes one for all."""
+        lr = self.options["lr"]
+        if self.multipliers is None:
+            return [(lr, slice(None))]
+        return [(lr * self.multipliers.value(i), slice(k, k + 1)) for k, i in enumerate(self.left_to_torch)]
+
+    def _step_with_reference(
+        self, gauge: ops.GaugeStep | None, grad_scale: Tensor | None, clip_coef: Tensor | None
+    ) -> None:
+        """Where torch's loop does not know what the group asks for."""
         from .reference import sgd_
 
-        options, pair = self.options, self.pair
+        options, pair, precision = self.options, self.pair, self.precision
         for i in self.left_to_torch:
             p, buffers = self.params[i], [self.buffers[i]]
             more: dict[str, Any] = {}
+            if precision is not None:
+                rounding = precision.rounding
+                more = {
+                    "state_dtype": precision.state_dtype,
+                    "masters": None if self.masters is None else [self.masters[i]],
+                    "rounding": None if rounding is None else rounding._replace(first=precision.first + i),
+                }
             if pair is not None and pair.held[i] is not None:
                 grad = pair.grads[i]
-                more = {"held": [_dense(pair.held[i])], "l": pair.l}
+                more |= {"held": [_dense(pair.held[i])], "l": pair.l}
                 more |= {"held_scale": 1 / pair.first_inverse_scale, "grad_scale": 1 / pair.second_inverse_scale}
             else:
                 grad = self._whole_gradient(i, grad_scale)
@@ -274,6 +354,8 @@ class GroupStep:
                 maximize=bool(options["maximize"]),
                 stats=stats,
                 gauge=gauge,
+                clip_coef=None if clip_coef is None else clip_coef.to(p.device),
+                lr_multipliers=None if self.multipliers is None else [float(self.multipliers.value(i))],
                 **more,
             )
             if buffers[0] is not None:
@@ -332,19 +414,11 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
     return a.numel() > 0 and b.numel() > 0 and a.data_ptr() < ends[1] and b.data_ptr() < ends[0]
 
 
+@torch.no_grad()
+def _local(x: Tensor, p: Tensor) -> Tensor:
+    """What is measured of a tensor that goes with parameter p."""
+    return shard(x, like=p) if is_dtensor(p) else x.detach()
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if x.layout == torch.strided else x.to_dense()
-
-
-def _is_dtensor(x: Any) -> bool:
-    return is_a(x, "torch.distributed.tensor", "DTensor")
-
-
-def _shard(x: Any, like: Any) -> Tensor:
-    """The local part of a DTensor, laid out over the mesh as `like` is."""
-    if not _is_dtensor(x):
-        raise RuntimeError(f"SGD.step: expected a DTensor to go with a DTensor parameter, got {ops.describe(x)}")
-    if x.device_mesh != like.device_mesh or x.placements != like.placements:
-        x = x.redistribute(like.device_mesh, like.placements)
-    local = x.to_local()
-    return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]

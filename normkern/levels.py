@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .optim import SGD
-from .options import number
+from .options import LR_MULTIPLIERS, number
 from .stats import StepStats
 from .svag import SVAG
 
@@ -111,6 +111,15 @@ class Steps:
             raise ValueError(
                 f'{self._who}: optimizer expected one with stats="tensor" or "row", got one that measures nothing'
             )
+        groups = self.optimizer.param_groups
+        self._check_multipliers(i for i, group in enumerate(groups) if group.get(LR_MULTIPLIERS) is not None)
+
+    def _check_multipliers(self, groups: Iterable[int]) -> None:
+        for index in groups:
+            raise ValueError(
+                f"{self._who}: param_groups[{index}]: lr_multipliers expected None, as a monitor knows one learning "
+                "rate for each group; give each multiplier a group"
+            )
 
     def levels(self) -> Levels:
         """Those of the next step, as far as the param groups tell."""
@@ -129,6 +138,7 @@ class Steps:
         if measured is None or measured is self._last:
             self.check()
             return None
+        self._check_multipliers(measured.multipliers)
         self._last = measured
         table, sizes = measured.table, [(index, size) for index, _, size in measured.groups]
         key = (measured.offsets, len(table), sizes)
@@ -140,7 +150,13 @@ class Steps:
                 groups.append((index, counts[at : at + size]))
                 at += size
             self._key, self._levels = key, Levels(groups)
-        sums = self._levels.sums(table[:, : len(ops.SUMS)])
+        table = table[:, : len(ops.SUMS)]
+        if measured.clip_coef is not None:  # a step of the clipped gradient is an ordinary one
+            once = measured.clip_coef.to(table.device)
+            of_grad = torch.ones_like(table[:1])
+            of_grad[:, ops.SUMS.index("grad_sq")], of_grad[:, ops.SUMS.index("weight_grad_dot")] = once.square(), once
+            table = table * of_grad
+        sums = self._levels.sums(table)
         hyperparameters = tuple(
             self._hyperparameters(index, number(lr, "lr", self._who)) for index, lr, _ in measured.groups
         )

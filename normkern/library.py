@@ -95,7 +95,9 @@ OPS = (
     ),
     Op(
         _SGD.format(
-            ".tensor", "Tensor lr, Tensor? weight_decay=None, Tensor? grad_scale=None", ", Tensor? found_inf=None"
+            ".tensor",
+            "Tensor lr, Tensor? weight_decay=None, Tensor? grad_scale=None",
+            ", Tensor? found_inf=None, Tensor? clip_coef=None, Tensor? lr_multipliers=None",
         ),
         _sgd_,
         stand_ins.sgd_,
@@ -138,6 +140,17 @@ OPS = (
         _moments,
         stand_ins.moments,
     ),
+    Op(
+        "grad_sq_norms(Tensor?[] grads, *, float grad_scale=1.0, Tensor?[]? held=None, float l=1.0, "
+        "float held_scale=1.0) -> Tensor",
+        ops.grad_sq_norms,
+        stand_ins.grad_sq_norms,
+    ),
+    Op(
+        "clip_coef(Tensor sq_norms, float max_norm, *, Tensor? found_inf=None) -> (Tensor, Tensor)",
+        ops.clip_coef,
+        stand_ins.clip_coef,
+    ),
     Op("row_sq_norms(Tensor x) -> Tensor", ops.row_sq_norms, stand_ins.row_sq_norms),
     Op("row_sums(Tensor x) -> Tensor", ops.row_sums, stand_ins.row_sums),
     Op(
@@ -179,11 +192,19 @@ def traced_sgd_(
     held: Sequence[Tensor | None] | None,
     gauge: ops.GaugeStep | None,
     found_inf: Tensor | None,
+    clip_coef: Tensor | None,
+    lr_multipliers: Sequence[float] | Tensor | None,
+    stored: tuple[Any, ...],
     **others: Any,
 ) -> Tensor | None:
-    """`ops.sgd_` by way of ``torch.ops``."""
-    if gauge is not None:
-        raise NotImplementedError("sgd_: gauge expected None under torch.compile and dispatch modes, got a step of one")
+    """`ops.sgd_` by way of ``torch.ops``. `stored`: state_dtype, rounding and masters."""
+    for name, given in zip(("gauge", "state_dtype", "rounding", "masters"), (gauge, *stored), strict=True):
+        if given is not None:
+            raise NotImplementedError(
+                f"sgd_: {name} expected None under torch.compile and dispatch modes, got {ops.describe(given)}"
+            )
+    if lr_multipliers is not None and not isinstance(lr_multipliers, Tensor):
+        lr_multipliers = torch.tensor(list(lr_multipliers), dtype=torch.float64)
     params, grads = list(params), list(grads)
     buffers: list[Tensor] = []
     first: list[int] = []
@@ -198,11 +219,12 @@ def traced_sgd_(
                     momentum_buffers[i] = v
             buffers.append(v)
     numbers: Any = {"lr": lr, "weight_decay": weight_decay, "grad_scale": grad_scale}
+    tensors = {"found_inf": found_inf, "clip_coef": clip_coef, "lr_multipliers": lr_multipliers}
     op = torch.ops.normkern.sgd_.default
-    if found_inf is not None or any(isinstance(x, Tensor) for x in (lr, weight_decay, grad_scale)):
+    if any(isinstance(x, Tensor) for x in (*numbers.values(), *tensors.values())):
         op = torch.ops.normkern.sgd_.tensor
         numbers = {k: x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for k, x in numbers.items()}
-        numbers["found_inf"] = found_inf
+        numbers |= tensors
     held = None if held is None else list(held)
     table: Tensor = op(
         params, grads, buffers, momentum=momentum, stats=stats, held=held, first=first, **numbers, **others

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from enum import IntEnum
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ _STATS_CODE = {None: 0, "tensor": 1, "row": 2}
 
 Pass = _C.Pass
 GaugeStep = _C.GaugeStep
+LrMultipliers = _C.LrMultipliers
 most_decay = _C.most_decay
 gather = _C.gather
 describe = _C.describe
@@ -146,6 +147,25 @@ def kernels_take(tensors: Iterable[Any]) -> bool:
 OnDevice: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
+class Rounding(NamedTuple):
+    """Of bfloat16 weights at random: Philox4x32-10 with the seed as key; see csrc/formulas.h for its counter."""
+
+    seed: int
+    step: int  #: how many there have been
+    first: int = 0  #: the first parameter's index in the optimizer
+
+
+#: How the binary takes it: the buffers' dtype, (seed, step), the index of the first parameter.
+Precision: TypeAlias = tuple[int | None, tuple[int, int] | None, int]
+_DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def precision(state_dtype: torch.dtype | None, rounding: Rounding | None, first: int) -> Precision:
+    """How the binary spells how a group is stored."""
+    numbers = None if rounding is None else (rounding.seed, rounding.step % 2**32)
+    return None if state_dtype is None else _DTYPE_CODE[state_dtype], numbers, first
+
+
 def if_on_device(x: object) -> Tensor | None:
     """x, if it is one number in the memory of a CUDA device, which a kernel can read by itself."""
     if not isinstance(x, Tensor) or x.numel() != 1 or x.dtype not in (torch.float32, torch.float64):
@@ -171,6 +191,11 @@ def sgd_(
     held_scale: float = 1.0,
     gauge: GaugeStep | None = None,
     found_inf: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    lr_multipliers: Sequence[float] | Tensor | None = None,
+    state_dtype: torch.dtype | None = None,
+    rounding: Rounding | None = None,
+    masters: list[Tensor | None] | None = None,
 ) -> Tensor | None:
     r"""One step of SGD on a list of tensors, in one pass over memory; of SVAG, if there are pairs of gradients.
 
@@ -189,7 +214,7 @@ def sgd_(
             updated in place. With `stats` all are on one device.
         grads: same shapes, dtypes and devices; None skips the parameter. Read only.
         momentum_buffers: one per parameter, updated in place; None entries are created and put into the list.
-            Needed if `momentum` is not 0.
+            Needed if `momentum` is not 0. Of their parameter's dtype or, unless that is float64, float32 or bfloat16.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`. lr and weight_decay may be
             CUDA tensors of one float32 or float64 number beside the parameters: read when the kernel runs.
         grad_scale: what the gradients were multiplied with; a CUDA tensor of one float32 number is read then too, but
@@ -202,6 +227,17 @@ def sgd_(
             `momentum_buffers` are what it says they are, before and after the step; the sums are of the true weights.
         found_inf: of a GradScaler, a CUDA tensor of one float32 number: if it is not 0 when the kernel runs nothing is
             written, the sums are NaN and new momentum buffers zeros.
+        clip_coef: one float64 number on the device of all tensors, read when the kernel runs: the second of what
+            `clip_coef` returns. The unscaled gradient is multiplied with it; sums are of the gradient before that.
+        lr_multipliers: one finite number of at least 0 for each parameter, which lr is multiplied with. A CUDA tensor
+            is read when the kernel runs, and its numbers are not looked at.
+        state_dtype: of those momentum buffers that are created; None: of their parameters.
+        rounding: bfloat16 parameters are rounded at random: up with the probability that is the position between the
+            two neighbours, by a number that depends on seed, step, the parameter's index and the coordinate's in
+            row-major order. NaN and infinities stay, what lies beyond the largest number is rounded to nearest.
+        masters: float32 copies of parameters of 16 bits, updated in place: the step is theirs, and the parameter what
+            they are rounded to. Where a parameter is not what its copy is rounded to, somebody has written it, and
+            it takes the copy's place. None entries are created for parameters of 16 bits, and put into the list.
 
     Returns:
         None, or with `stats` a float64 tensor (slots, 5) on their device: `SUMS` of every slot, parameter after
@@ -211,7 +247,8 @@ def sgd_(
     Raises:
         TypeError: an entry is not a plain tensor of these dtypes on a device that the binary has kernels for; dtypes or
             devices differ.
-        ValueError: lengths or shapes differ, a tensor overlaps itself or part of another in memory. Nothing is written.
+        ValueError: lengths or shapes differ, a tensor overlaps itself or part of another in memory, `lr_multipliers` or
+            `clip_coef` are something else. Nothing is written.
         RuntimeError: the device refuses the kernel.
 
     Reference: the update of `torch.optim.SGD`; sums as in Li and Arora, arXiv 1910.07454, section 2; pairs as in Li,
@@ -229,7 +266,8 @@ def sgd_(
         return traced_sgd_(
             params, grads, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, grad_scale=grad_scale, stats=stats, held=held, l=l,
-            held_scale=held_scale, gauge=gauge, found_inf=found_inf,
+            held_scale=held_scale, gauge=gauge, found_inf=found_inf, clip_coef=clip_coef, lr_multipliers=lr_multipliers,
+            stored=(state_dtype, rounding, masters),
         )  # fmt: skip
     params, grads = list(params), list(grads)
     buffers: list[Tensor | None] | None = None
@@ -239,8 +277,14 @@ def sgd_(
         for i, (p, g, v) in enumerate(zip(params, grads, buffers, strict=False)):
             if v is None and g is not None and isinstance(p, Tensor):
                 new = torch.empty_like if found_inf is None else torch.zeros_like
-                buffers[i] = new(p, requires_grad=False)
+                buffers[i] = new(p, dtype=state_dtype or p.dtype, requires_grad=False)
                 first.append(i)
+    copies: list[Tensor | None] | None = None
+    if masters is not None:
+        copies = list(masters)
+        for i, (p, g, m) in enumerate(zip(params, grads, copies, strict=False)):
+            if m is None and g is not None and isinstance(p, Tensor) and p.dtype in (torch.bfloat16, torch.float16):
+                copies[i] = p.detach().float()
     firsts = None if held is None else list(held)
     check_l(l, "sgd_")
     if firsts is not None and stats is None:
@@ -256,18 +300,142 @@ def sgd_(
         given = tuple(float(x) if there is None else 1.0 for x, there in zip(given, on_device[:3], strict=True))
     eta, decay, scale = given
     of_first, of_second = (1 / scale, 1.0) if firsts is None else (1 / held_scale, 1 / scale)
+    multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "sgd_")
     refused = step.add(
         params, grads, buffers, first, eta, momentum, dampening, decay, nesterov, maximize, of_first, code, -1, None,
-        firsts, of_second, l, gauge, on_device,
+        firsts, of_second, l, gauge, on_device, multipliers, None,
+        precision(None, rounding, 0 if rounding is None else rounding.first), copies,
     )  # fmt: skip
     if refused:
         lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}
+        if copies is not None:
+            _check_masters(refused[0], params, copies)
         raise TypeError(why_refused("sgd_", refused[0], lists))
+    if clip_coef is not None:
+        step.clip([clip_coef])
     table = _run(step, measured=stats is not None, may_skip=found_inf is not None)
     if momentum_buffers is not None and buffers is not None:
         for i in first:
             momentum_buffers[i] = buffers[i]
+    if masters is not None and copies is not None:
+        masters[:] = copies
     return table
+
+
+def read_lr_multipliers(given: object, count: int, where: str) -> LrMultipliers:
+    """What `sgd_` and param groups take as `lr_multipliers`; `where` begins the sentence for what is none.
+
+    Raises:
+        ValueError: it is no sequence or vector of `count` finite numbers of at least 0.
+    """
+    if isinstance(given, Tensor) and device_index(given) not in (None, -1):
+        given = given.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    return LrMultipliers(given, count, where)
+
+
+def grad_sq_norms(
+    grads: Sequence[Tensor | None],
+    *,
+    grad_scale: float = 1.0,
+    held: Sequence[Tensor | None] | None = None,
+    l: float = 1.0,
+    held_scale: float = 1.0,
+) -> Tensor:
+    r""":math:`|g|^2` of every gradient in double precision, the first pass of a step that clips.
+
+    Args:
+        grads: tensors of float64, float32, bfloat16 or float16 on one device, any shapes and strides; None counts as
+            zero. Read only.
+        grad_scale, held, l, held_scale: as in `sgd_`; of a pair the norm is that of the combination.
+
+    Returns:
+        (len(grads),) float64 on their device, the same bits for any number of threads. Nothing is synchronised.
+
+    Raises:
+        TypeError: an entry is none of these, dtypes of a pair or devices differ. ValueError: lengths or shapes differ.
+
+    >>> grad_sq_norms([torch.tensor([3.0, 4.0]), None])
+    tensor([25.,  0.], dtype=torch.float64)
+    """
+    given, firsts = list(grads), None if held is None else list(held)
+    if is_traced():
+        return _torch_op("grad_sq_norms", given, grad_scale=grad_scale, held=firsts, l=l, held_scale=held_scale)
+    check_l(l, "grad_sq_norms")
+    step = Pass()
+    step.begin()
+    of_first, of_second = (1 / grad_scale, 1.0) if firsts is None else (1 / held_scale, 1 / grad_scale)
+    refused = step.add_gradients(given, firsts, of_first, of_second, l)
+    if refused:
+        raise TypeError(why_refused("grad_sq_norms", refused[0], {"grads": given, "held": firsts}))
+    tables = sq_norm_tables(step)
+    if len(tables) > 1:
+        raise TypeError(f"grad_sq_norms: grads are on {len(tables)} devices; expected one")
+    return tables[0] if tables else torch.zeros(len(given), dtype=torch.float64, device="cpu")
+
+
+def sq_norm_tables(step: Pass) -> list[Tensor]:
+    """|g|^2 of the parameters of a pass, (parameters,) float64 on each device, with 0 for those elsewhere."""
+    tables = []
+    for like in step.places:
+        tables.append(torch.zeros(step.parameters, dtype=torch.float64, device=like.device))
+        step.sq_norms(tables[-1], _scratch_beside(like))
+    return tables
+
+
+def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""The global norm, and what clipping by it multiplies every gradient with.
+
+    .. math::
+        n = \sqrt{\sum_i s_i}, \qquad c = \min\Bigl(1, \frac{\mathrm{max\_norm}}{n + 10^{-6}}\Bigr)
+
+    NaN stays NaN, and an infinite norm makes 0.
+
+    Args:
+        sq_norms: (parameters,) float64, contiguous: squares of the norms of all of them, as `grad_sq_norms` returns.
+        max_norm: a number of at least 0.
+        found_inf: of a GradScaler, a CUDA tensor of one float32 number: if it is not 0 the norm is NaN.
+
+    Returns:
+        n and c, float64 of no dimension on their device. Nothing is synchronised.
+
+    Raises:
+        TypeError: `max_norm` is no number. ValueError: it is negative; a tensor is something else.
+
+    Reference: `torch.nn.utils.clip_grad_norm_` with norm_type=2 and error_if_nonfinite=False.
+
+    >>> clip_coef(torch.tensor([9.0, 16.0], dtype=torch.float64), 2.5)
+    (tensor(5., dtype=torch.float64), tensor(0.5000, dtype=torch.float64))
+    """
+    if is_traced():
+        return _torch_op("clip_coef", sq_norms, max_norm, found_inf=found_inf)
+    limit = check_max_norm(max_norm, "clip_coef")
+    norm, coef = (torch.empty((), dtype=torch.float64, device=sq_norms.device) for _ in range(2))
+    _C.clip_coef(sq_norms, limit, norm, coef, found_inf)
+    return norm, coef
+
+
+def check_max_norm(max_norm: Any, where: str) -> float:
+    """A number of at least 0, infinity being one. A tensor of one number is read, which synchronises."""
+    try:
+        limit = None if isinstance(max_norm, (bool, str)) else float(max_norm)
+    except (TypeError, ValueError, RuntimeError):
+        limit = None
+    if limit is None:
+        raise TypeError(f"{where}: max_norm expected a number of at least 0, got {max_norm!r}")
+    if not limit >= 0:
+        raise ValueError(f"{where}: max_norm expected a number of at least 0, got {max_norm!r}")
+    return limit
+
+
+def _check_masters(i: int, params: list[Any], masters: list[Any]) -> None:
+    """Whether it is a master copy that no kernel takes."""
+    p, m = params[i], masters[i]
+    if m is None or not isinstance(p, Tensor) or not kernel_takes(p):
+        return
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"sgd_: masters[{i}] expected None beside params[{i}], {describe(p)}, got {describe(m)}")
+    if not kernel_takes(m) or m.dtype != torch.float32 or m.device != p.device:
+        raise TypeError(f"sgd_: masters[{i}] expected float32 beside params[{i}], {describe(p)}, got {describe(m)}")
 
 
 class Buffers(IntEnum):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,10 +18,13 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from . import ops
+from .clipping import clip
 from .exponential import norm_buffers, warn_of_norms
 from .group_step import GroupStep, with_torch_sums
 from .kinds import somebody_watches
-from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_options, check_state
+from .mesh import sum_step_over_shards
+from .options import GAUGE, LR_MULTIPLIERS, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_options, check_state
+from .precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
 from .stats import StepStats
 
 
@@ -45,6 +49,22 @@ class SGD(torch.optim.SGD):
         stats: None, "tensor" or "row": what `stats()` will tell of each step. Also a group key.
         decay: "coupled", weight decay as part of the gradient; "exponential", as a growing learning rate. Also a group
             key, which may change between steps.
+        state_dtype: of momentum buffers: torch.float32 or torch.bfloat16, of parameters of 32 and 16 bits; those that
+            have another one are converted at the next step. None: that of the parameters, for new ones. Also a group
+            key, as are the others below.
+        stochastic_rounding: bfloat16 weights are rounded up or down at random when they are stored, such that their
+            mean is what was to be stored: steps too small for bfloat16 are not lost.
+        rounding_seed: of its random numbers, which also depend on the coordinate, the parameter's index and the number
+            of steps so far, ``group["rounding_step"]``, and on nothing else: not on torch's seed, so that replicas
+            round alike, nor on threads or devices. Saved, so that a resumed run is the uninterrupted one.
+        master_weights: parameters of 16 bits get a copy in float32, ``state[p]["master_weight"]``, from which every
+            step goes on; they are what that is rounded to. `stats()` speaks of the copy. Where somebody else has
+            written a parameter, coordinate by coordinate, it counts and not the copy.
+
+    A group may have the key ``lr_multipliers``, a sequence or vector with one number of at least 0 for each of its
+    parameters: the step of the i-th one is with lr times the i-th number, and `stats()` has its `effective_lr`. None
+    (the default) is 1 for all. It may change between steps and is saved with the group; on a CUDA device the kernel
+    reads a vector that lies there, whose numbers nobody looks at.
 
     ``decay="exponential"`` is for weights of which the loss sees only the direction, such as those before a norm.
     Nothing shrinks them; the learning rate inside the kernel grows as they would have shrunk, and at every step the
@@ -62,19 +82,24 @@ class SGD(torch.optim.SGD):
     Sparse and complex tensors, tensor subclasses, gradients of another dtype than their parameter, devices that the
     binary has no kernels for: torch's own loop steps them, with its result; logger "normkern" says so at level DEBUG.
     So it does with everything under a dispatch mode or a torch.func transform, and, with `stats`, with parameters on
-    other devices than the first. A DTensor is stepped through its local shard, and its sums are those of the shard.
-    Several threads may step one optimizer: one after the other.
+    other devices than the first. A DTensor is stepped through its local shard, and with `stats` every rank has the
+    sums of whole parameters: one small all_reduce in each step. Several threads may step one optimizer: one after the
+    other.
 
     On CUDA devices nothing waits for the device, and a step can be captured in a graph after a first one: lr and
     weight_decay may be CUDA tensors of one number, which the kernel reads. With ``fused=True`` it also reads what a
-    GradScaler has found, except with ``decay="exponential"``; a skipped step then keeps the sums of the last one.
+    GradScaler has found, except with ``decay="exponential"`` or `stochastic_rounding`; a skipped step then keeps the
+    sums of the last one. `stochastic_rounding` cannot be captured: each replay would have the same random numbers.
 
     Raises, at a step, before anything is written:
         RuntimeError: a parameter is of an integer dtype.
         ValueError: shapes differ; a parameter is expanded, or overlaps another partially; `stats` is no known choice.
+            `stochastic_rounding` with a float16 parameter or together with `master_weights`; `state_dtype` with one of
+            float64 or a complex dtype; any of these with `differentiable`.
             With ``decay="exponential"``: lr * weight_decay is more than (1 - sqrt(momentum))^2, where no growing
             learning rate follows decay; a parameter has no gradient while others of its group have; the group is not
-            scale-invariant, or a weight is zero; `differentiable`.
+            scale-invariant, or a weight is zero; `differentiable`; `lr_multipliers`. And everywhere: `lr_multipliers`
+            are not one finite number of at least 0 for each parameter.
 
     Reference: torch.optim.SGD; for the exponential learning rate Li and Arora, arXiv 1910.07454, with constant
     hyperparameters; with any, and nesterov, `ops.gauge_step`.
@@ -88,7 +113,7 @@ class SGD(torch.optim.SGD):
     """
 
     #: Options that torch's SGD does not have.
-    _own_options: tuple[str, ...] = ("stats", "decay")
+    _own_options: tuple[str, ...] = ("stats", "decay", *PRECISION)
 
     def __init__(
         self,
@@ -105,10 +130,18 @@ class SGD(torch.optim.SGD):
         fused: bool | None = None,
         stats: ops.Stats = None,
         decay: str = "coupled",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        master_weights: bool = False,
     ) -> None:
         ops.stats_code(stats, "SGD")
         check_decay(decay, "SGD")
-        self._own_defaults: dict[str, Any] = {"stats": stats, "decay": decay}
+        stored = (state_dtype, stochastic_rounding, rounding_seed, master_weights)
+        self._own_defaults: dict[str, Any] = {
+            "stats": stats, "decay": decay, **dict(zip(PRECISION, stored, strict=True)),
+        }  # fmt: skip
+        check_precision(self._own_defaults, "SGD")
         super().__init__(
             params,
             lr,
@@ -134,6 +167,14 @@ class SGD(torch.optim.SGD):
         if isinstance(param_group, dict) and param_group.get(NORM_BUFFERS) is not None:
             norm_buffers(param_group[NORM_BUFFERS], f"SGD: param_groups[{len(self.param_groups)}]")
         super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group.setdefault(LR_MULTIPLIERS, None) is not None:
+            where = f"SGD: param_groups[{len(self.param_groups) - 1}]"
+            try:
+                ops.read_lr_multipliers(group[LR_MULTIPLIERS], len(group["params"]), where)
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     def stats(self) -> StepStats:
         """The norms and inner products of the last step.
@@ -160,11 +201,32 @@ class SGD(torch.optim.SGD):
         return [group.get(GAUGE, ops.NEW_GAUGE)[0] for group in self.param_groups]
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, *, max_norm: None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step. `closure` re-evaluates the model and returns the loss, which is returned."""
+    def step(self, closure: Callable[[], float], *, max_norm: None = None) -> float: ...
+    @overload
+    def step(self, closure: None = None, *, max_norm: float | Tensor) -> Tensor: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, max_norm: float | Tensor) -> tuple[float, Tensor]: ...
+    def step(
+        self, closure: Callable[[], float] | None = None, *, max_norm: float | Tensor | None = None
+    ) -> float | Tensor | tuple[float, Tensor] | None:
+        r"""One step; with `max_norm` of gradients whose global norm n is clipped, :math:`g \min(1, m/(n + 10^{-6}))`.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            max_norm: a number of at least 0. As `torch.nn.utils.clip_grad_norm_` before the step, over all parameters
+                of all groups, but that no gradient is written: one pass reads them, the second is the step.
+
+        Returns:
+            The closure's loss, or None; with `max_norm` the norm before clipping, or (loss, norm): a float64 tensor of
+            no dimension on the parameters' device, not synchronised. It is of the unscaled gradients; with
+            ``decay="exponential"`` of those of the run with weight decay; without any gradient 0; in a step that a
+            GradScaler skips NaN. `stats()` is of the gradients before clipping.
+
+        Raises:
+            TypeError: `max_norm` is no number. ValueError: it is negative. Nothing is written, no closure called.
+        """
         # torch wraps every step into hooks and a profiler range, which cost as much as a whole step of twenty small
         # tensors. Ours is marked as wrapped already, and goes through torch's wrapper when somebody is there to notice.
         watched = (
@@ -175,49 +237,58 @@ class SGD(torch.optim.SGD):
             or _profiler_enabled()
         )
         if watched and type(self).step is SGD.step:  # torch has wrapped the step of a subclass that has its own
-            return self._watched_step() if closure is None else self._watched_step(closure)
-        return self._plain_step(closure)
+            given: dict[str, Any] = {} if max_norm is None else {"max_norm": max_norm}
+            return self._watched_step(**given) if closure is None else self._watched_step(closure, **given)
+        return self._plain_step(closure, max_norm=max_norm)
 
     step.hooked = True  # type: ignore[attr-defined]
 
-    def _plain_step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def _plain_step(
+        self, closure: Callable[[], float] | None = None, *, max_norm: float | Tensor | None = None
+    ) -> float | Tensor | tuple[float, Tensor] | None:
+        limit = None if max_norm is None else ops.check_max_norm(max_norm, "SGD.step")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         # One at a time: torch steps an optimizer from two threads in some order, and so do we.
         with self._lock:
-            self._step_now()
-        return loss
+            norm = self._step_now(limit)
+        if norm is None:
+            return loss
+        return norm if loss is None and closure is None else (loss, norm)  # type: ignore[return-value]
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
     @_disable_dynamo  # the kernels are opaque to torch.compile; without it would warn at each call of one
-    def _step_now(self) -> None:
+    def _step_now(self, max_norm: float | None) -> Tensor | None:
         # GradScaler leaves these on an optimizer with fused=True for the duration of the call.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scaler = None
         if found_inf is not None and self._kernel_may_skip(found_inf):
             scaler = (grad_scale, found_inf)
         elif self._skips(found_inf, grad_scale):
-            return
+            return self._norm_of_skipped(max_norm)
         inverse_scale = 1.0 if grad_scale is None or scaler is not None else 1.0 / float(grad_scale)
 
         step = self._step_plan
         step.begin()
+        norm = coef = None
         try:
             groups = self._groups(inverse_scale, scaler)
             if scaler is not None and self._leaves_a_trace(groups) and self._skips(found_inf, grad_scale):
                 step.begin()
-                return
+                return self._norm_of_skipped(max_norm)
             written = step.check(self._written)
+            if max_norm is not None:
+                norm, coef = clip(step, groups, max_norm, grad_scale, None if scaler is None else found_inf)
         except BaseException:
             step.begin()  # lets go of the gradients
             raise
         # Nothing has been written so far, and from here on only torch's own loop can fail: it goes first.
         for group in groups:
             if group.left_to_torch:
-                group.step_with_torch(grad_scale)
+                group.step_with_torch(grad_scale, coef)
         measures = any(group.stats for group in groups) and not somebody_watches()
         table = scratch = None
         if measures:
@@ -236,23 +307,42 @@ class SGD(torch.optim.SGD):
             self._kept = [to_dlpack(t) for t in written if not t.requires_grad]
         norms_lag = False
         for group in groups:
-            for p, buffer in group.created:
-                self.state[p][BUFFER] = buffer
+            for p, key, tensor in group.created:
+                self.state[p][key] = tensor
             if group.wrappers:
                 increment_version(group.wrappers)
+            if group.precision is not None:
+                group.precision.keep(self.param_groups[group.index])
             if group.gauge is not None:
                 norms_lag |= not group.gauge.keep(self.param_groups[group.index])
         if table is not None:
             table = with_torch_sums(table, groups)
+            self._sum_over_shards(table, groups)
             measured = [(group.index, group.lr_now(), len(group.params)) for group in groups if group.stats]
-            self._measured = _Measured(table, step.slot_offsets, measured)
+            multipliers = {group.index: group.multipliers for group in groups if group.multipliers is not None}
+            self._measured = _Measured(table, step.slot_offsets, measured, multipliers, coef)
         self._stepped(table)
         if norms_lag and not self._warned:  # last: a warning may be an error
             self._warned = True
             warn_of_norms()
+        return norm
+
+    def _norm_of_skipped(self, max_norm: float | None) -> Tensor | None:
+        if max_norm is None:
+            return None
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        return torch.full((), torch.nan, dtype=torch.float64, device=device)
+
+    def _sum_over_shards(self, table: Tensor, groups: list[GroupStep]) -> None:
+        # Here and not in `stats`, which one rank may ask for alone: a step is what every rank takes.
+        wanted = table.shape[1] > len(ops.SUMS) or any(group["stats"] for group in self.param_groups)
+        if wanted and "torch.distributed.tensor" in sys.modules:
+            offsets = iter(self._step_plan.slot_offsets)
+            sum_step_over_shards(table, [entry for group in groups for entry in group.measured(offsets)])
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         check_options(group, where)
+        check_precision(group, where)
 
     def _skips(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> bool:
         """Whether a GradScaler has found a gradient that is no number."""
@@ -264,6 +354,7 @@ class SGD(torch.optim.SGD):
         return there not in (None, -1) and all(
             group["decay"] == "coupled"
             and GAUGE not in group
+            and not group["stochastic_rounding"]  # the steps taken are counted here
             and all(p.device == found_inf.device for p in group["params"])
             for group in self.param_groups
         )
@@ -302,6 +393,11 @@ class SGD(torch.optim.SGD):
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"SGD.load_state_dict: expected a dict, got {type(state_dict).__name__}")
+
+        def see(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            self._loaded = loaded  # what hooks have made of it, before torch casts everything to the parameters' dtype
+
+        hook = self.register_load_state_dict_pre_hook(see)
         try:
             super().load_state_dict(state_dict)
         except KeyError as missing:
@@ -309,6 +405,9 @@ class SGD(torch.optim.SGD):
                 "SGD.load_state_dict: expected {'state': ..., 'param_groups': [{'params': ..., ...}, ...]}, "
                 f"got one without {missing}"
             ) from missing
+        finally:
+            hook.remove()
+            self.__dict__.pop("_loaded", None)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by unpickling, deepcopy (no old groups) and load_state_dict (the new groups replace the old ones).
@@ -318,11 +417,14 @@ class SGD(torch.optim.SGD):
             old = self.param_groups[i] if "param_groups" in self.__dict__ else defaults
             for key in defaults:
                 group.setdefault(key, old[key])
-            for key in (NORM_BUFFERS, SCALE_INVARIANT):
+            for key in (NORM_BUFFERS, SCALE_INVARIANT, ROUNDING_STEP):
                 if key in old:
                     group.setdefault(key, old[key])
+            group.setdefault(LR_MULTIPLIERS, old.get(LR_MULTIPLIERS))
             self._check_group(group, f"SGD.load_state_dict: param_groups[{i}]")
         check_state(state["state"], groups)
+        if "_loaded" in self.__dict__:
+            restore_precision(state["state"], groups, self._loaded)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._own_defaults = {key: self.defaults[key] for key in self._own_options}
         self.__dict__.setdefault("_step_plan", ops.Pass())
@@ -353,10 +455,18 @@ if hasattr(os, "register_at_fork"):
 class _Measured:
     """What a step left for `stats()`; names are made when somebody asks."""
 
-    __slots__ = ("groups", "offsets", "table", "told")
+    __slots__ = ("clip_coef", "groups", "multipliers", "offsets", "table", "told")
 
-    def __init__(self, table: Tensor, offsets: tuple[int, ...], groups: list[tuple[int, float | Tensor, int]]) -> None:
+    def __init__(
+        self,
+        table: Tensor,
+        offsets: tuple[int, ...],
+        groups: list[tuple[int, float | Tensor, int]],
+        multipliers: dict[int, ops.LrMultipliers],  # of the learning rates, by group
+        clip_coef: Tensor | None,
+    ) -> None:
         self.table, self.offsets, self.groups = table, offsets, groups
+        self.multipliers, self.clip_coef = multipliers, clip_coef
         self.told: StepStats | None = None
 
     def stats(self, param_groups: list[dict[str, Any]]) -> StepStats:
@@ -366,6 +476,7 @@ class _Measured:
             for index, group_lr, size in self.groups:
                 given = param_groups[index].get("param_names")
                 names += given[:size] if given else [f"{index}.{i}" for i in range(size)]
-                lr += [group_lr] * size
+                multipliers = self.multipliers.get(index)
+                lr += [group_lr if multipliers is None else group_lr * multipliers.value(i) for i in range(size)]
             self.told = StepStats(self.table, names, self.offsets, lr)
         return self.told

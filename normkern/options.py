@@ -12,9 +12,13 @@ from . import ops
 
 #: The entry of an optimizer's state that holds a parameter's momentum buffer; torch's name.
 BUFFER = "momentum_buffer"
+#: And its copy in float32.
+MASTER = "master_weight"
 #: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
 #: norms whose running statistics follow the weights.
 GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"
+#: A group key: one number for each parameter, which the learning rate is multiplied with; None: 1.
+LR_MULTIPLIERS = "lr_multipliers"
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 
 
@@ -56,6 +60,8 @@ def check_options(group: dict[str, Any], where: str) -> None:
         raise ValueError(f"{where}: scale_invariant expected True, False or None, got {group[SCALE_INVARIANT]!r}")
     if GAUGE in group:
         check_gauge(group[GAUGE], where)
+    if group.get(LR_MULTIPLIERS) is not None:
+        ops.read_lr_multipliers(group[LR_MULTIPLIERS], len(group["params"]), where)
 
 
 def check_gauge(gauge: Any, where: str) -> None:
@@ -77,10 +83,11 @@ def check_state(state: Any, groups: list[dict[str, Any]]) -> None:
             where = f"SGD.load_state_dict: the state of param_groups[{g}]['params'][{i}]"
             if not isinstance(entry, Mapping):
                 raise ValueError(f"{where} expected a dict, got {type(entry).__name__}")
-            buffer = entry.get(BUFFER)
-            if buffer is None:
-                continue
-            if not isinstance(buffer, Tensor):
-                raise ValueError(f"{where}: momentum_buffer expected a tensor, got {type(buffer).__name__}")
-            if buffer.shape != p.shape:
-                raise ValueError(f"{where}: momentum_buffer expected shape {tuple(p.shape)}, got {tuple(buffer.shape)}")
+            for name in (BUFFER, MASTER):
+                x = entry.get(name)
+                if x is None:
+                    continue
+                if not isinstance(x, Tensor):
+                    raise ValueError(f"{where}: {name} expected a tensor, got {type(x).__name__}")
+                if x.shape != p.shape:
+                    raise ValueError(f"{where}: {name} expected shape {tuple(p.shape)}, got {tuple(x.shape)}")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .ops import NEW_GAUGE, Buffers, Gauge, GaugeStep, Stats
+from .ops import NEW_GAUGE, Buffers, Gauge, GaugeStep, Rounding, Stats
 
 
 @torch.no_grad()
@@ -36,6 +36,11 @@ def sgd_(
     held_scale: float = 1.0,
     gauge: GaugeStep | None = None,
     found_inf: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    lr_multipliers: Sequence[float] | Tensor | None = None,
+    state_dtype: torch.dtype | None = None,
+    rounding: Rounding | None = None,
+    masters: list[Tensor | None] | None = None,
 ) -> Tensor | None:
     """`ops.sgd_`, one tensor and one operation at a time."""
     if found_inf is not None and found_inf.item() != 0:
@@ -51,6 +56,12 @@ def sgd_(
             continue
         real = _real_dtype(p)
         w, g = p.to(real), grad.to(real) / (grad_scale if held is None else held_scale)
+        master = None
+        if masters is not None and p.dtype in (torch.bfloat16, torch.float16):
+            master = masters[i]
+            if master is None:
+                master = masters[i] = p.float()
+            w = torch.where(master.to(p.dtype) == p, master, w)
         first = None if held is None else held[i]
         g1 = None if first is None else first.to(real) / held_scale
         if g1 is not None:
@@ -60,6 +71,8 @@ def sgd_(
             w, g = scale * w, g / scale
         w_before = w.clone() if stats else w
         d = -g if maximize else g
+        if clip_coef is not None:
+            d = d * clip_coef
         if weight_decay != 0:
             d = d + weight_decay * w
         u, v_new = d, None
@@ -72,18 +85,91 @@ def sgd_(
             u = d + momentum * v_new if nesterov else v_new
         elif gauge is not None:
             v_new = v  # rests, in other units
-        w_new = w - lr * u
-        p.copy_(w_new / new_scale)
+        w_new = w - (lr if lr_multipliers is None else lr * float(lr_multipliers[i])) * u
+        stored_new = w_new / new_scale
+        if master is not None:
+            stored_new = master.copy_(stored_new)
+        if rounding is not None and p.dtype == torch.bfloat16:
+            stored_new = round_at_random(stored_new, rounding.seed, rounding.first + i, rounding.step)
+        p.copy_(stored_new)
         if v_new is not None and momentum_buffers is not None:
             if stored is None:
-                stored = momentum_buffers[i] = torch.empty_like(p, requires_grad=False)
+                stored = momentum_buffers[i] = torch.empty_like(p, dtype=state_dtype or p.dtype, requires_grad=False)
             stored.copy_(v_new if gauge is None else new_scale * (v_new - new_z * w_new))
         if stats:
-            sums = [step_sums(w_before, g, new_scale * p.to(real), stats)]
+            sums = [step_sums(w_before, g, new_scale * (p if master is None else master).to(real), stats)]
             if pairs:
                 sums.append(_no_sums(p, stats, 4) if g1 is None else gradient_sums(g1 / scale, g2 / scale, stats))
             table.append(torch.cat(sums, dim=1))
     return torch.cat(table) if stats else None
+
+
+def grad_sq_norms(
+    grads: Sequence[Tensor | None],
+    *,
+    grad_scale: float = 1.0,
+    held: Sequence[Tensor | None] | None = None,
+    l: float = 1.0,
+    held_scale: float = 1.0,
+) -> Tensor:
+    """`ops.grad_sq_norms`."""
+    sums = []
+    for i, grad in enumerate(grads):
+        if grad is None:
+            sums.append(torch.zeros((), dtype=torch.float64))
+            continue
+        first = None if held is None else held[i]
+        real = grad.to(_real_dtype(grad))
+        g = real / (grad_scale if held is None else held_scale)
+        if first is not None:
+            g = svag_combination(first.to(real.dtype) / held_scale, real / grad_scale, l)
+        sums.append(sq_norm(g))
+    device = next((g.device for g in grads if g is not None), None)
+    return torch.stack([x.to(device) for x in sums]) if sums else torch.zeros(0, dtype=torch.float64)
+
+
+@torch.no_grad()
+def sq_norm(g: Tensor) -> Tensor:
+    """|g|^2 in float64, of any kind of tensor."""
+    return _as_real(g.detach()).double().square().sum()
+
+
+def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`ops.clip_coef`."""
+    norm = sq_norms.sum().sqrt()
+    coef = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return norm if found_inf is None else torch.where(found_inf.view(()) == 0, norm, torch.nan), coef
+
+
+def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Philox4x32-10: four words, int64 from 0 to 2^32 - 1, of counters of four words each and a key of two.
+
+    Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    (c0, c1, c2, c3), (k0, k1), word = counter, key, 0xFFFFFFFF
+    for _ in range(10):
+        first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits: the sign is one of them
+        c0, c1, c2, c3 = (
+            (second >> 32) & word ^ c1 ^ k0,
+            second & word,
+            (first >> 32) & word ^ c3 ^ k1,
+            first & word,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    return [c0, c1, c2, c3]
+
+
+def round_at_random(x: Tensor, seed: int, parameter: int, step: int) -> Tensor:
+    """float32 as bfloat16, up with the probability that is the position between the neighbours; see `ops.sgd_`."""
+    counters = torch.arange((x.numel() + 7) // 8, device=x.device)
+    rest = [torch.full_like(counters, n) for n in (parameter, step % 2**32)]
+    words = philox([counters & 0xFFFFFFFF, counters >> 32, *rest], (seed & 0xFFFFFFFF, seed >> 32))
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=1)
+    random = halves.flatten()[: x.numel()].view(x.shape)
+    bits = x.contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    random = random.masked_fill((bits & 0x7FFF0000) == 0x7F7F0000, 0x8000)  # beyond the largest: to nearest
+    upper = ((bits + random) >> 16).masked_fill(x.isnan(), 0x7FC0)
+    return ((upper ^ 0x8000) - 0x8000).to(torch.int16).view(torch.bfloat16)
 
 
 def gauge_step(

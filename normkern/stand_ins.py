@@ -199,6 +199,27 @@ def moments(
     return mean, None if of_one is None else of_one[0], row_sq, row_sq.new_empty(2)
 
 
+def grad_sq_norms(
+    grads: Entries,
+    *,
+    grad_scale: float = 1.0,
+    held: Entries | None = None,
+    l: float = 1.0,
+    held_scale: float = 1.0,
+) -> Tensor:
+    """Of `ops.grad_sq_norms`."""
+    ops.check_l(l, "grad_sq_norms")
+    _check_lists("grad_sq_norms", {"grads": grads, "grads again": grads, "held": held}, one_device=True)
+    device = next((g.device for g in grads if g is not None), None)
+    return torch.empty(len(grads), dtype=torch.float64, device=device)
+
+
+def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Of `ops.clip_coef`."""
+    ops.check_max_norm(max_norm, "clip_coef")
+    return sq_norms.new_empty(()), sq_norms.new_empty(())
+
+
 def row_sq_norms(x: Tensor) -> Tensor:
     """Of `ops.row_sq_norms`."""
     return ops.new_row_sums("row_sq_norms", x, ops.would_take)

@@ -15,7 +15,8 @@ class StepStats:
 
     A slot is a parameter (``stats="tensor"``) or one index of its first dimension (``stats="row"``, for parameters with
     at least two dimensions). Every parameter keeps its slots; those that were not stepped hold NaN. With w and g before
-    the step (g after unscaling, before ``maximize`` turns its sign) and u = w' - w as stored, the columns are
+    the step (g after unscaling, before clipping, before ``maximize`` turns its sign) and u = w' - w as stored, the
+    columns are
 
     ==================== =====================
     ``weight_sq``         :math:`|w|^2`
@@ -112,7 +113,7 @@ class StepStats:
 
     @cached_property
     def effective_lr(self) -> Tensor:
-        """lr / |w|^2, the learning rate on the unit sphere (arXiv 2010.02916, section 2)."""
+        """lr / |w|^2, the learning rate on the unit sphere (arXiv 2010.02916, section 2); lr with its multiplier."""
         parts = []
         for lr, slots in _runs(self._lr, self._counts):  # made by kernels: a copy from the host would wait
             if isinstance(lr, Tensor):

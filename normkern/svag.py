@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +15,11 @@ from torch.optim.optimizer import ParamsT
 
 from . import ops
 from .group_step import GroupStep, Pair
+from .mesh import is_dtensor, sum_over_shards
 from .noise import Noise, NoiseAverage
 from .optim import SGD
 from .options import number
+from .precision import PRECISION
 
 _SCALINGS = ("fixed", "continuous")
 
@@ -69,7 +72,7 @@ class SVAG(SGD):
     2.0
     """
 
-    _own_options = ("stats", "decay", "l", "momentum_scaling")
+    _own_options = ("stats", "decay", *PRECISION, "l", "momentum_scaling")
 
     def __init__(
         self,
@@ -89,6 +92,10 @@ class SVAG(SGD):
         fused: bool | None = None,
         stats: ops.Stats = None,
         decay: str = "coupled",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        master_weights: bool = False,
     ) -> None:
         ops.check_l(l, "SVAG")
         _check_scaling(momentum_scaling, "SVAG")
@@ -107,6 +114,10 @@ class SVAG(SGD):
             fused=fused,
             stats=stats,
             decay=decay,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+            master_weights=master_weights,
         )
         self._noise_decay = noise_decay
         self._start()
@@ -163,16 +174,24 @@ class SVAG(SGD):
         """Forgets the held gradients."""
         self._held = None
 
-    def step(self, closure: Callable[[], Any] | None = None, closure_b: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        closure_b: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | Tensor | None = None,
+    ) -> Any:
         """One step.
 
         Args:
             closure: without `closure_b`, gives the gradients of the batch that is not held; with it, of the first.
             closure_b: gives those of the second. Each clears the gradients, and returns its loss.
+            max_norm: as in `SGD.step`, for the combined gradient.
 
         Returns:
-            The closure's loss; with two of them a tuple of both; else None.
+            The closure's loss; with two of them a tuple of both; else None. With `max_norm` (that, norm), or the norm.
         """
+        limit = None if max_norm is None else ops.check_max_norm(max_norm, "SVAG.step")
         result = None
         if closure_b is not None:
             if closure is None:
@@ -185,21 +204,23 @@ class SVAG(SGD):
             try:
                 with torch.enable_grad():
                     result = (first, closure_b())
-                self._step_locked()
+                norm = self._step_locked(limit)
             finally:
                 self._held = None
-            return result
+            return result if norm is None else (result, norm)
         if closure is not None:
             self._check_order()
             with torch.enable_grad():
                 result = closure()
-        self._step_locked()
-        return result
+        norm = self._step_locked(limit)
+        if norm is None:
+            return result
+        return norm if closure is None else (result, norm)
 
     @_disable_dynamo
-    def _step_locked(self) -> None:
+    def _step_locked(self, max_norm: float | None) -> Tensor | None:
         with self._lock:
-            self._step_now()
+            return self._step_now(max_norm)
 
     def noise(self) -> Noise:
         """Signal and noise of the batch gradient, averaged over the steps so far; see `Noise`.
@@ -222,6 +243,8 @@ class SVAG(SGD):
     def _check_order(self) -> None:
         """Of backward, hold, backward, step."""
         held = self._held
+        if held is None and not self.state and not any(float(g["lr"]) for g in self.param_groups):
+            return  # torch.distributed.checkpoint's way to have the state made: it moves nothing
         if held is not None and held.twice:
             raise RuntimeError(
                 "SVAG.step: hold() was called twice; expected backward, hold, backward, step "
@@ -358,8 +381,12 @@ class _Held:
 
     def is_finite(self) -> bool:
         """Whether every coordinate is a number."""
-        values = [g if g.layout == torch.strided else g.to_dense() for g in self.grads.values() if g is not None]
-        return bool(torch.isfinite(get_total_norm(values, float("inf"))))
+        grads = [g for g in self.grads.values() if g is not None]
+        values = [g.to_local() if is_dtensor(g) else g if g.layout == torch.strided else g.to_dense() for g in grads]
+        total = get_total_norm([x for x in values if x.numel()], math.inf)
+        table = (~torch.isfinite(total)).double().expand(len(grads)).reshape(-1, 1).clone()
+        sum_over_shards(table, [(slice(i, i + 1), g) for i, g in enumerate(grads)])  # of one rank's shard all must hear
+        return not bool(table.any())
 
 
 def _check_own(group: dict[str, Any], where: str) -> None:

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
 
-from bench import compare, gpu_samples, noise_right, report, right
+from bench import compare, gpu_samples, low_precision, noise_right, report, right
 from bench.arrays import HYPER, Arrays, Step, arrays
 from bench.cases import CASES, RESNET50, TRANSFORMER, Case
 from bench.jobs import JOBS
@@ -508,3 +508,32 @@ def test_plot_is_drawn(tmp_path):
 )
 def test_digits(x, text):
     assert report.digits(x) == text
+
+
+# --- weights of 16 bits -----------------------------------------------------------------------------------------------
+
+
+def test_table_of_low_precision():
+    results = {
+        "variants": {"float32": [[(0.5, 9.0), (0.9, 2.0)], [(0.5, 9.0), (0.8, 4.0)]], "master weights": [[(1.0, 3.0)]]}
+    }
+    lines = low_precision.readme_table(results).splitlines()
+    assert lines[2:] == [
+        "| float32 | 85.00 ± 7.07 | 3 ± 1.41 |",
+        "| bfloat16, master weights | 100.00 ± 0.00 | 3 ± 0 |",
+    ]
+
+
+@pytest.mark.slow
+def test_run_of_low_precision(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(low_precision.MARKS))
+    files = {"--json": tmp_path / "a.json", "--plot": tmp_path / "a.png", "--readme": readme}
+    arguments = ["--seeds", "1", "--epochs", "1", *(str(x) for pair in files.items() for x in pair)]
+    monkeypatch.setattr("sys.argv", ["low_precision", *arguments])
+    low_precision.main()
+    ends = {name: runs[0][-1] for name, runs in json.loads(files["--json"].read_text())["variants"].items()}
+    assert ends.keys() == low_precision.VARIANTS.keys()
+    assert ends["master weights"][1] == pytest.approx(ends["float32"][1], rel=0.01)
+    assert files["--plot"].stat().st_size > 10000
+    assert readme.read_text().count("|") > 20

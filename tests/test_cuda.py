@@ -95,6 +95,27 @@ def test_a_step_waits_for_nothing():
         ops.welford_(*pairs, [torch.zeros_like(p) for p in ours], n=3, stats="row")
 
 
+@pytest.mark.parametrize("kind", [normkern.SGD, normkern.SVAG])
+def test_a_clipped_step_waits_for_nothing(kind):
+    multipliers = torch.linspace(0, 2, len(SHAPES))
+    runs = []
+    for device in ("cpu", "cuda"):
+        ours = [nn.Parameter(x) for x in on(device, SHAPES, torch.float32, 1)]
+        for p, g in zip(ours, on(device, SHAPES, torch.float32, 2), strict=True):
+            p.grad = g
+        groups = [{"params": ours, "lr_multipliers": multipliers.to(device)}]
+        opt = kind(groups, lr=torch.full((), 0.1, device=device), momentum=0.9, stats="tensor")
+        opt.step(max_norm=10.0)  # SVAG reads lr, and waits for it
+        opt.param_groups[0]["lr"] = 0.1
+        with no_waiting():
+            norm = opt.step(max_norm=10.0)
+            opt.stats().effective_lr  # noqa: B018
+        runs.append([norm.cpu(), *(p.detach().cpu() for p in ours), opt.stats().effective_lr.cpu()])
+        assert norm.device.type == device
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def samples(dtype, device):
     real = torch.float64 if dtype == torch.float64 else torch.float32
     ids = torch.arange(600, device=device).view(4, 150) * 7 % 90

@@ -34,7 +34,12 @@ def sample(name, dtype, *, whole=False):
             return (x, lists(dtype), lists(dtype)), numbers
         case "sgd_.tensor":
             lr = {"lr": torch.tensor(0.1), "weight_decay": torch.tensor(0.01), "grad_scale": torch.tensor(2.0)}
+            lr |= {"clip_coef": torch.tensor(0.5, dtype=torch.float64), "lr_multipliers": torch.tensor([1.0, 0.5])}
             return (x, lists(dtype), []), {**lr, "stats": "tensor", "held": lists(dtype, none=none), "l": 2.0}
+        case "grad_sq_norms":
+            return (lists(dtype, none=none),), {"grad_scale": 2.0, "held": lists(dtype, none=none), "l": 3.0}
+        case "clip_coef":
+            return (torch.tensor([9.0, 16.0], dtype=torch.float64), 2.5), {}
         case "svag_combine_":
             return (x, lists(dtype), 3.0), {}
         case "pair_sums":

@@ -49,7 +49,9 @@ def test_checkpoint_has_torchs_entries():
     assert a["state"].keys() == b["state"].keys()
     assert all(x.keys() == y.keys() for x, y in zip(a["state"].values(), b["state"].values(), strict=True))
     assert set(b["param_groups"][0]) <= set(a["param_groups"][0])
-    assert set(a["param_groups"][0]) - set(b["param_groups"][0]) == {"stats", "decay"}
+    assert set(a["param_groups"][0]) - set(b["param_groups"][0]) == {
+        "stats", "decay", "lr_multipliers", "state_dtype", "stochastic_rounding", "rounding_seed", "master_weights",
+    }  # fmt: skip
     w = nn.Parameter(torch.ones(1))
     w.grad = torch.ones(1)
     plain = normkern.SGD([w])

@@ -35,7 +35,7 @@ def test_follows_torch(variant, dtype):
     """float64 and float32 follow torch; low precision follows torch in float64, step by step from the same state."""
     exact_dtype = torch.float64 if dtype in (torch.bfloat16, torch.float16) else dtype
     ours = parameters(dtype=dtype)
-    theirs = [nn.Parameter(p.detach().to(exact_dtype)) for p in ours]
+    theirs = [nn.Parameter(p.detach().to(exact_dtype, copy=True)) for p in ours]
     options = {"lr": 0.1, **VARIANTS[variant]}
     a = normkern.SGD(ours, **options)
     b = torch.optim.SGD(theirs, **{**options, "fused": None, "foreach": False})

@@ -1,8 +1,7 @@
-"""SVAG under DDP and on DTensors, in gloo processes: the steps of one process, and a sentence where DDP reuses memory."""
+"""SVAG under DDP, in gloo processes: the steps of one process, and a sentence where DDP reuses memory."""
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from gloo import leave, start
 from torch import nn
@@ -47,37 +46,7 @@ def ddp(rank, world, rendezvous, bucket_view, copy):
     leave()
 
 
-def shards(rank, world, rendezvous):
-    start(rank, world, rendezvous)
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    mesh = init_device_mesh("cpu", (world,))
-    whole = torch.linspace(-1, 1, 35).view(7, 5)
-    ours, theirs = nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])), nn.Parameter(whole.clone())
-    a, b = (normkern.SVAG([p], lr=0.1, l=4, momentum=0.9, weight_decay=0.1) for p in (ours, theirs))
-    for t in range(3):
-        for half in range(2):
-            g = torch.sin(theirs.detach() + t + 10 * half)
-            theirs.grad, ours.grad = g, distribute_tensor(g, mesh, [Shard(0)])
-            if half == 0:
-                a.hold()
-                b.hold()
-        a.step()
-        b.step()
-    torch.testing.assert_close(ours.full_tensor(), theirs.detach())
-    trace = a.noise().trace_sigma  # of the shard: over all ranks they make the whole
-    dist.all_reduce(trace)
-    torch.testing.assert_close(trace, b.noise().trace_sigma)
-    leave()
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("bucket_view", "copy"), [(False, False), (True, True), (True, False)])
 def test_ddp(bucket_view, copy, tmp_path):
     mp.spawn(ddp, (2, str(tmp_path / "rendezvous"), bucket_view, copy), nprocs=2)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_shards(tmp_path):
-    mp.spawn(shards, (2, str(tmp_path / "rendezvous")), nprocs=2)

@@ -94,8 +94,14 @@ void run(const Chunk* chunks, int64_t count, int64_t coordinates) {
   const Isa& isa = table();
   share(count, coordinates > kSerialCoordinates, [&](int64_t i) {
     const Chunk& c = chunks[i];
+    if (is_mixed(c)) return isa.run_mixed[(int)c.rule](c);
     (c.h ? isa.run_pair : isa.run)[(int)c.rule][(int)c.dtype](c);
   });
+}
+
+void sq_norms(const Chunk* chunks, int64_t count, int64_t coordinates) {
+  const Isa& isa = table();
+  share(count, coordinates > kSerialCoordinates, [&](int64_t i) { isa.sq_norm[(int)chunks[i].dtype](chunks[i]); });
 }
 
 }  // namespace nk::cpu

@@ -49,6 +49,8 @@ struct EmbeddingRow {
 struct Isa {
   void (*run[Rules::size][StorageTypes::size])(const Chunk&);
   void (*run_pair[StepRules::size][StorageTypes::size])(const Chunk&);
+  void (*sq_norm[StorageTypes::size])(const Chunk&);
+  void (*run_mixed[StepRules::size])(const Chunk&);
   void (*outer)(const Outer&, const Block&);
   void (*conv)(const Conv&, const ConvBlock&);
   void (*moments[StorageTypes::size])(const SampleTile&);

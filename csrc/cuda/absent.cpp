@@ -7,6 +7,8 @@ constexpr const char* kAbsent = "this build of normkern has no CUDA kernels";
 }
 
 const char* run(const Chunk*, int64_t, const Queue&) { return kAbsent; }
+const char* sq_norms(const Chunk*, int64_t, const Queue&) { return kAbsent; }
+const char* clip_coef(const double*, int64_t, double, double*, double*, const float*, const Queue&) { return kAbsent; }
 const char* add_parts(const SlotParts*, int64_t, int, const float*, const Queue&) { return kAbsent; }
 const char* fill_nan(double*, int64_t, const float*, const Queue&) { return kAbsent; }
 int64_t outer_scratch(const Outer&) { return 0; }

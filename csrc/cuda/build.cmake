@@ -49,7 +49,8 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)  # tables of tensors need 32 K
   message(FATAL_ERROR "NORMKERN_CUDA=${NORMKERN_CUDA}: expected CUDA 12.8 or newer, got ${CMAKE_CUDA_COMPILER_VERSION}")
 endif()
 add_library(normkern_cuda OBJECT
-  csrc/cuda/update_f64.cu csrc/cuda/update_f32.cu csrc/cuda/update_bf16.cu csrc/cuda/update_f16.cu csrc/cuda/run.cu
+  csrc/cuda/update_f64.cu csrc/cuda/update_f32.cu csrc/cuda/update_bf16.cu csrc/cuda/update_f16.cu csrc/cuda/mixed.cu
+  csrc/cuda/run.cu csrc/cuda/sq_norms.cu
   csrc/cuda/samples_f64.cu csrc/cuda/samples_f32.cu csrc/cuda/samples_bf16.cu csrc/cuda/samples_f16.cu csrc/cuda/samples.cu
   csrc/cuda/product.cu csrc/cuda/outer.cu csrc/cuda/conv.cu)
 set_target_properties(normkern_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)

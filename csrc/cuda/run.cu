@@ -1,5 +1,6 @@
 // run.cu - the launches: tables of tensors, one after another, on the caller's stream. Includes no standard library.
 #include "current.h"
+#include "mixed.h"
 #include "update.cuh"
 
 namespace nk::cuda {
@@ -48,10 +49,8 @@ Measure measure_of(const Chunk& c) { return c.h ? Measure::pair : c.sums ? Measu
 
 bool same_kernel(const Chunk& a, const Chunk& b) {
   return a.hyper == b.hyper && a.rule == b.rule && a.dtype == b.dtype && measure_of(a) == measure_of(b) && !a.strided &&
-         !b.strided && a.columns == b.columns;
+         !b.strided && !is_mixed(a) && !is_mixed(b) && a.columns == b.columns;
 }
-
-Tensor tensor_of(const Chunk& c) { return {c.w, c.g, c.v, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size}; }
 
 template <class... Arguments> void launch(DType dtype, const Arguments&... arguments) {
   switch (dtype) {
@@ -66,26 +65,19 @@ template <class... Arguments> void launch(DType dtype, const Arguments&... argum
   }
 }
 
-const char* run_strided(const Chunk& c, cudaStream_t stream) {
-  StridedTensor t;
-  t.columns = c.columns, t.rule = c.rule, t.tensor = tensor_of(c), t.ndim = 0;
-  const Strided& from = *c.strided;
-  for (int d = 0; d < from.ndim; d++) {
-    if (from.shape[d] == 1) continue;
-    const int64_t size = from.shape[d], w = from.w[d], g = from.g[d], v = from.v ? from.v[d] : 0,
-                  h = from.h ? from.h[d] : 0;
-    const int last = t.ndim - 1;
-    // A dimension that continues the one before it, in every stream, is part of it.
-    if (last >= 0 && t.w[last] == w * size && t.g[last] == g * size && t.v[last] == v * size && t.h[last] == h * size) {
-      t.shape[last] *= size, t.w[last] = w, t.g[last] = g, t.v[last] = v, t.h[last] = h;
-    } else {
-      t.shape[t.ndim] = size, t.w[t.ndim] = w, t.g[t.ndim] = g, t.v[t.ndim] = v, t.h[t.ndim] = h;
-      t.ndim++;
-    }
-  }
-  const int64_t blocks = nk::cuda::blocks(t.tensor);
+// Those that are a launch each.
+const char* run_alone(const Chunk& c, cudaStream_t stream) {
+  MixedTensor t;
+  t.all = strided_tensor_of(c, t.master);
+  const int64_t blocks = nk::cuda::blocks(t.all.tensor);
   if (blocks > kMostBlocks) return kTooLarge;
-  launch(c.dtype, measure_of(c), (uint32_t)blocks, stream, t, *c.hyper);
+  if (is_mixed(c)) {
+    t.master_weights = c.master, t.dtype = c.dtype, t.v_dtype = c.v_dtype;
+    t.rounds_at_random = c.rounds_at_random, t.parameter = c.parameter;
+    launch_mixed(measure_of(c), (uint32_t)blocks, stream, t, *c.hyper);
+  } else {
+    launch(c.dtype, measure_of(c), (uint32_t)blocks, stream, t.all, *c.hyper);
+  }
   return launched();
 }
 
@@ -98,8 +90,8 @@ const char* run(const Chunk* chunks, int64_t count, const Queue& queue) {
   Table table;
   for (int64_t i = 0; i < count;) {
     const Chunk& first = chunks[i];
-    if (first.strided) {
-      if (const char* error = run_strided(first, stream)) return error;
+    if (first.strided || is_mixed(first)) {
+      if (const char* error = run_alone(first, stream)) return error;
       i++;
       continue;
     }

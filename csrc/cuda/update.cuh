@@ -20,6 +20,7 @@ struct Tensor {
   const void* h;
   double* sums;  // a row for each slot, or for each part of each slot
   int64_t numel, slot_size;
+  Multiplier of_lr;
 };
 
 constexpr int64_t kShort = 4096;  // a slot with fewer coordinates is one of many for a block
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
   const int i = entry_of(table, blockIdx.x);
   const Tensor& t = table.tensors[i];
   const Hyper hyper = complete(given);
-  const auto c = coefficients<Real<T>>(hyper, kMeasure == Measure::pair, Rule::gauged);
+  const auto c = coefficients<Real<T>>(hyper, kMeasure == Measure::pair, Rule::gauged, t.of_lr);
   const Streams<T> all{static_cast<T*>(t.w), static_cast<const T*>(t.g), static_cast<T*>(t.v),
                        static_cast<const T*>(t.h)};
   visit<kMeasure>(t, blockIdx.x - table.first_block[i], table.columns, hyper, Rule::gauged, shared,
@@ -273,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
     is = {decltype(rule)::reads_v, decltype(rule)::writes_v, decltype(rule)::writes_w, decltype(rule)::gauged};
   });
   const Hyper hyper = complete(given);
-  const auto c = coefficients<R>(hyper, kMeasure == Measure::pair, is.gauged);
+  const auto c = coefficients<R>(hyper, kMeasure == Measure::pair, is.gauged, t.of_lr);
   const bool is_small = t.numel <= 0xffffffff;
   visit<kMeasure>(
       t, blockIdx.x, strided.columns, hyper, is.gauged, shared,
@@ -298,6 +299,38 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
 }
 
 // ---- Choosing a kernel ----------------------------------------------------------------------------------------------
+
+inline Tensor tensor_of(const Chunk& c) {
+  return {c.w, c.g, c.v, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size, c.of_lr};
+}
+
+// Dimensions that all streams walk through alike are one; a dense tensor has one, or none. `master`: strides of the
+// master copy, as many.
+inline StridedTensor strided_tensor_of(const Chunk& c, int64_t* master) {
+  StridedTensor t;
+  t.columns = c.columns, t.rule = c.rule, t.tensor = tensor_of(c), t.ndim = 0;
+  if (!c.strided) {
+    t.ndim = 1;
+    t.shape[0] = c.size, t.w[0] = t.g[0] = t.v[0] = t.h[0] = master[0] = 1;
+    return t;
+  }
+  const Strided& from = *c.strided;
+  for (int d = 0; d < from.ndim; d++) {
+    if (from.shape[d] == 1) continue;
+    const int64_t size = from.shape[d], w = from.w[d], g = from.g[d], v = from.v ? from.v[d] : 0,
+                  h = from.h ? from.h[d] : 0, m = from.master ? from.master[d] : 0;
+    const int last = t.ndim - 1;
+    // A dimension that continues the one before it, in every stream, is part of it.
+    if (last >= 0 && t.w[last] == w * size && t.g[last] == g * size && t.v[last] == v * size && t.h[last] == h * size &&
+        master[last] == m * size) {
+      t.shape[last] *= size, t.w[last] = w, t.g[last] = g, t.v[last] = v, t.h[last] = h, master[last] = m;
+    } else {
+      t.shape[t.ndim] = size, t.w[t.ndim] = w, t.g[t.ndim] = g, t.v[t.ndim] = v, t.h[t.ndim] = h;
+      master[t.ndim++] = m;
+    }
+  }
+  return t;
+}
 
 template <class T> struct Updates {  // of one storage type
   static void launch(Rule, Measure, uint32_t blocks, cudaStream_t, const Table&, const Hyper&);

@@ -250,13 +250,21 @@ class GradientNoise:
         """Of the context entered last; it can be asked for again until the next entry.
 
         Args:
-            sync: of a `DistributedDataParallel` model, whether the numbers are of all processes' samples: then every
-                process must call this. What is per sample (`sq_norms`) stays that of its own.
+            sync: of a `DistributedDataParallel` model, whether the numbers are of all processes' samples, as one
+                process would have them of the joint batch: then every process must call this. Each sample counts the
+                same, also where processes have different numbers of them. What is per sample (`sq_norms`) stays that
+                of its own.
 
         Raises:
-            RuntimeError: nothing was measured, or not what was asked for.
+            RuntimeError: nothing was measured, here or in another process, or not what was asked for.
         """
         ledger = self._ledger
+        together = sync and _is_ddp(self.model)
+        batches: list[int] = []
+        if together:
+            records = Anatomy.of(self.model).records if ledger is None else ledger.records
+            own = 0 if ledger is None else sum(ledger.batches)
+            batches = processes.agree(records, own, self.model.process_group)
         if ledger is None or not ledger.batches:
             raise RuntimeError(
                 "GradientNoise.result: expected a forward and a backward inside the context before it"
@@ -267,15 +275,19 @@ class GradientNoise:
                 'GradientNoise.result: stats "norms" and "projections" are of single samples, which estimated '
                 'parameters do not have; expected "nsr" or "variance" with uncovered="estimate", or uncovered="exclude"'
             )
+        if together and ledger.projects:
+            raise RuntimeError(
+                'GradientNoise.result: stats "projections" are on the mean of a process\'s own samples; expected '
+                "sync=False, or a context without them"
+            )
         batch = sum(ledger.batches)
         unit = float(batch) if self.reduction == "mean" else 1.0
         measured: list[Record] = [r for r in ledger.records if r.status != "excluded"]
-        if sync and _is_ddp(self.model):
-            joined = processes.join(measured, batch, ledger.squares)
-            unit *= joined.batch / batch if self.reduction == "mean" else 1.0
-            measured, batch = joined.records, joined.batch
         if not measured:
             raise RuntimeError("GradientNoise.result: all parameters are excluded; expected one that is covered")
+        if together:
+            joined = processes.join(measured, batch, unit, batches, ledger.squares, self.model.process_group)
+            measured, batch, unit = joined.records, joined.batch, 1.0
         device = measured[0].param.device
         squares = torch.stack([r.square().to(device) for r in measured])
         traces = spreads(measured, squares, batch) * (unit**2 / (batch - 1))

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
 from ..optim import SGD
-from ..options import number
+from ..options import LR_MULTIPLIERS, number
 from ..svag import SVAG
 
 #: Keys of the param groups of optimizers that are no SGD, all of torch's among them.
@@ -173,6 +173,11 @@ class GrowingLR(LRScheduler):
                 raise ValueError(
                     f"{self._place(i)}: weight_decay expected 0, as the learning rate takes its place, got "
                     f"{group['weight_decay']!r}"
+                )
+            if group.get(LR_MULTIPLIERS) is not None:
+                raise ValueError(
+                    f"{self._place(i)}: lr_multipliers expected None, as one learning rate takes the place of a "
+                    "group's weight decay; give each multiplier a group"
                 )
             if isinstance(self.optimizer, SVAG) and group["l"] != 1:
                 raise ValueError(

@@ -128,4 +128,33 @@ def skipped_tensors(dtype, on_device):
     return [*w, *v, table.nan_to_num(-1.0)]
 
 
-SPECIAL = (numbers_on_device, nothing_found, skipped_tensors)
+def clipped(dtype, on_device):
+    """Squares of the norms of more tensors than a launch takes, of pairs, strided ones; what they make of a step."""
+    few = [(5,), (300,), (9, 40), (8195,), (20001,)]
+    shapes = [*few, *((1 + i % 7,) for i in range(300))]
+    w, g, v, h = random_lists(shapes, dtype, lay_out=lambda x, name: x.t().contiguous().t() if x.ndim == 2 else x)
+    g[7] = None
+    squares = [ops.grad_sq_norms(g, grad_scale=4.0)]
+    squares.append(ops.grad_sq_norms(g[:5], held=[*h[:2], None, *h[3:5]], l=L, held_scale=2.0))
+    squares.append(ops.grad_sq_norms([x[..., ::2] for x in g[:5]], grad_scale=4.0))
+    squares.append(ops.grad_sq_norms([x[..., ::2] for x in g[:5]], held=[x[..., ::2] for x in h[:5]], l=L))
+    norm, coef = ops.clip_coef(squares[0], 0.5)
+    given = torch.tensor(0.003, dtype=torch.float64)  # so that the bits of the step do not hang on the order of a sum
+    multipliers = [0.5 + 0.01 * i for i in range(len(w))]
+    on = torch.float64 if on_device else None
+    ops.sgd_(
+        w, g, v, lr=LR, momentum=MOMENTUM, clip_coef=given,
+        lr_multipliers=multipliers if on is None else torch.tensor(multipliers, dtype=on),
+    )  # fmt: skip
+    return [*w, *v, torch.cat([*squares, norm.view(1), coef.view(1)]).view(-1, 1)]
+
+
+def clipped_and_skipped(dtype, on_device):
+    """A norm that a GradScaler's finding makes NaN; the coefficient of none."""
+    found = {"found_inf": torch.ones(1)} if on_device else {}
+    norm, coef = ops.clip_coef(torch.ones(3, dtype=torch.float64), 1.0, **found)
+    assert norm.isnan().item() == on_device
+    return [coef.view(1, 1)]
+
+
+SPECIAL = (numbers_on_device, nothing_found, skipped_tensors, clipped, clipped_and_skipped)

@@ -19,6 +19,8 @@ FAMILIES = {
         ("columns", "moments", "norm_sums", "row_sums", "embedding", "samples"),
     ),
     "products": (("outer.cu", "conv.cu", "product.cu"), ("tile", "outer", "conv", "product")),
+    "clipping": (("sq_norms.cu",), ("sq_norms",)),
+    "mixed": (("mixed.cu", "run.cu"), ("mixed",)),
     "updates": (("update_f32.cu", "run.cu"), ()),
 }
 
@@ -256,6 +258,38 @@ MUTANTS = [
         "      of_g[j].load(g + at);", "      of_g[j].load(g + at);\n      (void)*(const volatile uint32_t*)(g + at);",
         "",
     ),
+    Mutant(
+        "a stretch of a gradient too long", "sq_norms.cuh",
+        "const int n = (int)(left < kBlock ? left : kBlock);", "const int n = (int)(left < kBlock ? left + 1 : kBlock);",
+        "access past the end",
+        always=True,
+    ),
+    Mutant(
+        "stretches in one place", "sq_norms.cuh",
+        "write_sq_norm<kPair>(t.parts + part, sum,", "write_sq_norm<kPair>(t.parts, sum,",
+        "race with another block",
+    ),
+    Mutant(
+        "a square forgotten", "sq_norms.cuh",
+        "for (int64_t i = threadIdx.x; i < count; i += kThreads) sum", "for (int64_t i = threadIdx.x; i < count - 1; i += kThreads) sum",
+        "Tensor-likes are not close",
+    ),
+    Mutant(
+        "the words of another counter", "mixed.cu",
+        "random.words((uint64_t)counter, words);", "random.words((uint64_t)counter + thread % 2, words);",
+        "differs from the CPU's",
+    ),
+    Mutant(
+        "a copy that is never looked at", "mixed.cu",
+        "rounded(copy, mixed.dtype) == w_old", "true",
+        "differs from the CPU's",
+    ),
+    Mutant(
+        "a coordinate past the slot", "mixed.cu",
+        "if (i < begin || i >= end) continue;", "if (i < begin) continue;",
+        "",
+        always=True,
+    ),
     *(Mutant(*edit) for edit in EDITS),
 ]  # fmt: skip
 
@@ -265,7 +299,8 @@ def main(name: str) -> int:
 
     from . import judgement, product_judgement, sample_judgement
     from .backend import Backend
-    from .calls import Call
+    from .calls import Call, clipped
+    from .mixed_calls import calls as mixed_calls
     from .product_calls import Outer, few_calls
     from .sample_calls import CALLS
 
@@ -273,6 +308,8 @@ def main(name: str) -> int:
     judge, calls = {
         "samples": (sample_judgement, CALLS),
         "products": (product_judgement, few_calls()),
+        "clipping": (judgement, []),
+        "mixed": (judgement, list(mixed_calls())),
         "updates": (
             judgement,
             [Call("SgdMomentumFirst", "step"), Call("SgdMomentum", "step"), Call("SgdMomentum", "step", "row")],
@@ -281,8 +318,13 @@ def main(name: str) -> int:
     backend = Backend(checked=True, kernels=mutant.sources())
     try:
         for call in calls:
-            judge.same_as_cpu(backend, call, torch.float32, seeds=(1, 2))
-            judge.moves_what_it_must(backend, call, torch.float32)
+            judge.same_as_cpu(
+                backend, call, torch.bfloat16 if mutant.family == "mixed" else torch.float32, seeds=(1, 2)
+            )
+            if mutant.family != "mixed":  # one coordinate at a time
+                judge.moves_what_it_must(backend, call, torch.float32)
+        if mutant.family == "clipping":
+            judgement.special_as_cpu(backend, clipped, torch.float32)
         if mutant.family == "products":
             product_judgement.moves_in_packs(backend, Outer((2, 16, 64, 64)), torch.float32)
     except (AssertionError, RuntimeError) as complaint:

@@ -1,0 +1,136 @@
+"""What DDPNoise adds to a forward and backward under DistributedDataParallel: processes of one thread each, over gloo.
+
+python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.ddp_noise \\
+    --json bench/results/ddp_noise.json --readme README.md
+
+Every process has three copies of a network: with DDP alone, with torch's hook that does what DDP does, and with
+DDPNoise. They take turns in an order that is shuffled anew each round, the same in all processes, which wait for each
+other before every turn; a turn has taken as long as in the slowest process. The ratio is that of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+import normkern
+
+from .nets import NETS
+from .report import digits, scaled, table_head, table_row, write_between_marks
+
+MARKS = "<!-- bench-ddp:begin -->", "<!-- bench-ddp:end -->"
+PLAIN, HOOK, OURS = "DDP", "DDP, torch's hook", "DDP, DDPNoise"
+NAMES = ("GPT blocks, B=8, T=128", "GroupNorm ResNet, B=32", "MLP, B=128")
+WARM_UP = 3  # DDP orders its buckets anew after the first step
+
+
+def watch_nothing(model: DistributedDataParallel) -> None:
+    pass
+
+
+WATCH: dict[str, Callable[[DistributedDataParallel], Any]] = {
+    PLAIN: watch_nothing,
+    HOOK: lambda model: model.register_comm_hook(None, allreduce_hook),
+    OURS: normkern.DDPNoise,
+}
+
+
+def stepper(name: str, watch: Callable[[DistributedDataParallel], Any]) -> Callable[[], None]:
+    """A forward and backward of a copy of its own."""
+    torch.manual_seed(0)
+    task = NETS[name].make()
+    model = DistributedDataParallel(task.model)
+    watch(model)
+
+    def step() -> None:
+        model.zero_grad()
+        task.loss(model(task.inputs), task.target).backward()
+
+    return step
+
+
+def measure(name: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds of every turn of everybody, of the slowest process."""
+    steps = {who: stepper(name, watch) for who, watch in WATCH.items()}
+    for _ in range(WARM_UP):
+        for step in steps.values():
+            step()
+    samples: dict[str, list[float]] = {who: [] for who in steps}
+    shuffle = random.Random(0)
+    for _ in range(rounds):
+        for who in shuffle.sample(list(steps), len(steps)):
+            dist.barrier()
+            begin = time.perf_counter()
+            steps[who]()
+            taken = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+            dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+            samples[who].append(taken.item())
+    return samples
+
+
+def summary(name: str, samples: dict[str, list[float]]) -> dict[str, Any]:
+    quartiles = {who: statistics.quantiles(x, n=4) for who, x in samples.items()}
+    coordinates = sum(p.numel() for p in NETS[name].make().model.parameters())
+    plain = quartiles[PLAIN][1]
+    return {
+        "network": name,
+        "coordinates": coordinates,
+        "rounds": len(samples[PLAIN]),
+        "seconds": {who: {"q1": a, "median": b, "q3": c} for who, (a, b, c) in quartiles.items()},
+        "times_of_plain": {who: b / plain for who, (_, b, _) in quartiles.items()},
+    }
+
+
+def table(cases: list[dict[str, Any]], processes: int) -> str:
+    """As Markdown."""
+    lines = table_head("network", "forward + backward", "torch's hook", "DDPNoise")
+    for case in cases:
+        ratios = [f"{case['times_of_plain'][who]:.3f}" for who in (HOOK, OURS)]
+        size = digits(case["coordinates"] / 1e6)
+        lines.append(table_row(f"{case['network']} ({size}M)", scaled(case["seconds"][PLAIN]["median"]), *ratios))
+    told = f"Times plain DDP; {processes} processes of one thread over gloo, torch {torch.__version__}."
+    return "\n".join([*lines, "", told])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--rounds", type=int, default=41, help="turns of each (default: 41)")
+    parser.add_argument("--quick", action="store_true", help="one network, four turns")
+    parser.add_argument("--json", type=Path, help="write the numbers there")
+    parser.add_argument("--readme", type=Path, help="write the table into this file, between its marks")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    names, rounds = (NAMES[-1:], 4) if given.quick else (NAMES, given.rounds)
+    cases = [summary(name, measure(name, rounds)) for name in names]
+    if dist.get_rank() == 0:
+        text = table(cases, dist.get_world_size())
+        print(text, flush=True)
+        if given.json:
+            from .machine import machine_info
+
+            told = {"machine_info": machine_info(), "processes": dist.get_world_size(), "quick": given.quick}
+            given.json.parent.mkdir(parents=True, exist_ok=True)
+            given.json.write_text(json.dumps(told | {"cases": cases}, indent=1) + "\n")
+        if given.readme:
+            write_between_marks(given.readme, text, MARKS)
+    dist.barrier()
+    os._exit(0)  # without torch's teardown, in which a gloo process aborts now and then
+
+
+if __name__ == "__main__":
+    main()

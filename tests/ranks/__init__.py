@@ -1,0 +1,1 @@
+"""What each process of a test does: scripts that torchrun starts, as users do."""
