@@ -13,7 +13,7 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 # Threads of one process that spin while they wait are threads of the other that do not run.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
 .PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-compare papers clean

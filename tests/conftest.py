@@ -11,14 +11,6 @@ from simt.needs import need
 from normkern import ops
 
 
-def pytest_collection_modifyitems(items):
-    """Where several processes run the suite, a file's tests share one, with what its fixtures made; so do all that the
-    emulator is built for."""
-    for item in items:
-        of_emulator = item.path.parent.name == "simt" or "emulated" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("emulator" if of_emulator else str(item.path)))
-
-
 @pytest.fixture(params=ops.supported_isas())
 def isa(request):
     """Each instruction-set level that this machine can run."""

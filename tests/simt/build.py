@@ -1,5 +1,6 @@
 """Compiles the shipped .cu files, or others, with g++ and the emulator into a library; what is unchanged is kept."""
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -50,11 +51,18 @@ def _compile(source: Path, flags) -> Path:
     headers = headers_digest([near if (near / "formulas.h").exists() else CSRC, HERE])
     command = ["g++", *FLAGS, *flags, f"-I{CSRC}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
     target = BUILD / f"{source.stem}-{digest(headers, source.read_text(), command)}.o"
-    if not target.exists():
-        made = f"{target}.{os.getpid()}"
-        run([*command, "-o", made])
-        os.replace(made, target)
+    _make(target, [*command, "-o"])
     return target
+
+
+def _make(target: Path, command) -> None:
+    """Runs a command that ends in the name of what it makes; where several processes want it, one of them."""
+    with target.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            made = f"{target}.{os.getpid()}"
+            run([*command, made])
+            os.replace(made, target)
 
 
 def run(command) -> None:
@@ -90,10 +98,7 @@ def library(name: str, kernels, *, checked: bool, host=(), flags=()) -> Path:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: _compile(*job), jobs))
     target = BUILD / f"{name}-{digest(*objects)}.so"
-    if not target.exists():
-        made = f"{target}.{os.getpid()}"
-        run(["g++", "-shared", "-o", made, *map(str, objects)])
-        os.replace(made, target)
+    _make(target, ["g++", "-shared", *map(str, objects), "-o"])
     return target
 
 

@@ -44,8 +44,8 @@ class MixedCall(Call):
         return step.add(
             w, g, v if momentum else None, list(range(len(w))) if self.first else [], LR, momentum, 0.0, WEIGHT_DECAY,
             options["nesterov"], False, 0.5, code, -1, None, h if pair else None, 0.25 if pair else 1.0,
-            L if pair else 1.0, gauge, None, ops.precision(None, rounding if "random" in self.stored else None, 5),
-            h if self.stored == "master copies" else None,
+            L if pair else 1.0, gauge, None, precision=ops.precision(None, rounding if "random" in self.stored else None, 5),
+            masters=h if self.stored == "master copies" else None,
         )  # fmt: skip
 
 

@@ -334,6 +334,18 @@ class Grid:
             into, shifted if letter == "s" else np.where(by >= bits, 0, shifted).astype(shifted.dtype), lanes
         )
 
+    def _insert(self, instruction, lanes):  # the low bits of one word into another, from a position on
+        into, a, b, position, length = instruction.operands
+        bits = int(instruction.opcode[-1][1:])
+        a, b = (self.value(x, "u", bits, lanes) for x in (a, b))
+        at, size = (self.value(x, "u", 32, lanes).astype(np.uint64) for x in (position, length))
+        if (at + size > bits).any() or (at >= bits).any():
+            raise PtxError(f"not known: {instruction.text}")
+        every, one = np.uint64(2**64 - 1), np.uint64(1)
+        low = np.where(size >= 64, every, (one << np.minimum(size, np.uint64(63))) - one)
+        wide = (b.astype(np.uint64) & ~(low << at)) | ((a.astype(np.uint64) & low) << at)
+        self.put(into, wide.astype(b.dtype), lanes)
+
     def _select(self, instruction, lanes):
         into, a, b, chooses = instruction.operands
         bits = int(instruction.opcode[-1][1:])
@@ -343,7 +355,8 @@ class Grid:
     def _execute(self, instruction, lanes):
         name = instruction.opcode[0]
         special = {"ld": self._move, "st": self._move, "shfl": self._shuffle, "mov": self._move_register,
-                   "cvt": self._convert, "setp": self._compare, "prmt": self._permute, "selp": self._select}  # fmt: skip
+                   "cvt": self._convert, "setp": self._compare, "prmt": self._permute, "selp": self._select,
+                   "bfi": self._insert}  # fmt: skip
         if name in special:
             special[name](instruction, lanes)
         elif name == "cvta":

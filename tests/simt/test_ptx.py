@@ -3,9 +3,10 @@
 import dataclasses
 
 import pytest
+import torch
 from memory import same_bits
 
-from . import build, nvcc, product_calls, ptx, ptxrun, sample_calls
+from . import build, mixed_calls, nvcc, product_calls, ptx, ptxrun, sample_calls
 from .calls import SPECIAL, every_call, random_lists
 from .judgement import DTYPES, lay_out
 from .needs import need
@@ -45,6 +46,19 @@ def in_ptx(emulated, kernels, executed):
 def test_bits_of_the_emulator(in_ptx, call, dtype):
     call = dataclasses.replace(call, stats="row")
     expected, got = (random_lists(SHAPES, dtype, lay_out=lay_out) for _ in range(2))
+    expected_table = call(*expected)
+    with in_ptx():
+        table = call(*got)
+    for name, ours, theirs in zip("wgvh", got, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert same_bits(a, b), f"{name} of shape {tuple(a.shape)}"
+    assert (table is None) == (expected_table is None)
+    assert table is None or same_bits(table, expected_table), "sums"
+
+
+@pytest.mark.parametrize("call", list(mixed_calls.calls()), ids=str)
+def test_mixed_streams_have_the_bits_of_the_emulator(in_ptx, call):
+    expected, got = (random_lists(SHAPES, torch.bfloat16, lay_out=lay_out) for _ in range(2))
     expected_table = call(*expected)
     with in_ptx():
         table = call(*got)
