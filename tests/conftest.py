@@ -87,6 +87,7 @@ def backend(request):
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    threads, isa = torch.get_num_threads(), ops.isa()
     yield
     torch.set_num_threads(threads)
+    ops.select_isa(isa)
