@@ -6,6 +6,7 @@
 #                checked (make cuda-sweep: with every type and every kernel broken on purpose, and docs/cuda.md's table)
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
 #   make bench-noise    the part about single gradients' noise: bench/results/noise.json, the README's table of it
+#   make bench-scale    what DDPNoise costs between two processes, and bfloat16 weights on digits: their JSON, table, plot
 #   make papers  the claims of four papers on networks of one's own: bench/papers/results/ (an hour; an interrupted run
 #                continues; make papers QUICK=1: two minutes, into build/papers/; DATA=folder: CIFAR-10 in torchvision's layout)
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
@@ -16,7 +17,7 @@ BIN := .venv/bin
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-compare papers clean
+.PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-scale bench-compare papers clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -73,6 +74,12 @@ bench-noise: .venv/ready .venv/bench-ready
 	$(BIN)/python -m pytest -c bench/pytest.ini bench -k "bench_noise or moments" --benchmark-quiet \
 	  --benchmark-json=bench/results/noise.json
 	$(BIN)/python -m bench.report bench/results/noise.json --readme README.md
+
+bench-scale: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.ddp_noise \
+	  --json bench/results/ddp_noise.json --readme README.md
+	$(BIN)/python -m bench.low_precision --json bench/results/low_precision.json --plot docs/low_precision.png \
+	  --readme README.md
 
 bench-compare: .venv/ready .venv/bench-ready
 	$(BIN)/python -m bench.compare $(OLD) $(NEW)

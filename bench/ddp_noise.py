@@ -107,7 +107,7 @@ def table(cases: list[dict[str, Any]], processes: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=41, help="turns of each (default: 41)")
+    parser.add_argument("--rounds", type=int, default=101, help="turns of each (default: 101)")
     parser.add_argument("--quick", action="store_true", help="one network, four turns")
     parser.add_argument("--json", type=Path, help="write the numbers there")
     parser.add_argument("--readme", type=Path, help="write the table into this file, between its marks")

@@ -96,9 +96,10 @@ NK_HD f16 narrow_f16(float x) {
 
 // ---- Random numbers -----------------------------------------------------------------------------------------------
 //
-// Philox4x32-10 of Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3" (SC'11): four
-// words that depend on a counter of four words and a key of two, and on nothing else. U is a word, or several side by
-// side.
+// Philox4x32-7 of Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3" (SC'11, table 2:
+// seven rounds are the fewest that pass BigCrush; rounding needs no margin beyond, and each round is a tenth of a
+// step): four words that depend on a counter of four words and a key of two, and on nothing else. U is a word, or
+// several side by side.
 
 NK_HD void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   const uint64_t product = (uint64_t)a * b;
@@ -108,7 +109,7 @@ NK_HD void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
 NK_HD uint32_t exclusive_or(uint32_t a, uint32_t b, uint32_t c) { return a ^ b ^ c; }
 
 struct Philox {
-  static constexpr int kRounds = 10;
+  static constexpr int kRounds = 7;
   template <class Key> struct Keys {  // of each round
     Key key[kRounds][2];
     explicit NK_HD Keys(uint64_t first) {

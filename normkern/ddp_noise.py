@@ -267,12 +267,7 @@ class _Step:
 @torch.no_grad()
 def _sq_norms(tensors: list[Tensor]) -> Tensor:
     """|x|^2 of each, (n,) float64. Nothing is synchronised."""
-    return torch.cat([_sq_norm(x) for x in tensors])
-
-
-def _sq_norm(x: Tensor) -> Tensor:
-    flat = x.detach()
-    if flat.layout == torch.strided and ops.kernel_takes(flat) and flat.is_contiguous():
-        return ops.row_sq_norms(flat.view(1, -1))
-    flat = flat.coalesce().values() if flat.layout == torch.sparse_coo else flat
-    return flat.abs().to(torch.float64).square().sum().view(1)
+    flat = [x.detach() for x in tensors]
+    if all(x.layout == torch.strided and ops.kernel_takes(x) for x in flat):
+        return ops.grad_sq_norms(flat)
+    return torch.stack([(x.coalesce().values() if x.is_sparse else x).abs().double().square().sum() for x in flat])

@@ -148,7 +148,7 @@ OnDevice: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor 
 
 
 class Rounding(NamedTuple):
-    """Of bfloat16 weights at random: Philox4x32-10 with the seed as key; see csrc/formulas.h for its counter."""
+    """Of bfloat16 weights at random: Philox4x32-7 with the seed as key; see csrc/formulas.h for its counter."""
 
     seed: int
     step: int  #: how many there have been

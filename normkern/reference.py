@@ -142,12 +142,12 @@ def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = N
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-10: four words, int64 from 0 to 2^32 - 1, of counters of four words each and a key of two.
+    """Philox4x32-7: four words, int64 from 0 to 2^32 - 1, of counters of four words each and a key of two.
 
     Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
     (c0, c1, c2, c3), (k0, k1), word = counter, key, 0xFFFFFFFF
-    for _ in range(10):
+    for _ in range(7):
         first, second = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits: the sign is one of them
         c0, c1, c2, c3 = (
             (second >> 32) & word ^ c1 ^ k0,

@@ -14,6 +14,8 @@ slow = pytest.mark.slow
     [
         ("sums.py", 4),
         pytest.param("sums.py", 2, marks=slow),
+        ("clipping.py", 2),
+        pytest.param("clipping.py", 4, marks=slow),
         ("ddp_noise.py", 2),
         pytest.param("ddp_noise.py", 4, marks=slow),
         ("single_gradients.py", 2),

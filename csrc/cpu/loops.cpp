@@ -278,7 +278,7 @@ template <class Rule, Measure kMeasure> class Mixed {
   }
 
   void run_strided() {
-    constexpr int kBlock = RandomBlock::kSize;
+    constexpr int kBlock = 512;  // of random bits there is one block or a part
     alignas(64) float w[kBlock], g[kBlock], v[kBlock], h[kBlock], master[kBlock];
     const Weights weights{any(w, c_.dtype), c_.master ? master : nullptr, nullptr};
     const Any grad = any(g, c_.dtype), buffer = any(v, c_.v_dtype), held = any(h, c_.dtype);

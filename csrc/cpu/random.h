@@ -86,7 +86,7 @@ NK_HD void random_bits(const RandomBits& of, const Keys& keys, uint64_t first, u
 // Of the coordinates [begin, begin + n), n at most kSize, of a tensor.
 class RandomBlock {
  public:
-  static constexpr int kSize = 512;
+  static constexpr int kSize = 2048;
   // How many coordinates to take next: blocks end where registers of counters do.
   static NK_HD int64_t most(int64_t begin) { return kSize - begin % kSize; }
   explicit RandomBlock(const RandomBits& of) : of_(of), keys_(of.seed) {}
