@@ -3,7 +3,7 @@
 #   make test    the whole test suite (make test-slow: with the long sweeps)
 #   make lint    what CI checks of style and types: lint-python, lint-cpp, lint-texts, lint-stubs (make format: what can be
 #                put right by itself; make hooks: the same before every commit, by pre-commit)
-#   make tidy    clang-tidy over csrc/, minutes (make tidy TIDY=csrc/pass.cpp: one file)
+#   make tidy    clang-tidy over csrc/ (make tidy TIDY=csrc/pass.cpp: one file)
 #   make stubs   normkern/_C.pyi from the binary, after a change of what csrc/bind.cpp binds
 #   make dist    what a release uploads, into dist/: built from the unpacked sdist, checked, and tried in an empty environment
 #   make cuda    kernels for every GPU architecture, into build/cuda/ (make cuda-build: only that), and their machine code

@@ -80,7 +80,7 @@ class Pass {
   int own_columns(const Operands& t) const { return StepSums::count + (t.has_h ? PairSums::count : 0); }
   bool is_in(int round, size_t i) const { return rounds_.empty() || rounds_[i] == round; }
   int last_round() const;
-  void run_on_cpu(double* table);
+  void run_on_cpu(double* sums);
   void run_on(int device, double* table, double* scratch);
 
   struct Pending {  // a slot whose sums come in several parts
