@@ -54,6 +54,10 @@ def test_types_are_installed():
     assert (PACKAGE / "_C.pyi").is_file()
 
 
+def test_licenses_are_told():
+    assert {"LICENSE", "licenses/pybind11.txt"} <= set(distribution("normkern").metadata.get_all("License-File"))
+
+
 def test_every_public_name_is_there():
     assert all(hasattr(normkern, name) for name in normkern.__all__)
 
