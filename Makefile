@@ -1,7 +1,11 @@
 # Everything needs Python >= 3.10, a C++17 compiler and make; the rest is installed into .venv.
 #   make demo    train on handwritten digits: demo/curves.png, demo/train.json
 #   make test    the whole test suite, in two processes (WORKERS=n: in so many; make test-slow: with the long sweeps)
-#   make lint    what CI checks of style and types
+#   make lint    what CI checks of style and types: lint-python, lint-cpp, lint-texts, lint-stubs (make format: what can be
+#                put right by itself; make hooks: the same before every commit, by pre-commit)
+#   make tidy    clang-tidy over csrc/ (make tidy TIDY=csrc/pass.cpp: one file)
+#   make stubs   normkern/_C.pyi from the binary, after a change of what csrc/bind.cpp binds
+#   make dist    what a release uploads, into dist/: built from the unpacked sdist, checked, and tried in an empty environment
 #   make cuda    kernels for every GPU architecture, into build/cuda/ (make cuda-build: only that), and their machine code
 #                checked (make cuda-sweep: with every type and every kernel broken on purpose, and docs/cuda.md's table)
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
@@ -10,6 +14,7 @@
 #   make papers  the claims of four papers on networks of one's own: bench/papers/results/ (an hour; an interrupted run
 #                continues; make papers QUICK=1: two minutes, into build/papers/; DATA=folder: CIFAR-10 in torchvision's layout)
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
+#   make clean   removes what was built, and .venv
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
@@ -17,7 +22,9 @@ BIN := .venv/bin
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-scale bench-compare papers clean
+FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
+
+.PHONY: demo test test-slow lint lint-python lint-cpp lint-texts lint-stubs format hooks tidy stubs dist cuda-build cuda cuda-sweep bench bench-noise bench-scale bench-compare papers clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -28,16 +35,59 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(PYTEST)
 
-lint: .venv/ready
+lint: lint-python lint-cpp lint-texts lint-stubs
+
+lint-python: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
+
+lint-cpp: .venv/ready
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+
+lint-texts: .venv/ready
+	$(BIN)/codespell
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/wish.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --quiet .github
+
+lint-stubs: .venv/ready
+	$(BIN)/python csrc/stubs.py --check
 
 format: .venv/ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
+	$(BIN)/clang-format -i $(FORMATTED)
+
+hooks: .venv/ready
+	$(BIN)/python -m pip install --quiet "pre-commit>=4"
+	$(BIN)/pre-commit install
+
+stubs: .venv/ready
+	$(BIN)/python csrc/stubs.py
+
+# The loops as they are compiled for the widest level. Nothing is built: every file is compiled with the same few options.
+TIDY ?= $(wildcard csrc/*.cpp csrc/cpu/*.cpp)
+tidy: .venv/tidy-ready
+	printf '%s\n' $(TIDY) | xargs -I FILE -P 2 $(BIN)/clang-tidy --quiet FILE -- -std=c++17 -DNK_ISA=v4 \
+	  $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v4) $$($(BIN)/python -m pybind11 --includes)
+
+# `python -m build` makes the wheel from the sdist, unpacked in a folder without git, with tools of its own.
+dist: .venv/dist-ready
+	rm -rf dist build/dist
+	$(BIN)/check-manifest
+	NORMKERN_CUDA=OFF $(BIN)/python -m build --outdir build/dist
+	mkdir dist && mv build/dist/*.tar.gz dist/
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/auditwheel repair --wheel-dir dist build/dist/*.whl
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/python -m venv build/dist/empty
+	build/dist/empty/bin/python -m pip install --quiet -c constraints.txt dist/*.whl pytest
+	build/dist/empty/bin/pytest tests/smoke
+	ls -l dist
 
 # In a folder of its own: what is installed keeps kernels for the GPU that is here, if there is one.
 cuda-build: .venv/ready
@@ -90,7 +140,7 @@ papers: .venv/ready
 # An editable install: Python files are read from here, the binary is built anew when its sources change.
 .venv/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade "pip>=24"
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test,lint]"
 	touch $@
 
@@ -98,6 +148,14 @@ papers: .venv/ready
 .venv/bench-ready: pyproject.toml constraints.txt | .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench-peers]" || echo "bench: going on without some peers"
+	touch $@
+
+.venv/tidy-ready: pyproject.toml | .venv/ready
+	$(BIN)/python -m pip install --quiet --group tidy
+	touch $@
+
+.venv/dist-ready: pyproject.toml | .venv/ready
+	$(BIN)/python -m pip install --quiet --group dist
 	touch $@
 
 clean:

@@ -163,8 +163,6 @@ PYBIND11_MODULE(_C, m) {
         "centred"_a, "row_sq"_a, "new_scratch"_a);
 
   m.def("most_decay", most_decay, "momentum"_a);
-  m.def("gauge_step", take_gauge_step, "gauge"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,
-        "buffers"_a, "leave"_a);
   py::class_<GaugeStep>(m, "GaugeStep")
       .def_readonly("keep", &GaugeStep::keep)
       .def_readonly("unkeep", &GaugeStep::unkeep)
@@ -180,6 +178,8 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("drift", &GaugeStep::drift)
       .def_property_readonly("before", [](const GaugeStep& step) { return numbers(step.before); })
       .def_property_readonly("next", [](const GaugeStep& step) { return numbers(step.next); });
+  m.def("gauge_step", take_gauge_step, "gauge"_a, "lr"_a, "momentum"_a, "dampening"_a, "weight_decay"_a, "nesterov"_a,
+        "buffers"_a, "leave"_a);
 
   m.def("clip_coef",
         py::overload_cast<const py::object&, double, const py::object&, const py::object&, const py::object&>(

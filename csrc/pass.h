@@ -106,7 +106,7 @@ class Pass {
   int last_round() const;
   const double* clip_coef_on(int device) const;  // null: nothing is clipped
   void clip_on(int device);
-  void run_on_cpu(double* table);
+  void run_on_cpu(double* sums);
   void run_on(int device, double* table, double* scratch);
 
   struct Pending {  // a slot whose sums come in several parts

@@ -35,7 +35,9 @@ void Place::watch() {
     Py_CLEAR(weak_);
     gave_up_ = true;
   }
-  if (!gave_up_ && !(weak_ = PyWeakref_NewRef(object_, nullptr))) PyErr_Clear();
+  if (gave_up_) return;
+  weak_ = PyWeakref_NewRef(object_, nullptr);
+  if (!weak_) PyErr_Clear();
 }
 
 std::optional<View> Place::look(PyObject* object, bool is_kept, bool& moved) {

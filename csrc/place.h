@@ -17,6 +17,7 @@ class Place {
         weak_(std::exchange(other.weak_, nullptr)),
         was_kept_(other.was_kept_),
         gave_up_(other.gave_up_) {}
+  Place& operator=(const Place&) = delete;
   ~Place() { Py_XDECREF(weak_); }
 
   // The tensor's view as of now. `moved` becomes true if its memory is not what it was. `is_kept`: somebody holds

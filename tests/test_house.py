@@ -142,3 +142,34 @@ def test_best_isa_is_the_default():
     )  # fmt: skip
     chosen, best, *_ = done.stdout.split()
     assert chosen == best
+
+
+def targets():
+    """What the Makefile makes for people: its .PHONY line."""
+    return re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+
+
+def test_no_other_file_has_a_version():
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in project
+    assert re.search(r'metadata\.version\]\nprovider = ".*regex"\ninput = "normkern/__init__.py"', project)
+    assert not re.search(r"^version:", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert not re.search(r"project\([^)]*VERSION", (ROOT / "CMakeLists.txt").read_text())
+
+
+@pytest.mark.parametrize("target", targets())
+def test_every_target_is_explained(target):
+    head = (ROOT / "Makefile").read_text().split("PYTHON ?=")[0]
+    assert re.search(rf"\b{target}\b", head), f"make {target} is missing in the Makefile's first comment"
+    assert f"`make {target}" in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_hooks_are_what_lint_does():
+    lint = re.search(r"^lint: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    hooks = re.findall(r"entry: make --silent (\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    assert hooks == [*lint, "tidy"]
+
+
+def test_bug_reports_ask_for_info():
+    form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
+    assert "python -m normkern info --json" in form

@@ -3,7 +3,7 @@
 //
 // No im2col: a tap is an offset into a copy of x with its zeros around it. Per multiply-add of a tile that is one
 // address, and as few loads as of packed rows.
-#include "isa.h"
+#include "kernels.h"
 #include "pack.h"
 #include "sweep.h"
 

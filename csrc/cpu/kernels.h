@@ -4,6 +4,8 @@
 
 namespace nk::cpu::NK_ISA {
 
+void outer(const Outer&, const Block&);
+void conv(const Conv&, const ConvBlock&);
 template <class T> void moments(const SampleTile&);
 template <class T> double sum(const void* x, int64_t size, bool squares);
 template <class R> bool recentre(void* raw, const void* total, int64_t size, double share, double least);

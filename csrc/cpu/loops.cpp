@@ -6,9 +6,6 @@
 
 namespace nk::cpu::NK_ISA {
 
-void outer(const Outer&, const Block&);    // outer.cpp
-void conv(const Conv&, const ConvBlock&);  // conv.cpp
-
 namespace {
 
 using Lanes = Eight<double>;
@@ -49,7 +46,8 @@ template <int N> class Slots {
       const int64_t size = left_ < n - k ? left_ : n - k;
       run(k, size, sums_);
       k += size;
-      if ((left_ -= size) == 0) next();
+      left_ -= size;
+      if (left_ == 0) next();
     }
   }
   void finish() {
@@ -405,7 +403,6 @@ template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<St
 
 }  // namespace
 
-extern const Isa table;
 const Isa table = fill(Rules{}, StepRules{});
 
 }  // namespace nk::cpu::NK_ISA

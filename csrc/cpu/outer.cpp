@@ -1,5 +1,5 @@
 // outer.cpp - the per-sample outer products of a linear layer, compiled once for each ISA level. No torch, no STL.
-#include "isa.h"
+#include "kernels.h"
 #include "pack.h"
 #include "sweep.h"
 

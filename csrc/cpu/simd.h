@@ -225,7 +225,7 @@ NK_HD Side<float, 16> load(const f16* p, Width<16>) { return load_two(p); }
 
 // Eight doubles, rounded to the type of the memory.
 template <class R> NK_HD void store_as(R* p, const Eight<double>& x) {
-  typedef R Part __attribute__((vector_size(x.kWidth * sizeof(R))));
+  typedef R Part __attribute__((vector_size(Eight<double>::kWidth * sizeof(R))));
   for (int i = 0; i < x.kParts; i++) {
     const Part part = __builtin_convertvector(x.part[i], Part);
     __builtin_memcpy(p + i * x.kWidth, &part, sizeof part);
