@@ -7,11 +7,13 @@
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
 #   make bench-noise    the part about single gradients' noise: bench/results/noise.json, the README's table of it
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
+#   make docs    the documentation site: build/docs/index.html (make docs-figures: its pictures anew;
+#                make docs-outputs: what the examples print)
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-compare clean
+.PHONY: demo test test-slow lint format cuda-build cuda cuda-sweep bench bench-noise bench-compare docs docs-figures docs-outputs clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -72,6 +74,17 @@ bench-noise: .venv/ready .venv/bench-ready
 bench-compare: .venv/ready .venv/bench-ready
 	$(BIN)/python -m bench.compare $(OLD) $(NEW)
 
+docs: .venv/docs-ready
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+
+docs-figures: .venv/ready
+	$(BIN)/python docs/figures $(FIGURES)
+
+docs-outputs: .venv/ready
+	@mkdir -p examples/outputs
+	for example in examples/*.py; do \
+	  $(BIN)/python $$example > examples/outputs/$$(basename $$example .py).txt || exit 1; done
+
 # An editable install: Python files are read from here, the binary is built anew when its sources change.
 .venv/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -83,6 +96,10 @@ bench-compare: .venv/ready .venv/bench-ready
 .venv/bench-ready: pyproject.toml constraints.txt | .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench-peers]" || echo "bench: going on without some peers"
+	touch $@
+
+.venv/docs-ready: pyproject.toml constraints.txt | .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:
