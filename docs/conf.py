@@ -20,6 +20,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_parts.docstrings",
     "sphinx_parts.bench_tables",
+    "sphinx_parts.links",
 ]
 exclude_patterns = ["figures", "sphinx_parts"]
 default_role = "py:obj"  # `SGD` in a docstring: a link where there is one to make, else code
@@ -27,7 +28,8 @@ default_role = "py:obj"  # `SGD` in a docstring: a link where there is one to ma
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),  # see default_role
-    (r"py:(class|func|meth|mod|data)", r"(torch|collections|typing|fractions|ops|matplotlib|nn|os)\b.*"),
+    ("py:class", r"(torch|collections|typing|fractions|ops|nn)\b.*"),  # no network to look them up
+    ("py:class", r"Axes|normkern\.(reports\.Entry|halves\.Batch|_C\.GaugeStep)"),
 ]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"]
@@ -41,7 +43,7 @@ python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # "lr, momentum: finite" is one entry of several names
 napoleon_use_rtype = False
-napoleon_use_ivar = True
+napoleon_custom_sections = [("Fields", "params_style")]
 
 html_theme = "furo"
 html_title = f"normkern {version}"

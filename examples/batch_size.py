@@ -1,6 +1,4 @@
-"""Choose the batch size from the gradient noise scale, while training: larger batches as noise grows."""
-
-import math
+"""Choose the batch size from the gradient noise scale, while training: double it where noise allows."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -18,7 +16,7 @@ noise = normkern.GradientNoise(model)
 batch_size = 16
 
 for epoch in range(8):
-    trace, signal = 0.0, 0.0  # averaged one by one: a mean of ratios would be biased
+    trace, signal = 0.0, 0.0  # summed one by one: a mean of ratios would be biased
     for batch in torch.randperm(1437).split(batch_size)[:-1]:
         opt.zero_grad()
         with noise:
@@ -28,8 +26,9 @@ for epoch in range(8):
         trace += result.trace_sigma.item()
         signal += result.grad_sq_norm_unbiased.item()
     accuracy = (model(images[1437:]).argmax(1) == labels[1437:]).double().mean().item()
-    gns = trace / signal  # samples; a batch of this size has as much noise as signal
-    print(f"epoch {epoch}  batch {batch_size:3}  noise scale {gns:5.0f} samples  accuracy {accuracy:.2f}")
-    new = min(256, max(16, 2 ** round(math.log2(gns)))) if gns > 0 else 256  # signal below what noise hides: largest
-    lr = normkern.theory.linear_scaling(lr=opt.param_groups[0]["lr"], batch_size=batch_size, new_batch_size=new)
-    opt.param_groups[0]["lr"], batch_size = lr, new
+    gns = trace / signal  # in samples: a batch of this size has as much noise as signal
+    print(f"epoch {epoch}  batch {batch_size:3}  noise scale {gns:4.0f} samples  accuracy {accuracy:.2f}")
+    if not 0 < gns < 2 * batch_size and batch_size < 128:  # below 0: the signal is lost in noise
+        lr = opt.param_groups[0]["lr"]
+        lr = normkern.theory.linear_scaling(lr=lr, batch_size=batch_size, new_batch_size=2 * batch_size)
+        opt.param_groups[0]["lr"], batch_size = lr, 2 * batch_size

@@ -113,8 +113,8 @@ class RunningMoments:
 
         Raises:
             RuntimeError: no parameter has a gradient; one has in some micro-batches but not in others.
-            ValueError: a gradient's shape, precision or device changed. TypeError: it is a subclass, such as a DTensor.
-            Nothing is written.
+            ValueError: a gradient's shape, precision or device changed.
+            TypeError: it is a subclass, such as a DTensor. Nothing is written.
         """
         grads = {i: p.grad for i, p in enumerate(self._params) if p.grad is not None}
         samples = {i: _sample(g, self._names[i]) for i, g in grads.items()}

@@ -21,7 +21,7 @@ def test_page(path, capsys):
     found = blocks(path)
     assert found
     for block in found:
-        exec(compile(block, str(path), "exec"), names)  # noqa: S102
+        exec(compile(block, str(path), "exec"), names)
 
 
 def test_every_picture_has_its_code():

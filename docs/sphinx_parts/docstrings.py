@@ -1,28 +1,60 @@
-"""The docstrings' own headings, in words that napoleon knows."""
+"""The docstrings as napoleon and docutils read them: their text stays, their marks are made explicit."""
 
 import re
 from typing import Any
 
 from sphinx.application import Sphinx
 
-#: "Raises, at a step, before anything is written:"; the rest of the line is what is raised first.
+#: "Raises, at a step, before anything is written:"
 _RAISES = re.compile(r"^Raises, (?P<when>[^:]+):$")
 _REFERENCE = re.compile(r"^Reference: ")
+#: "RuntimeError: this. ValueError: that", two entries on one line.
+_NEXT_ENTRY = re.compile(r"(?<=\.) (?=[A-Z]\w+(?:Error|Warning): )")
+#: What docutils leaves alone: ``code``, `names`, :math:`formulas`.
+_QUOTED = re.compile(r"(``.*?``|:math:`.*?`|`.*?`)")
 
 
-def reworded(lines: list[str]) -> list[str]:
-    """As napoleon and docutils read them; the text stays the same."""
+def headings(lines: list[str]) -> list[str]:
+    """Section heads that napoleon knows, one entry of "Raises:" to a line."""
     out: list[str] = []
+    raises = False
     for line in lines:
         if found := _RAISES.match(line):
             out += [f"{found['when'].capitalize()}:", "", "Raises:"]
+            raises = True
+        elif line == "Attributes:":
+            out.append("Fields:")  # entries of several names are no attributes to napoleon
+        elif raises and line.startswith("    "):
+            first, *more = _NEXT_ENTRY.split(line)
+            out += [first, *(f"    {entry}" for entry in more)]
         else:
             out.append(_REFERENCE.sub("*Reference:* ", line))
+        if line and not line.startswith(" "):
+            raises = line.startswith("Raises")
+    return out
+
+
+def bars(lines: list[str]) -> list[str]:
+    """|w| in running text is a length, and no substitution."""
+    out: list[str] = []
+    formula = None  # the indent of a math directive
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if line.strip() == ".. math::":
+            formula = indent
+        elif formula is not None and line.strip() and indent <= formula:
+            formula = None
+        if formula is None and not line.lstrip().startswith((">>>", "...")):
+            parts = _QUOTED.split(line)
+            line = "".join(p if i % 2 else p.replace("|", "\\|") for i, p in enumerate(parts))
+        out.append(line)
     return out
 
 
 def _process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    lines[:] = reworded(lines)
+    lines[:] = bars(headings(lines))
+    if what == "property":
+        lines.insert(0, "")  # else napoleon takes "The angle: in radians" for a type and its text
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
