@@ -452,8 +452,8 @@ def conv_moments(
     Args:
         x: (B, C, ``*space``), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or
             float16, any strides (a copy is made if the last dimension is not dense).
-        g: (B, O, ``*out``) of the same dtype on the same device, the gradient of what came out. A transposed convolution is
-            the same call with x and g swapped.
+        g: (B, O, ``*out``) of the same dtype on the same device, the gradient of what came out. A transposed convolution
+            is the same call with x and g swapped.
         kernel_size, stride, dilation: a number for each space dimension.
         padding: what was added on the left of each; zero is read outside x. The right follows from the size of g.
         groups: divides C and O.

@@ -51,7 +51,7 @@ def growth(axes: list[plt.Axes]) -> None:
 
 
 def rounding(ax: plt.Axes) -> None:
-    """The length of a convolution in bfloat16, with lr * weight_decay = 5e-4, as float64 has it and as bfloat16 has."""
+    """The length of a convolution with lr * weight_decay = 5e-4, as float64 has it and as bfloat16 has."""
     for name, dtype, decay, style in (
         ("float64", torch.float64, "coupled", "-"),
         ("bfloat16, coupled", torch.bfloat16, "coupled", "-"),
@@ -60,8 +60,8 @@ def rounding(ax: plt.Axes) -> None:
         torch.manual_seed(0)
         model = convnet().to(dtype)
         norms = [model[1], model[4]]
-        options = {"weight_decay": 5e-2, "decay": decay, "scale_invariant": True, "norm_buffers": norms}
-        opt = normkern.SGD(groups(model, **options), lr=0.01, stats="tensor")
+        options = {"weight_decay": 0.25, "decay": decay, "scale_invariant": True, "norm_buffers": norms}
+        opt = normkern.SGD(groups(model, **options), lr=0.002, stats="tensor")
         lengths = []
         for images, labels in batches(1000):
             opt.zero_grad()

@@ -12,6 +12,8 @@ _REFERENCE = re.compile(r"^Reference: ")
 _NEXT_ENTRY = re.compile(r"(?<=\.) (?=[A-Z]\w+(?:Error|Warning): )")
 #: What docutils leaves alone: ``code``, `names`, :math:`formulas`.
 _QUOTED = re.compile(r"(``.*?``|:math:`.*?`|`.*?`)")
+#: Stands for a colon that napoleon is not to see.
+_COLON = "\N{SYMBOL FOR NULL}"
 
 
 def headings(lines: list[str]) -> list[str]:
@@ -53,10 +55,15 @@ def bars(lines: list[str]) -> list[str]:
 
 def _process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = bars(headings(lines))
-    if what == "property":
-        lines.insert(0, "")  # else napoleon takes "The angle: in radians" for a type and its text
+    if what == "property":  # of which napoleon takes "The angle: in radians" for a type and its text
+        lines[:] = [line.replace(":", _COLON) for line in lines]
+
+
+def _restore(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
+    app.connect("autodoc-process-docstring", _restore, priority=900)  # and after it
     return {"parallel_read_safe": True}
