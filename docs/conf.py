@@ -50,6 +50,7 @@ html_title = f"normkern {version}"
 html_static_path = ["sphinx_parts/static"]
 html_css_files = ["site.css"]
 html_show_sphinx = False
+html_show_copyright = False
 html_copy_source = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"

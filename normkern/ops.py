@@ -452,8 +452,8 @@ def conv_moments(
     Args:
         x: (B, C, ``*space``), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or
             float16, any strides (a copy is made if the last dimension is not dense).
-        g: (B, O, ``*out``) of the same dtype on the same device, the gradient of what came out. A transposed convolution
-            is the same call with x and g swapped.
+        g: (B, O, ``*out``) of the same dtype on the same device, the gradient of what came out. A transposed
+            convolution is the same call with x and g swapped.
         kernel_size, stride, dilation: a number for each space dimension.
         padding: what was added on the left of each; zero is read outside x. The right follows from the size of g.
         groups: divides C and O.
@@ -599,7 +599,7 @@ def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
     Args:
         raw, total: :math:`\sum_b c_b^2` and :math:`\sum_b c_b`, dense tensors of one shape and layout, both float64 or
             both float32. raw is written. On a CUDA device torch does it in several passes, and waits for the answer.
-        count: B.
+        count: B, the samples.
         least: a share of raw.
 
     Returns:

@@ -20,7 +20,7 @@ class RunningMomentsResult:
     gradient; what has no bias can be negative, and is not clipped.
 
     Attributes:
-        count: m.
+        count: m, how many.
         batch_size: samples per micro-batch, or None.
         population: samples that they were drawn from without replacement, or None.
         mean: per parameter, :math:`\bar g`, of its shape; None for one without a gradient.

@@ -1,6 +1,7 @@
 """The docstrings as napoleon and docutils read them: their text stays, their marks are made explicit."""
 
 import re
+from dataclasses import is_dataclass
 from typing import Any
 
 from sphinx.application import Sphinx
@@ -12,15 +13,19 @@ _REFERENCE = re.compile(r"^Reference: ")
 _NEXT_ENTRY = re.compile(r"(?<=\.) (?=[A-Z]\w+(?:Error|Warning): )")
 #: What docutils leaves alone: ``code``, `names`, :math:`formulas`.
 _QUOTED = re.compile(r"(``.*?``|:math:`.*?`|`.*?`)")
+#: "`Moments`: what it is", beside "NaN flows through: a column has it in its mean".
+_TYPED = re.compile(r"^\s+`[\w.]+`: ")
 #: Stands for a colon that napoleon is not to see.
 _COLON = "\N{SYMBOL FOR NULL}"
 
 
 def headings(lines: list[str]) -> list[str]:
-    """Section heads that napoleon knows, one entry of "Raises:" to a line."""
+    """Section heads that napoleon knows, one entry of "Raises:" to a line, types of what is returned where they are."""
     out: list[str] = []
     raises = False
     for line in lines:
+        if out and out[-1] == "Returns:" and not _TYPED.match(line):
+            line = line.replace(":", _COLON)
         if found := _RAISES.match(line):
             out += [f"{found['when'].capitalize()}:", "", "Raises:"]
             raises = True
@@ -63,7 +68,15 @@ def _restore(app: Sphinx, what: str, name: str, obj: object, options: object, li
     lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
+def _signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: object, signature: str, result: str
+) -> tuple[str, str] | None:
+    """What the library makes and nobody constructs has fields, and no signature."""
+    return ("", "") if what == "class" and (is_dataclass(obj) or obj.__name__ == "StepStats") else None
+
+
 def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("autodoc-process-docstring", _process, priority=100)  # before napoleon
     app.connect("autodoc-process-docstring", _restore, priority=900)  # and after it
+    app.connect("autodoc-process-signature", _signature)
     return {"parallel_read_safe": True}
