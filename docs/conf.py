@@ -21,6 +21,7 @@ extensions = [
     "sphinx_parts.docstrings",
     "sphinx_parts.bench_tables",
     "sphinx_parts.links",
+    "sphinx_parts.tables",
 ]
 exclude_patterns = ["figures", "sphinx_parts"]
 default_role = "py:obj"  # `SGD` in a docstring: a link where there is one to make, else code

@@ -115,10 +115,7 @@ class Bench(SphinxDirective):
         make, files = TABLES[self.arguments[0]]
         for name in files:
             self.env.note_dependency(str(RESULTS / name))
-        made = self.parse_text_to_nodes("\n".join(make()))
-        for table in (x for node in made for x in node.findall(nodes.table)):
-            table["classes"].append("numbers")  # site.css
-        return made
+        return self.parse_text_to_nodes("\n".join(make()))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
