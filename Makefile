@@ -83,7 +83,7 @@ docs-figures: .venv/ready
 docs-outputs: .venv/ready
 	@mkdir -p examples/outputs
 	for example in examples/*.py; do \
-	  $(BIN)/python $$example > examples/outputs/$$(basename $$example .py).txt || exit 1; done
+	  OMP_NUM_THREADS=1 $(BIN)/python $$example > examples/outputs/$$(basename $$example .py).txt || exit 1; done
 
 # An editable install: Python files are read from here, the binary is built anew when its sources change.
 .venv/ready: $(SOURCES)

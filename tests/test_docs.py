@@ -1,4 +1,4 @@
-"""The code that README and guides show runs: every block of a page, one after another."""
+"""The code that README and guides show runs: every block of a page, one after another, but those for torchrun."""
 
 import re
 from pathlib import Path
@@ -20,7 +20,7 @@ def test_page(path, capsys):
     names = {}
     found = blocks(path)
     assert found
-    for block in found:
+    for block in (b for b in found if "init_process_group" not in b):
         exec(compile(block, str(path), "exec"), names)
 
 
