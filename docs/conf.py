@@ -24,6 +24,7 @@ extensions = [
     "sphinx_parts.tables",
 ]
 exclude_patterns = ["figures", "sphinx_parts"]
+highlight_language = "none"
 default_role = "py:obj"  # `SGD` in a docstring: a link where there is one to make, else code
 
 nitpicky = True
