@@ -30,7 +30,8 @@ class EquivalentExponentialLR(GrowingLR):
     r"""Learning rates with which SGD without weight decay follows, on scale-invariant weights, the run with it.
 
     .. math::
-        \tilde\eta_t = \frac{\eta_t}{a_t a_{t+1}}, \qquad \frac{a_{t+1}}{a_t} = 1 - \eta_t (\mu_t z_t + (1-\tau_t) \lambda),
+        \tilde\eta_t = \frac{\eta_t}{a_t a_{t+1}}, \qquad
+        \frac{a_{t+1}}{a_t} = 1 - \eta_t (\mu_t z_t + (1-\tau_t) \lambda),
 
         z_{t+1} = \frac{a_t}{a_{t+1}} (\mu_t z_t + (1-\tau_t) \lambda), \qquad a_0 = 1, z_0 = 0
 
