@@ -14,6 +14,8 @@
 #   make papers  the claims of four papers on networks of one's own: bench/papers/results/ (an hour; an interrupted run
 #                continues; make papers QUICK=1: two minutes, into build/papers/; DATA=folder: CIFAR-10 in torchvision's layout)
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
+#   make docs    the documentation site: build/docs/index.html (make docs-figures: its pictures anew;
+#                make docs-outputs: what the examples print)
 #   make clean   removes what was built, and .venv
 PYTHON ?= python3
 WORKERS ?= 2
@@ -24,7 +26,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
 
-.PHONY: demo test test-slow lint lint-python lint-cpp lint-texts lint-stubs format hooks tidy stubs dist cuda-build cuda cuda-sweep bench bench-noise bench-scale bench-compare papers clean
+.PHONY: demo test test-slow lint lint-python lint-cpp lint-texts lint-stubs format hooks tidy stubs dist cuda-build cuda cuda-sweep bench bench-noise bench-scale bench-compare papers docs docs-figures docs-outputs clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -137,6 +139,17 @@ bench-compare: .venv/ready .venv/bench-ready
 papers: .venv/ready
 	$(BIN)/python -m bench.papers $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
 
+docs: .venv/docs-ready
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
+
+docs-figures: .venv/ready
+	$(BIN)/python docs/figures $(FIGURES)
+
+docs-outputs: .venv/ready
+	@mkdir -p examples/outputs
+	for example in examples/*.py; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python $$example > examples/outputs/$$(basename $$example .py).txt || exit 1; done
+
 # An editable install: Python files are read from here, the binary is built anew when its sources change.
 .venv/ready: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -156,6 +169,10 @@ papers: .venv/ready
 
 .venv/dist-ready: pyproject.toml | .venv/ready
 	$(BIN)/python -m pip install --quiet --group dist
+	touch $@
+
+.venv/docs-ready: pyproject.toml constraints.txt | .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:

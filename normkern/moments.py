@@ -20,7 +20,7 @@ class Moments:
     clipped.
 
     Attributes:
-        batch_size: B.
+        batch_size: B, the samples.
         mean: :math:`\bar g`, elementwise; float64 for float64 samples, else float32. Of a list, a list.
         variance: elementwise, without bias; like `mean`.
         sq_norms: (B,) float64, :math:`|g_b|^2` over all tensors.

@@ -669,16 +669,16 @@ def conv_moments(
     with i counted within the group of o, and of :math:`c_b` what `outer_moments` returns.
 
     Args:
-        x: (B, C, *space), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or
+        x: (B, C, ``*space``), what went into the layer, one to three space dimensions; float64, float32, bfloat16 or
             float16, any strides (a copy is made if the last dimension is not dense).
-        g: (B, O, *out) of the same dtype on the same device, the gradient of what came out. A transposed convolution is
-            the same call with x and g swapped.
+        g: (B, O, ``*out``) of the same dtype on the same device, the gradient of what came out. A transposed
+            convolution is the same call with x and g swapped.
         kernel_size, stride, dilation: a number for each space dimension.
         padding: what was added on the left of each; zero is read outside x. The right follows from the size of g.
         groups: divides C and O.
 
     Returns:
-        Total and centred (or None), (O, C/groups, *kernel_size), and sq_norms (B,), as `outer_moments` has them.
+        Total and centred (or None), (O, C/groups, ``*kernel_size``), and sq_norms (B,), as `outer_moments` has them.
 
     Raises:
         TypeError: no kernel takes a tensor; dtypes or devices differ.
@@ -850,7 +850,7 @@ def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> bool:
     Args:
         raw, total: :math:`\sum_b c_b^2` and :math:`\sum_b c_b`, dense tensors of one shape and layout, both float64 or
             both float32. raw is written. On a CUDA device torch does it in several passes, and waits for the answer.
-        count: B.
+        count: B, the samples.
         least: a share of raw.
 
     Returns:

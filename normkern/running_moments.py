@@ -20,7 +20,7 @@ class RunningMomentsResult:
     gradient; what has no bias can be negative, and is not clipped.
 
     Attributes:
-        count: m.
+        count: m, how many.
         batch_size: samples per micro-batch, or None.
         population: samples that they were drawn from without replacement, or None.
         mean: per parameter, :math:`\bar g`, of its shape; None for one without a gradient.
@@ -113,8 +113,8 @@ class RunningMoments:
 
         Raises:
             RuntimeError: no parameter has a gradient; one has in some micro-batches but not in others.
-            ValueError: a gradient's shape, precision or device changed. TypeError: it is a subclass, such as a DTensor.
-            Nothing is written.
+            ValueError: a gradient's shape, precision or device changed.
+            TypeError: it is a subclass, such as a DTensor. Nothing is written.
         """
         grads = {i: p.grad for i, p in enumerate(self._params) if p.grad is not None}
         samples = {i: _sample(g, self._names[i]) for i, g in grads.items()}

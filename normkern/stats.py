@@ -18,13 +18,13 @@ class StepStats:
     the step (g after unscaling, before clipping, before ``maximize`` turns its sign) and u = w' - w as stored, the
     columns are
 
-    ==================== =====================
+    ===================== =====================
     ``weight_sq``         :math:`|w|^2`
     ``grad_sq``           :math:`|g|^2`
     ``weight_grad_dot``   :math:`\langle w, g\rangle`
     ``update_sq``         :math:`|u|^2`
     ``weight_update_dot`` :math:`\langle w, u\rangle`
-    ==================== =====================
+    ===================== =====================
 
     float64 tensors of shape (slots,) on the parameters' device. Reading them, or what is derived from them, does not
     synchronise; `to_dict` does.

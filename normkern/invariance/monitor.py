@@ -80,7 +80,7 @@ class InvarianceMonitor:
 
         Raises:
             RuntimeError: there was no step.
-            UserWarning, as a warning: an average is above the threshold, once for each parameter or set.
+            UserWarning: as a warning; an average is above the threshold, once for each parameter or set.
         """
         stats: StepStats = self._optimizer.stats()
         layout = (stats.names, stats.slots)

@@ -63,7 +63,7 @@ class GradientNoiseResult(NoiseScalars):
     Excluded parameters are in none of them, estimated ones in all scalars; `coverage` says which those are.
 
     Attributes:
-        batch_size: B.
+        batch_size: B, the samples.
         sq_norms: (B,) :math:`|g_b|^2` over all parameters, float64; None without the tier "norms".
         sq_norms_per_param: the same of each parameter, or None.
         projections: (B,) :math:`\langle g_b, \bar g\rangle`, float64; None without the tier.

@@ -30,8 +30,10 @@ class EquivalentExponentialLR(GrowingLR):
     r"""Learning rates with which SGD without weight decay follows, on scale-invariant weights, the run with it.
 
     .. math::
-        \tilde\eta_t = \frac{\eta_t}{a_t a_{t+1}}, \qquad \frac{a_{t+1}}{a_t} = 1 - \eta_t (\mu_t z_t + (1-\tau_t)
-        \lambda), \quad z_{t+1} = \frac{a_t}{a_{t+1}} (\mu_t z_t + (1-\tau_t) \lambda), \quad a_0 = 1, z_0 = 0
+        \tilde\eta_t = \frac{\eta_t}{a_t a_{t+1}}, \qquad
+        \frac{a_{t+1}}{a_t} = 1 - \eta_t (\mu_t z_t + (1-\tau_t) \lambda),
+
+        z_{t+1} = \frac{a_t}{a_{t+1}} (\mu_t z_t + (1-\tau_t) \lambda), \qquad a_0 = 1, z_0 = 0
 
     where :math:`\eta_t, \lambda, \mu_t, \tau_t` are lr, weight decay, momentum and dampening of the run that is
     followed. Its weights are :math:`w_t = a_t \tilde w_t`: other lengths, the same directions, so the same function,

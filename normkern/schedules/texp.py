@@ -39,8 +39,8 @@ class TEXP(GrowingLR):
     TEXP++ makes it exact by changing the momentum buffers, where :math:`z_I = (1-\alpha_I)/(\alpha_I \eta_I)`:
 
     .. math::
-        \tilde b_0 = -z_0 \tilde w_0, \qquad \tilde b \mathrel{+}= A_T^2 (z_{I-1} - z_I) \tilde w_T \text{ at each
-        milestone } T = T_I
+        \tilde b_0 = -z_0 \tilde w_0, \qquad
+        \tilde b \mathrel{+}= A_T^2 (z_{I-1} - z_I) \tilde w_T \text{ at each milestone } T = T_I
 
     `EquivalentExponentialLR` is exact for every schedule and leaves the buffers alone: use that one, unless it is the
     paper's that you want.
