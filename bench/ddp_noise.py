@@ -94,14 +94,15 @@ def summary(name: str, samples: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
-def table(cases: list[dict[str, Any]], processes: int) -> str:
+def table(results: dict[str, Any]) -> str:
     """As Markdown."""
     lines = table_head("network", "forward + backward", "torch's hook", "DDPNoise")
-    for case in cases:
+    for case in results["cases"]:
         ratios = [f"{case['times_of_plain'][who]:.3f}" for who in (HOOK, OURS)]
         size = digits(case["coordinates"] / 1e6)
         lines.append(table_row(f"{case['network']} ({size}M)", scaled(case["seconds"][PLAIN]["median"]), *ratios))
-    told = f"Times plain DDP; {processes} processes of one thread over gloo, torch {torch.__version__}."
+    processes, version = results["processes"], results["machine_info"]["torch"]
+    told = f"Times plain DDP; {processes} processes of one thread over gloo, torch {version}."
     return "\n".join([*lines, "", told])
 
 
@@ -118,12 +119,12 @@ def main() -> None:
     names, rounds = (NAMES[-1:], 4) if given.quick else (NAMES, given.rounds)
     cases = [summary(name, measure(name, rounds)) for name in names]
     if dist.get_rank() == 0:
-        text = table(cases, dist.get_world_size())
+        from .machine import machine_info
+
+        told = {"machine_info": machine_info(), "processes": dist.get_world_size(), "quick": given.quick}
+        text = table(told | {"cases": cases})
         print(text, flush=True)
         if given.json:
-            from .machine import machine_info
-
-            told = {"machine_info": machine_info(), "processes": dist.get_world_size(), "quick": given.quick}
             given.json.parent.mkdir(parents=True, exist_ok=True)
             given.json.write_text(json.dumps(told | {"cases": cases}, indent=1) + "\n")
         if given.readme:

@@ -19,7 +19,7 @@ struct Operands {
   int index;          // position in its lists
   int group;          // of the optimizer; negative: a bare call of an op
   bool copies_first;  // set by `rounds`: the gradient lies in the very memory that is written
-  std::optional<View> master{};
+  std::optional<View> master;
 };
 
 // What the caller calls the op and its lists, for error sentences.

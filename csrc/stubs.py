@@ -20,24 +20,27 @@ STUB = Path(__file__).parent.parent / "normkern" / "_C.pyi"
 
 #: Type -> arguments "name" or "function.name", results "function()", where signatures are vague. The longer name wins.
 TYPES = {
-    "Tensor": "a g x raw out total sq_norms row_sq totals rstd of_weight of_bias ids param",
-    "Tensor | None": "centred mean order begin table scratch Pass.like()",
-    "Callable[[int], Tensor]": "moments.new_scratch row_sums.new_scratch embedding_moments.new_scratch",
+    "Tensor": "a g x raw out total sq_norms row_sq totals rstd of_weight of_bias ids param norm coef "
+    "Pass.sq_norms.table",
+    "Tensor | None": "centred mean order begin table scratch found_inf Pass.like()",
+    "Callable[[int], Tensor]": "moments.new_scratch row_sums.new_scratch embedding_moments.new_scratch "
+    "Pass.sq_norms.new_scratch",
     "Callable[[int], Tensor] | None": "outer_moments.new_scratch conv_moments.new_scratch",
-    "list[Tensor]": "gather.params samples moments.means",
+    "list[Tensor]": "coefs Pass.places() gather.params samples moments.means",
     "list[Tensor] | None": "moments.centred",
+    "float | Tensor": "LrMultipliers.value()",
     "list[Any]": "params grads grads_a grads_b Pass.add_welford.means Pass.add_welford.samples squares",
-    "list[Any] | None": "momentum_buffers held",
+    "list[Any] | None": "momentum_buffers held masters",
     "list[int] | None": "first slots",
     "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None": "on_device",
     "tuple[Tensor, ...]": "Pass.check()",
     "tuple[Tensor, ...] | None": "last",
     "tuple[int, ...]": "Pass.slot_offsets()",
     "tuple[list[Any], list[Any], list[int]]": "gather()",
-    "object": "tensor exchange_api kernel_size stride padding dilation",
+    "object": "given tensor exchange_api kernel_size stride padding dilation",
     "Any": "state",
 }
-_VAGUE = {"typing.Any", "object", "list", "tuple", "dict", "set"}
+_VAGUE = {"typing.Any", "list[typing.Any]", "object", "list", "tuple", "dict", "set"}
 _NUMBERS = {"typing.SupportsInt | typing.SupportsIndex": "int", "typing.SupportsFloat | typing.SupportsIndex": "float"}
 _HEAD = '''"""The binary. Arguments are documented where they are used: ops.py. Written by `make stubs`."""
 

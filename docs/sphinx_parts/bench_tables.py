@@ -9,6 +9,8 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
+from bench.ddp_noise import table as ddp_noise_table
+from bench.low_precision import readme_table as low_precision_table
 from bench.report import COLUMNS, NOISE_COLUMNS, SVAG_COLUMNS, digits, scaled, table_head, table_row, times, where
 from bench.results import Results, load
 
@@ -52,6 +54,14 @@ def noise_memory() -> list[str]:
             peaks = [rows[p].peak if p in rows else None for p in ("plain", *NOISE_COLUMNS)]
             lines.append(table_row(group, *("-" if x is None else digits(x) for x in peaks)))
     return lines
+
+
+def low_precision() -> list[str]:
+    return low_precision_table(json.loads((RESULTS / "low_precision.json").read_text())).splitlines()
+
+
+def ddp_noise() -> list[str]:
+    return ddp_noise_table(json.loads((RESULTS / "ddp_noise.json").read_text())).splitlines()
 
 
 #: bench.gpu's names, and the columns' heads.
@@ -98,6 +108,8 @@ TABLES: dict[str, tuple[Callable[[], Iterable[str]], tuple[str, ...]]] = {
     "svag": (svag, ("bench.json",)),
     "noise": (noise, ("noise.json",)),
     "noise-memory": (noise_memory, ("noise.json",)),
+    "low-precision": (low_precision, ("low_precision.json",)),
+    "ddp-noise": (ddp_noise, ("ddp_noise.json",)),
     "gpu": (gpu, ("gpu.json",)),
     "equilibrium": (equilibrium, ("equilibrium.json",)),
 }
