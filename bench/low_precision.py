@@ -106,7 +106,7 @@ def readme_table(results: dict[str, Any]) -> str:
     lines = table_head("storage", "test accuracy (%)", "length of the convolutions")
     for name, runs in results["variants"].items():
         ends = [seed[-1] for seed in runs]
-        accuracy, norm = told([100 * right for right, _ in ends], ".2f"), told([w for _, w in ends], ".3g")
+        accuracy, norm = told([100 * right for right, _ in ends], ".2f"), told([w for _, w in ends], ".1f")
         lines.append(table_row(name if name in ("float32", "bfloat16") else f"bfloat16, {name}", accuracy, norm))
     return "\n".join(lines)
 
