@@ -5,7 +5,7 @@
 namespace nk {
 
 // `samples`: tensors (rows, *shape). `means` and `centred` (None: only the means): of each one's *shape, dense, in the
-// arithmetic type; `row_sq` (rows,) and `totals` (2,) float64. See `Moments`. What fits is ops.py's to check.
+// arithmetic type; `row_sq` (rows,) and `totals` (2,) float64. See `Moments`. What fits is ops/samples.py's to check.
 // `new_scratch`: makes memory, see `Call::scratch`.
 void moments(const py::list& samples, const py::list& means, const py::object& centred, double factor,
              const py::object& row_sq, const py::object& totals, const py::object& new_scratch);

@@ -42,7 +42,7 @@ TYPES = {
 }
 _VAGUE = {"typing.Any", "list[typing.Any]", "object", "list", "tuple", "dict", "set"}
 _NUMBERS = {"typing.SupportsInt | typing.SupportsIndex": "int", "typing.SupportsFloat | typing.SupportsIndex": "float"}
-_HEAD = '''"""The binary. Arguments are documented where they are used: ops.py. Written by `make stubs`."""
+_HEAD = '''"""The binary. Arguments are documented where they are used: ops/. Written by `make stubs`."""
 
 from collections.abc import Callable
 from typing import Any

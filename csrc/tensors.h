@@ -15,7 +15,7 @@ namespace py = pybind11;
 // Coordinates worth letting other Python threads run for.
 constexpr int64_t kReleaseGil = 16384;
 
-// What torch gave us at import: see ops.py.
+// What torch gave us at import: see ops/loaded.py.
 struct Torch {
   const DLPackExchangeAPI* exchange = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr;

@@ -1,4 +1,4 @@
-"""The binary. Arguments are documented where they are used: ops.py. Written by `make stubs`."""
+"""The binary. Arguments are documented where they are used: ops/. Written by `make stubs`."""
 
 from collections.abc import Callable
 from typing import Any

@@ -135,6 +135,13 @@ class GroupStep:
             )
         ):
             return
+        self._add_entries(state, arguments, all_to_torch)
+
+    def _add_entries(
+        self, state: Any, arguments: tuple[float, float, float, float, bool, bool, float, int, int], all_to_torch: bool
+    ) -> None:
+        """Parameter by parameter, where the group cannot go as a whole. `state`: None where no buffers are kept."""
+        plan, params, pair, precision = self.plan, self.params, self.pair, self.precision
         self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
         if pair is not None:
             self.grads = pair.grads
@@ -162,16 +169,21 @@ class GroupStep:
         elif refused:
             self._find_another_way(refused, set(missing), arguments)
         if pair is not None:
-            for i in self.left_to_torch:
-                if pair.held[i] is None:
-                    continue
-                if pair.held[i].shape != params[i].shape:
-                    raise ValueError(
-                        f"{place(index)}: held[{i}] has shape {tuple(pair.held[i].shape)} but params[{i}] has shape "
-                        f"{tuple(params[i].shape)}"
-                    )
-                if _share_memory(pair.held[i], pair.grads[i]):
-                    raise RuntimeError(ops.shared_pair(index, i))
+            self._check_held(pair)
+
+    def _check_held(self, pair: Pair) -> None:
+        """Of what goes to torch's loop, as the kernel checks what goes to it."""
+        for i in self.left_to_torch:
+            held, p = pair.held[i], self.params[i]
+            if held is None:
+                continue
+            if held.shape != p.shape:
+                raise ValueError(
+                    f"{place(self.index)}: held[{i}] has shape {tuple(held.shape)} but params[{i}] has shape "
+                    f"{tuple(p.shape)}"
+                )
+            if _share_memory(held, pair.grads[i]):
+                raise RuntimeError(ops.shared_pair(self.index, i))
 
     def _numbers_on_device(self, lr: Any, weight_decay: Any, scaler: tuple[Tensor | None, Tensor] | None) -> Any:
         """lr and weight_decay: as tensors where the kernel will read them, else as numbers."""

@@ -305,16 +305,7 @@ class SGD(torch.optim.SGD):
             # Python's collector can undo, and `torch.utils.swap_tensors` wants them unshared.)
             self._written = written
             self._kept = [to_dlpack(t) for t in written if not t.requires_grad]
-        norms_lag = False
-        for group in groups:
-            for p, key, tensor in group.created:
-                self.state[p][key] = tensor
-            if group.wrappers:
-                increment_version(group.wrappers)
-            if group.precision is not None:
-                group.precision.keep(self.param_groups[group.index])
-            if group.gauge is not None:
-                norms_lag |= not group.gauge.keep(self.param_groups[group.index])
+        norms_lag = self._keep(groups)
         if table is not None:
             table = with_torch_sums(table, groups)
             self._sum_over_shards(table, groups)
@@ -326,6 +317,20 @@ class SGD(torch.optim.SGD):
             self._warned = True
             warn_of_norms()
         return norm
+
+    def _keep(self, groups: list[GroupStep]) -> bool:
+        """What a step has made becomes state. Whether norms that nobody named should follow the weights."""
+        norms_lag = False
+        for group in groups:
+            for p, key, tensor in group.created:
+                self.state[p][key] = tensor
+            if group.wrappers:
+                increment_version(group.wrappers)
+            if group.precision is not None:
+                group.precision.keep(self.param_groups[group.index])
+            if group.gauge is not None:
+                norms_lag |= not group.gauge.keep(self.param_groups[group.index])
+        return norms_lag
 
     def _norm_of_skipped(self, max_norm: float | None) -> Tensor | None:
         if max_norm is None:

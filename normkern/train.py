@@ -484,6 +484,57 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
     console.print(table)
 
 
+def introduction(
+    convolutions: int, l: float | None, svag_steps: int, epoch_steps: int, noise_every: int | None, decay: str
+) -> str:
+    """What the columns of `told_epoch` are, and their heads. `l`: None without SVAG."""
+    told = (
+        f"Effective LR: mean over its {convolutions} convolutions. Angular update: root mean square, in radians;\n"
+        "predicted: sqrt(2 * lr * weight_decay / (1 + momentum)).\n"
+    )
+    heads = "\nepoch     loss   test accuracy   effective LR   angular update   predicted"
+    if l is not None:
+        told += (
+            f"SVAG, l = {l:g}: steps with lr / l from two batches of {BATCH_SIZE}; an epoch is {svag_steps}, "
+            f"as much time as {epoch_steps} of SGD.\n"
+            "Passes: over the data, so far. nsr: noise-to-signal ratio of a batch gradient, and its standard error.\n"
+        )
+        heads += "   passes      nsr   +-"
+    if noise_every is not None:
+        told += (
+            f"From the samples' gradients, in eval mode, every {noise_every} steps: the gradient noise scale, gns, in "
+            "samples (unbiased, so\nnegative where noise hides the signal); the noise-to-signal ratio of a batch "
+            "gradient, nsr_batch.\n"
+        )
+        heads += "       gns   nsr_batch"
+    if decay == "exponential":
+        told += (
+            "Weight decay as an exponential learning rate, on the convolutions; exponential LR: that of the run "
+            "without decay\nwhose network is this one's.\n"
+        )
+        heads += "   exponential LR"
+    return told + heads
+
+
+def told_epoch(row: dict[str, Any]) -> str:
+    """A line of the table, of what the row has."""
+
+    def told(key: str, form: str) -> str:
+        return "-" if row[key] is None else format(row[key], form)
+
+    line = (
+        f"{row['epoch']:5}  {row['loss']:7.4f}  {row['test_accuracy']:14.2%}  {told('effective_lr', '.5f'):>13}  "
+        f"{told('angular_update', '.5f'):>15}  {row['predicted_angular_update']:10.5f}"
+    )
+    if "passes" in row:
+        line += f"  {row['passes']:7.1f}  {told('nsr', '.3g'):>7}   {told('nsr_stderr', '.3g')}"
+    if "gns" in row:
+        line += f"{told('gns', '.3g'):>10}  {told('nsr_batch', '.3g'):>10}"
+    if "exponential_lr" in row:
+        line += f"{row['exponential_lr']:17.5g}"
+    return line
+
+
 def run(
     optimizer_name: str,
     epochs: int,
@@ -534,31 +585,7 @@ def run(
         f"A ResNet of {sum(p.numel() for p in model.parameters())} weights on {len(images)} handwritten digits, "
         f"{len(test_images)} to test, on {device}.\n"
         f"{told_groups(groups)}\n"
-        f"Effective LR: mean over its {len(names)} convolutions. Angular update: root mean square, in radians;\n"
-        "predicted: sqrt(2 * lr * weight_decay / (1 + momentum))."
-    )
-    if pairs:
-        console.print(
-            f"SVAG, l = {l:g}: steps with lr / l from two batches of {BATCH_SIZE}; an epoch is {epoch_ends[1]}, "
-            f"as much time as {epoch_steps} of SGD.\n"
-            "Passes: over the data, so far. nsr: noise-to-signal ratio of a batch gradient, and its standard error."
-        )
-    if noise_every is not None:
-        console.print(
-            f"From the samples' gradients, in eval mode, every {noise_every} steps: the gradient noise scale, gns, in "
-            "samples (unbiased, so\nnegative where noise hides the signal); the noise-to-signal ratio of a batch "
-            "gradient, nsr_batch."
-        )
-    if decay == "exponential":
-        console.print(
-            "Weight decay as an exponential learning rate, on the convolutions; exponential LR: that of the run "
-            "without decay\nwhose network is this one's."
-        )
-    console.print(
-        "\nepoch     loss   test accuracy   effective LR   angular update   predicted"
-        + ("   passes      nsr   +-" if pairs else "")
-        + ("       gns   nsr_batch" if sample_noise is not None else "")
-        + ("   exponential LR" if decay == "exponential" else "")
+        f"{introduction(len(names), l if pairs else None, epoch_ends[1], epoch_steps, noise_every, decay)}"
     )
     curves: list[dict[str, Any]] = []
     steps: list[normkern.StepStats] = []
@@ -580,26 +607,16 @@ def run(
                 effective_lr, angular_update = measured(new_steps, names)
                 row["effective_lr"] = effective_lr.mean().item()
                 row["angular_update"] = root_mean_square(angular_update).item()
-            more = ""
             if isinstance(optimizer, normkern.SVAG):
                 row["passes"] = epoch_ends[epoch] / steps_per_pass
                 row |= told_noise(optimizer.noise())
-                ratio, error = ("-" if x is None else f"{x:.3g}" for x in (row["nsr"], row["nsr_stderr"]))
-                more = f"  {row['passes']:7.1f}  {ratio:>7}   {error}"
             if sample_noise is not None:
                 row |= sample_noise.told()
-                scale, ratio = ("-" if x is None else f"{x:.3g}" for x in (row["gns"], row["nsr_batch"]))
-                more = f"{scale:>10}  {ratio:>10}"
             if decay == "exponential" and isinstance(optimizer, normkern.SGD):
                 row["exponential_lr"] = exponential_lr(optimizer, row["lr"])
-                more += f"{row['exponential_lr']:17.5g}"
             steps += new_steps
             curves.append(row)
-            rate, angle = ("-" if x is None else f"{x:.5f}" for x in (row["effective_lr"], row["angular_update"]))
-            console.print(
-                f"{epoch:5}  {row['loss']:7.4f}  {row['test_accuracy']:14.2%}  {rate:>13}  {angle:>15}  "
-                f"{row['predicted_angular_update']:10.5f}{more}"
-            )
+            console.print(told_epoch(row))
 
     step_seconds = time_steps(model)
     console.print()

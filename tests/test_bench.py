@@ -519,8 +519,8 @@ def test_table_of_low_precision():
     }
     lines = low_precision.readme_table(results).splitlines()
     assert lines[2:] == [
-        "| float32 | 85.00 ± 7.07 | 3 ± 1.41 |",
-        "| bfloat16, master weights | 100.00 ± 0.00 | 3 ± 0 |",
+        "| float32 | 85.00 ± 7.07 | 3.0 ± 1.4 |",
+        "| bfloat16, master weights | 100.00 ± 0.00 | 3.0 ± 0.0 |",
     ]
 
 

@@ -320,7 +320,9 @@ def test_binary_that_is_older_than_its_sources(monkeypatch):
     old.Pass = SimpleNamespace(begin=None)
     monkeypatch.setattr(ops, "binary", old)
     finding = environment.binary()
-    assert_failed(finding, "the binary lacks gather, Pass.add, ", "pip install --force-reinstall --no-deps normkern")
+    assert_failed(
+        finding, "the binary lacks Pass.add, Pass.add_difference, ", "pip install --force-reinstall --no-deps normkern"
+    )
     assert "Pass.begin" not in finding.measured
 
 

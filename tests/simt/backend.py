@@ -11,6 +11,7 @@ import importlib.machinery
 import importlib.util
 import re
 import subprocess
+import types
 
 import numpy as np
 import torch
@@ -64,19 +65,20 @@ class Backend:
     @contextlib.contextmanager
     def in_place(self, seed=1):
         """For as long as this lasts, normkern's ops run under the emulator."""
-        real = ops._C
-        swapped = {name: value for name, value in vars(ops).items() if value is getattr(real, name, self)}
+        real = ops.binary
+        modules = [ops, *(x for x in vars(ops).values() if isinstance(x, types.ModuleType) and x is not real)]
+        named = [(module, name) for module in modules for name in vars(module)]
+        swapped = [(*at, vars(at[0])[at[1]]) for at in named if vars(at[0])[at[1]] is getattr(real, at[1], self)]
+        swapped += [(*at, real) for at in named if vars(at[0])[at[1]] is real]
         self.seed(seed)
         self.forget()
         try:
-            ops._C = ops.binary = self.binary
-            for name in swapped:
-                setattr(ops, name, getattr(self.binary, name))
+            for module, name, value in swapped:
+                setattr(module, name, self.binary if value is real else getattr(self.binary, name))
             yield self
         finally:
-            ops._C = ops.binary = real
-            for name, value in swapped.items():
-                setattr(ops, name, value)
+            for module, name, value in swapped:
+                setattr(module, name, value)
             self.devices()
 
     def seed(self, seed):
