@@ -20,7 +20,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 INPUTS, LABELS = torch.randn(16, 4), torch.randint(3, (16,))
 BACKENDS = ["eager", "aot_eager"]
 #: A C++ compiler has to run.
-INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
+OF_TORCH = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # what torch imports with it
+INDUCTOR = pytest.param("inductor", marks=[pytest.mark.slow, OF_TORCH])
 
 
 @pytest.fixture(autouse=True)
