@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..kinds import is_traced
 from . import loaded
-from .loaded import Pass, scratch_beside, torch_op, why_refused
-from .steps import check_l
+from .loaded import Pass, kernel_takes, not_taken, scratch_beside, torch_op, why_refused
+from .steps import check_l, inverses
 
 
 def grad_sq_norms(
@@ -33,7 +33,8 @@ def grad_sq_norms(
         (len(grads),) float64 on their device, the same bits for any number of threads. Nothing is synchronised.
 
     Raises:
-        TypeError: an entry is none of these, dtypes of a pair or devices differ. ValueError: lengths or shapes differ.
+        TypeError: an entry is none of these, dtypes of a pair or devices differ. ValueError: lengths or shapes differ,
+            a scale is 0.
 
     >>> grad_sq_norms([torch.tensor([3.0, 4.0]), None])
     tensor([25.,  0.], dtype=torch.float64)
@@ -44,7 +45,7 @@ def grad_sq_norms(
     check_l(l, "grad_sq_norms")
     step = Pass()
     step.begin()
-    of_first, of_second = (1 / grad_scale, 1.0) if firsts is None else (1 / held_scale, 1 / grad_scale)
+    of_first, of_second = inverses("grad_sq_norms", grad_scale, None if firsts is None else held_scale)
     refused = step.add_gradients(given, firsts, of_first, of_second, l)
     if refused:
         raise TypeError(why_refused("grad_sq_norms", refused[0], {"grads": given, "held": firsts}))
@@ -80,7 +81,8 @@ def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = N
         n and c, float64 of no dimension on their device. Nothing is synchronised.
 
     Raises:
-        TypeError: `max_norm` is no number. ValueError: it is negative; a tensor is something else.
+        TypeError: `max_norm` is no number, `sq_norms` no tensor that a kernel takes. ValueError: `max_norm` is
+            negative; a tensor is something else.
 
     Reference: `torch.nn.utils.clip_grad_norm_` with norm_type=2 and error_if_nonfinite=False.
 
@@ -90,6 +92,8 @@ def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = N
     if is_traced():
         return torch_op("clip_coef", sq_norms, max_norm, found_inf=found_inf)
     limit = check_max_norm(max_norm, "clip_coef")
+    if not kernel_takes(sq_norms):
+        raise TypeError(not_taken("clip_coef", "sq_norms", sq_norms))
     norm, coef = (torch.empty((), dtype=torch.float64, device=sq_norms.device) for _ in range(2))
     loaded.binary.clip_coef(sq_norms, limit, norm, coef, found_inf)
     return norm, coef
@@ -99,7 +103,7 @@ def check_max_norm(max_norm: Any, where: str) -> float:
     """A number of at least 0, infinity being one. A tensor of one number is read, which synchronises."""
     try:
         limit = None if isinstance(max_norm, (bool, str)) else float(max_norm)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         limit = None
     if limit is None:
         raise TypeError(f"{where}: max_norm expected a number of at least 0, got {max_norm!r}")

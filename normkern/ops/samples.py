@@ -156,8 +156,8 @@ def moments(
         float32. NaN and infinities flow through. Nothing is synchronised.
 
     Raises:
-        TypeError: no kernel takes them; more than one dtype or device. ValueError: no tensors or no samples; tensors
-            that differ in B.
+        TypeError: no kernel takes them; more than one dtype or device; `totals` is of another dtype or device.
+            ValueError: no tensors or no samples; tensors that differ in B; `totals` is of another shape or layout.
 
     Reference: groups of rows are joined as in Chan, Golub and LeVeque 1983, Am. Stat. 37(3).
 
@@ -170,7 +170,14 @@ def moments(
     names = [f"x[{i}]" for i in range(len(tensors))] if isinstance(x, (list, tuple)) else ["x"]
     means, centred, row_sq = new_moments(tensors, names, squares)
     like = tensors[0]
-    totals = _new_totals(like) if totals is None else totals
+    if totals is None:
+        totals = _new_totals(like)
+    elif not kernel_takes(totals) or totals.dtype != torch.float64 or totals.device != like.device:
+        raise TypeError(f"moments: totals is {describe(totals)}; expected a torch.Tensor of float64 on {like.device}")
+    elif totals.shape != (2,) or not totals.is_contiguous():
+        raise ValueError(
+            f"moments: totals has shape {tuple(totals.shape)} and strides {totals.stride()}; expected (2,), contiguous"
+        )
     loaded.binary.moments(tensors, means, centred, factor, row_sq, totals, scratch_beside(like))
     if isinstance(x, (list, tuple)):
         return means, centred, row_sq

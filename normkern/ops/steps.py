@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -129,7 +130,7 @@ def sgd_(
         TypeError: an entry is not a plain tensor of these dtypes on a device that the binary has kernels for; dtypes or
             devices differ.
         ValueError: lengths or shapes differ, a tensor overlaps itself or part of another in memory, `lr_multipliers` or
-            `clip_coef` are something else. Nothing is written.
+            `clip_coef` are something else, a scale is 0. Nothing is written.
         RuntimeError: the device refuses the kernel.
 
     Reference: the update of `torch.optim.SGD`; sums as in Li and Arora, arXiv 1910.07454, section 2; pairs as in Li,
@@ -178,9 +179,12 @@ def sgd_(
     if found_inf is not None or any(isinstance(x, Tensor) for x in given):
         scale_there = if_on_device(grad_scale) if held is None else None
         on_device = (if_on_device(lr), if_on_device(weight_decay), scale_there, found_inf)
-        given = tuple(float(x) if there is None else 1.0 for x, there in zip(given, on_device[:3], strict=True))
+        given = tuple(
+            _as_float("sgd_", name, x) if there is None else 1.0
+            for name, x, there in zip(("lr", "weight_decay", "grad_scale"), given, on_device[:3], strict=True)
+        )
     eta, decay, scale = given
-    of_first, of_second = (1 / scale, 1.0) if firsts is None else (1 / held_scale, 1 / scale)
+    of_first, of_second = inverses("sgd_", scale, None if firsts is None else held_scale)
     multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "sgd_")
     refused = step.add(
         params, grads, buffers, first, eta, momentum, dampening, decay, nesterov, maximize, of_first, code, -1, None,
@@ -339,9 +343,29 @@ def welford_(
 
 def check_l(l: object, where: str) -> float:
     """SVAG's l, a number of at least 1/2."""
-    if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l < float("inf"):
+    if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l <= sys.float_info.max:
         raise ValueError(f"{where}: l expected a number of at least 1/2, got {l!r}")
     return float(l)
+
+
+def _as_float(op: str, name: str, x: Any) -> float:
+    try:
+        return float(x)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{op}: {name} expected one number, got {x!r}") from None
+
+
+def inverses(op: str, grad_scale: Any, held_scale: Any) -> tuple[float, float]:
+    """What the first and the second gradients of pairs are multiplied with; without `held_scale` there are no second."""
+
+    def inverse(name: str, scale: Any) -> float:
+        try:
+            return 1 / float(scale)
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+            raise ValueError(f"{op}: {name} expected a number that is not 0, got {scale!r}") from None
+
+    of_grads = inverse("grad_scale", grad_scale)
+    return (of_grads, 1.0) if held_scale is None else (inverse("held_scale", held_scale), of_grads)
 
 
 def _run(step: Pass, measured: bool, may_skip: bool = False) -> Tensor | None:
