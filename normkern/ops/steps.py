@@ -356,7 +356,7 @@ def _as_float(op: str, name: str, x: Any) -> float:
 
 
 def inverses(op: str, grad_scale: Any, held_scale: Any) -> tuple[float, float]:
-    """What the first and the second gradients of pairs are multiplied with; without `held_scale` there are no second."""
+    """What first and second gradients are multiplied with; without `held_scale` there are no second ones."""
 
     def inverse(name: str, scale: Any) -> float:
         try:
