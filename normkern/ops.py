@@ -248,7 +248,7 @@ def sgd_(
         TypeError: an entry is not a plain tensor of these dtypes on a device that the binary has kernels for; dtypes or
             devices differ.
         ValueError: lengths or shapes differ, a tensor overlaps itself or part of another in memory, `lr_multipliers` or
-            `clip_coef` are something else. Nothing is written.
+            `clip_coef` are something else, a scale is 0. Nothing is written.
         RuntimeError: the device refuses the kernel.
 
     Reference: the update of `torch.optim.SGD`; sums as in Li and Arora, arXiv 1910.07454, section 2; pairs as in Li,
@@ -299,7 +299,7 @@ def sgd_(
         on_device = (if_on_device(lr), if_on_device(weight_decay), scale_there, found_inf)
         given = tuple(float(x) if there is None else 1.0 for x, there in zip(given, on_device[:3], strict=True))
     eta, decay, scale = given
-    of_first, of_second = (1 / scale, 1.0) if firsts is None else (1 / held_scale, 1 / scale)
+    of_first, of_second = _inverses("sgd_", scale, None if firsts is None else held_scale)
     multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "sgd_")
     refused = step.add(
         params, grads, buffers, first, eta, momentum, dampening, decay, nesterov, maximize, of_first, code, -1, None,
@@ -352,7 +352,8 @@ def grad_sq_norms(
         (len(grads),) float64 on their device, the same bits for any number of threads. Nothing is synchronised.
 
     Raises:
-        TypeError: an entry is none of these, dtypes of a pair or devices differ. ValueError: lengths or shapes differ.
+        TypeError: an entry is none of these, dtypes of a pair or devices differ. ValueError: lengths or shapes differ,
+            a scale is 0.
 
     >>> grad_sq_norms([torch.tensor([3.0, 4.0]), None])
     tensor([25.,  0.], dtype=torch.float64)
@@ -363,7 +364,7 @@ def grad_sq_norms(
     check_l(l, "grad_sq_norms")
     step = Pass()
     step.begin()
-    of_first, of_second = (1 / grad_scale, 1.0) if firsts is None else (1 / held_scale, 1 / grad_scale)
+    of_first, of_second = _inverses("grad_sq_norms", grad_scale, None if firsts is None else held_scale)
     refused = step.add_gradients(given, firsts, of_first, of_second, l)
     if refused:
         raise TypeError(why_refused("grad_sq_norms", refused[0], {"grads": given, "held": firsts}))
@@ -399,7 +400,8 @@ def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = N
         n and c, float64 of no dimension on their device. Nothing is synchronised.
 
     Raises:
-        TypeError: `max_norm` is no number. ValueError: it is negative; a tensor is something else.
+        TypeError: `max_norm` is no number, `sq_norms` no tensor that a kernel takes. ValueError: `max_norm` is
+            negative; a tensor is something else.
 
     Reference: `torch.nn.utils.clip_grad_norm_` with norm_type=2 and error_if_nonfinite=False.
 
@@ -409,6 +411,8 @@ def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = N
     if is_traced():
         return _torch_op("clip_coef", sq_norms, max_norm, found_inf=found_inf)
     limit = check_max_norm(max_norm, "clip_coef")
+    if not kernel_takes(sq_norms):
+        raise TypeError(not_taken("clip_coef", "sq_norms", sq_norms))
     norm, coef = (torch.empty((), dtype=torch.float64, device=sq_norms.device) for _ in range(2))
     _C.clip_coef(sq_norms, limit, norm, coef, found_inf)
     return norm, coef
@@ -418,7 +422,7 @@ def check_max_norm(max_norm: Any, where: str) -> float:
     """A number of at least 0, infinity being one. A tensor of one number is read, which synchronises."""
     try:
         limit = None if isinstance(max_norm, (bool, str)) else float(max_norm)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         limit = None
     if limit is None:
         raise TypeError(f"{where}: max_norm expected a number of at least 0, got {max_norm!r}")
@@ -741,8 +745,8 @@ def moments(
         float32. NaN and infinities flow through. Nothing is synchronised.
 
     Raises:
-        TypeError: no kernel takes them; more than one dtype or device. ValueError: no tensors or no samples; tensors
-            that differ in B.
+        TypeError: no kernel takes them; more than one dtype or device; `totals` is of another dtype or device.
+            ValueError: no tensors or no samples; tensors that differ in B; `totals` is of another shape or layout.
 
     Reference: groups of rows are joined as in Chan, Golub and LeVeque 1983, Am. Stat. 37(3).
 
@@ -755,7 +759,14 @@ def moments(
     names = [f"x[{i}]" for i in range(len(tensors))] if isinstance(x, (list, tuple)) else ["x"]
     means, centred, row_sq = new_moments(tensors, names, squares)
     like = tensors[0]
-    totals = _new_totals(like) if totals is None else totals
+    if totals is None:
+        totals = _new_totals(like)
+    elif not kernel_takes(totals) or totals.dtype != torch.float64 or totals.device != like.device:
+        raise TypeError(f"moments: totals is {describe(totals)}; expected a torch.Tensor of float64 on {like.device}")
+    elif totals.shape != (2,) or not totals.is_contiguous():
+        raise ValueError(
+            f"moments: totals has shape {tuple(totals.shape)} and strides {totals.stride()}; expected (2,), contiguous"
+        )
     _C.moments(tensors, means, centred, factor, row_sq, totals, _scratch_beside(like))
     if isinstance(x, (list, tuple)):
         return means, centred, row_sq
@@ -1091,9 +1102,22 @@ def check_samples(op: str, tensors: Sequence[Tensor], names: Sequence[str]) -> i
 
 def check_l(l: object, where: str) -> float:
     """SVAG's l, a number of at least 1/2."""
-    if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l < float("inf"):
+    if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l <= sys.float_info.max:
         raise ValueError(f"{where}: l expected a number of at least 1/2, got {l!r}")
     return float(l)
+
+
+def _inverses(op: str, grad_scale: Any, held_scale: Any) -> tuple[float, float]:
+    """What the first and the second gradients of pairs are multiplied with; without `held_scale` there are no second."""
+
+    def inverse(name: str, scale: Any) -> float:
+        try:
+            return 1 / float(scale)
+        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
+            raise ValueError(f"{op}: {name} expected a number that is not 0, got {scale!r}") from None
+
+    of_grads = inverse("grad_scale", grad_scale)
+    return (of_grads, 1.0) if held_scale is None else (inverse("held_scale", held_scale), of_grads)
 
 
 def _run(step: Pass, measured: bool, may_skip: bool = False) -> Tensor | None:
