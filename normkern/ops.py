@@ -297,7 +297,10 @@ def sgd_(
     if found_inf is not None or any(isinstance(x, Tensor) for x in given):
         scale_there = if_on_device(grad_scale) if held is None else None
         on_device = (if_on_device(lr), if_on_device(weight_decay), scale_there, found_inf)
-        given = tuple(float(x) if there is None else 1.0 for x, there in zip(given, on_device[:3], strict=True))
+        given = tuple(
+            _as_float("sgd_", name, x) if there is None else 1.0
+            for name, x, there in zip(("lr", "weight_decay", "grad_scale"), given, on_device[:3], strict=True)
+        )
     eta, decay, scale = given
     of_first, of_second = _inverses("sgd_", scale, None if firsts is None else held_scale)
     multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "sgd_")
@@ -1107,8 +1110,15 @@ def check_l(l: object, where: str) -> float:
     return float(l)
 
 
+def _as_float(op: str, name: str, x: Any) -> float:
+    try:
+        return float(x)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"{op}: {name} expected one number, got {x!r}") from None
+
+
 def _inverses(op: str, grad_scale: Any, held_scale: Any) -> tuple[float, float]:
-    """What the first and the second gradients of pairs are multiplied with; without `held_scale` there are no second."""
+    """What the first and the second gradients of pairs are multiplied with; without `held_scale` there is one."""
 
     def inverse(name: str, scale: Any) -> float:
         try:

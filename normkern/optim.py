@@ -23,7 +23,16 @@ from .exponential import norm_buffers, warn_of_norms
 from .group_step import GroupStep, with_torch_sums
 from .kinds import somebody_watches
 from .mesh import sum_step_over_shards
-from .options import GAUGE, LR_MULTIPLIERS, NORM_BUFFERS, SCALE_INVARIANT, check_checkpoint, check_decay, check_options, check_state
+from .options import (
+    GAUGE,
+    LR_MULTIPLIERS,
+    NORM_BUFFERS,
+    SCALE_INVARIANT,
+    check_checkpoint,
+    check_decay,
+    check_options,
+    check_state,
+)
 from .precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
 from .stats import StepStats
 

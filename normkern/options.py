@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -76,7 +76,7 @@ def check_gauge(gauge: Any, where: str) -> None:
 
 
 def check_checkpoint(loaded: Mapping[str, Any]) -> None:
-    """A state dict of such a form that torch's own loading has no more to say about it than which entries are missing."""
+    """A state dict of such a form that torch's own loading says no more about it than which entries are missing."""
 
     def refuse(what: str, expected: str, got: object) -> None:
         raise ValueError(f"SGD.load_state_dict: {what} expected {expected}, got {type(got).__name__}")
@@ -93,9 +93,7 @@ def check_checkpoint(loaded: Mapping[str, Any]) -> None:
         if not isinstance(ids, (list, tuple)):
             refuse(f"param_groups[{i}]['params']", "a list", ids)
         for j, key in enumerate(ids):
-            try:
-                hash(key)
-            except TypeError:
+            if not isinstance(key, Hashable):
                 refuse(f"param_groups[{i}]['params'][{j}]", "a number or a name", key)
 
 

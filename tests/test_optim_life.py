@@ -95,9 +95,8 @@ class Life(RuleBasedStateMachine):
         """Into the same optimizer, or into a new one that was made with other numbers."""
         saved = through_a_file(self.a.state_dict(), weights_only=True)
         if anew:
-            groups, own = [], iter(self.ours)
-            for group in saved["param_groups"]:
-                groups.append({"params": [next(own) for _ in group["params"]]})
+            own = iter(self.ours)
+            groups = [{"params": [next(own) for _ in group["params"]]} for group in saved["param_groups"]]
             same = {key: self.a.defaults[key] for key in ("momentum", "nesterov", "fused")}  # of groups to come
             self.a = normkern.SGD(groups, lr=7.0, **same)
         self.a.load_state_dict(saved)
