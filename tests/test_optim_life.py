@@ -71,6 +71,8 @@ class Life(RuleBasedStateMachine):
         a, b = copy.deepcopy(self.a.state_dict()), copy.deepcopy(self.b.state_dict())
         self.a.load_state_dict(b if swap else a)
         self.b.load_state_dict(a if swap else b)
+        for group in self.b.param_groups:  # the for-loop: torch's fused step cannot do what is done here
+            group.update(fused=None, foreach=False)
 
     @rule()
     def copy_all(self):
