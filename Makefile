@@ -1,6 +1,8 @@
 # Everything needs Python >= 3.10, a C++17 compiler and make; the rest is installed into .venv.
 #   make demo    train on handwritten digits: demo/curves.png, demo/train.json
 #   make test    the whole test suite, in two processes (WORKERS=n: in so many; make test-slow: with the long sweeps)
+#   make sanitize    the kernels and threads under the address, undefined-behaviour and thread sanitizers (minutes to build)
+#   make fuzz    a minute of arguments and checkpoints that nobody would write, each (SECONDS=n: n seconds)
 #   make lint    what CI checks of style and types: lint-python, lint-cpp, lint-texts, lint-stubs (make format: what can be
 #                put right by itself; make hooks: the same before every commit, by pre-commit)
 #   make tidy    clang-tidy over csrc/ (make tidy TIDY=csrc/pass.cpp: one file)
@@ -26,7 +28,7 @@ SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/
 
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
 
-.PHONY: demo test test-slow lint lint-python lint-cpp lint-texts lint-stubs format hooks tidy stubs dist cuda-build cuda cuda-sweep bench bench-noise bench-scale bench-compare papers docs docs-figures docs-outputs clean
+.PHONY: demo test test-slow sanitize fuzz lint lint-python lint-cpp lint-texts lint-stubs format hooks tidy stubs dist cuda-build cuda cuda-sweep bench bench-noise bench-scale bench-compare papers docs docs-figures docs-outputs clean
 
 demo: .venv/ready
 	$(BIN)/python -m normkern train --out demo/
@@ -36,6 +38,40 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(PYTEST)
+
+comma := ,
+# A binary that watches itself, in a folder of its own: what is installed stays as it is. tests/sanitized puts it in place.
+SANITIZED = $(CURDIR)/build/sanitize-$(1)
+WATCHED = PYTHONPATH=$(CURDIR)/tests/sanitized NORMKERN_BINARY=$$(ls $(call SANITIZED,$(1))/_C*.so) OMP_NUM_THREADS=2 \
+  LD_PRELOAD="$$($(CXX) -print-file-name=$(2)) $$($(CXX) -print-file-name=libstdc++.so)"
+# Python leaks by design; a mismatch or a memory larger than there is shall be torch's error, as it is without a sanitizer.
+ASAN := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_violation=0 UBSAN_OPTIONS=print_stacktrace=1
+# What libgomp, torch and Python do among themselves is not ours; where ours begins and ends is said in csrc/cpu/cpu.cpp.
+TSAN := TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
+KERNEL_TESTS := $(wildcard $(addprefix tests/test_,ops*.py moments.py outer*.py clip.py lr_multipliers.py rounding.py norm_sums.py \
+  embedding_moments.py bitwise.py running_moments.py precision.py optim_checkpoints.py robustness_sweep.py robustness_large.py))
+THREAD_TESTS := tests/test_robustness_threads.py tests/test_optim_threads.py
+
+build/sanitize-%/ready: .venv/ready tests/fuzz/edges.cpp
+	$(BIN)/python -m pip install --quiet cmake ninja "pybind11>=3.0"
+	$(BIN)/cmake -S . -B build/sanitize-$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Debug \
+	  -DNORMKERN_CUDA=OFF -DNORMKERN_SANITIZE=$(if $(filter address,$*),address$(comma)undefined,$*) \
+	  -DPython_EXECUTABLE=$(abspath $(BIN)/python) -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/sanitize-$*
+	touch $@
+
+sanitize: build/sanitize-address/ready build/sanitize-thread/ready
+	$(ASAN) $(call WATCHED,address,libasan.so) $(BIN)/python -m pytest -s -m "not slow" $(KERNEL_TESTS)
+	$(TSAN) $(call WATCHED,thread,libtsan.so) $(BIN)/python -m pytest -s -k "not fork and not interpreter and not pool and not worker" $(THREAD_TESTS)
+
+# Under the address sanitizer, and guided by the edges of the binding that a string of bytes reaches.
+SECONDS ?= 60
+fuzz: build/sanitize-address/ready
+	$(BIN)/python -m pip install --quiet "atheris>=3.0"
+	for what in ops checkpoints; do \
+	  (cd tests && $(ASAN) $(call WATCHED,address,libasan.so) $(abspath $(BIN)/python) -m fuzz $$what ../build/fuzz/$$what \
+	    -max_total_time=$(SECONDS) -max_len=160 -rss_limit_mb=0 -timeout=60 -artifact_prefix=../build/fuzz/$$what-) || exit 1; \
+	done
 
 lint: lint-python lint-cpp lint-texts lint-stubs
 

@@ -23,7 +23,16 @@ from .exponential import norm_buffers, warn_of_norms
 from .group_step import GroupStep, with_torch_sums
 from .kinds import somebody_watches
 from .mesh import sum_step_over_shards
-from .options import GAUGE, LR_MULTIPLIERS, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_options, check_state
+from .options import (
+    GAUGE,
+    LR_MULTIPLIERS,
+    NORM_BUFFERS,
+    SCALE_INVARIANT,
+    check_checkpoint,
+    check_decay,
+    check_options,
+    check_state,
+)
 from .precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
 from .stats import StepStats
 
@@ -393,13 +402,15 @@ class SGD(torch.optim.SGD):
         """As in `torch.optim.SGD`, whose checkpoints of any age are welcome. Options they lack keep their values.
 
         Raises:
-            ValueError: entries are missing, a buffer does not fit its parameter, an option is no number, or the groups
-                differ from the optimizer's. The optimizer is left as it was.
+            ValueError: entries are missing or no dicts and lists, a buffer does not fit its parameter, an option is no
+                number, or the groups differ from the optimizer's. RuntimeError: torch cannot convert a buffer, such as
+                one that is quantised. The optimizer is left as it was.
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"SGD.load_state_dict: expected a dict, got {type(state_dict).__name__}")
 
         def see(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            check_checkpoint(loaded)
             self._loaded = loaded  # what hooks have made of it, before torch casts everything to the parameters' dtype
 
         hook = self.register_load_state_dict_pre_hook(see)

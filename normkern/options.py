@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -35,7 +35,7 @@ def number(x: Any, name: str, where: str | int) -> float:
         return float(x.detach())
     try:
         return float(x.__float__())
-    except (AttributeError, TypeError):
+    except (AttributeError, TypeError, OverflowError):
         raise ValueError(f"{place(where)}: {name} expected a number, got {x!r}") from None
 
 
@@ -68,11 +68,33 @@ def check_gauge(gauge: Any, where: str) -> None:
     """(scale, z, exponent), as `ops.gauge_step` returns them."""
     try:
         scale, z, exponent = gauge
-        fits = 0.5 < scale < 2 and math.isfinite(z) and type(exponent) is int
-    except (TypeError, ValueError):
+        fits = bool(0.5 < scale < 2) and math.isfinite(z) and type(exponent) is int
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of what compares as a tensor does, and 2**2000
         fits = False
     if not fits:
         raise ValueError(f"{where}: gauge expected (scale, z, exponent) as a step leaves them, got {gauge!r}")
+
+
+def check_checkpoint(loaded: Mapping[str, Any]) -> None:
+    """A state dict of such a form that torch's own loading says no more about it than which entries are missing."""
+
+    def refuse(what: str, expected: str, got: object) -> None:
+        raise ValueError(f"SGD.load_state_dict: {what} expected {expected}, got {type(got).__name__}")
+
+    state, groups = loaded.get("state", {}), loaded.get("param_groups", [])
+    if not isinstance(state, Mapping):
+        refuse("state", "a dict", state)
+    if not isinstance(groups, (list, tuple)):
+        refuse("param_groups", "a list", groups)
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping):
+            refuse(f"param_groups[{i}]", "a dict", group)
+        ids = group.get("params", [])
+        if not isinstance(ids, (list, tuple)):
+            refuse(f"param_groups[{i}]['params']", "a list", ids)
+        for j, key in enumerate(ids):
+            if not isinstance(key, Hashable):
+                refuse(f"param_groups[{i}]['params'][{j}]", "a number or a name", key)
 
 
 def check_state(state: Any, groups: list[dict[str, Any]]) -> None:

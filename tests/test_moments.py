@@ -448,6 +448,23 @@ def test_op_refusals(x, error, sentence):
     assert str(raised.value).startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("totals", "error", "sentence"),
+    [
+        (torch.zeros(2), TypeError, "moments: totals is torch.float32 on cpu; expected a torch.Tensor of float64 on cpu"),
+        ([0.0, 0.0], TypeError, "moments: totals is list; expected a torch.Tensor of float64"),
+        (torch.zeros(1).double(), ValueError, "moments: totals has shape (1,) and strides (1,); expected (2,), contiguous"),
+        (torch.zeros(4).double()[::2], ValueError, "moments: totals has shape (2,) and strides (2,); expected (2,)"),
+        (torch.zeros(1).double().expand(2), ValueError, "moments: totals has shape (2,) and strides (0,); expected (2,)"),
+    ],
+)  # fmt: skip
+def test_totals_that_have_no_room_are_refused_and_not_written_past(totals, error, sentence):
+    with pytest.raises(error) as raised:
+        ops.moments(torch.ones(3, 2), totals=totals)
+    assert str(raised.value).startswith(sentence)
+    assert not any(totals)
+
+
 @pytest.mark.parametrize("name", ["row_sums", "row_sq_norms"])
 def test_sums_of_rows_refuse_what_is_no_matrix(name):
     op = getattr(ops, name)

@@ -138,6 +138,13 @@ def refusals():
         "max_norm expected a number of at least 0, got '1'",
     )
     yield (
+        "huge",
+        lambda: ops.clip_coef(torch.ones(2, dtype=torch.float64), 10**400),
+        TypeError,
+        "max_norm expected a number of at least 0, got 1000",
+    )
+    yield "no squares", lambda: ops.clip_coef(None, 1.0), TypeError, "clip_coef: sq_norms is NoneType; expected"
+    yield (
         "squares",
         lambda: ops.clip_coef(x, 1.0),
         ValueError,

@@ -223,6 +223,12 @@ ONE = torch.ones(2)
         (lambda: ops.sgd_([ONE], [ONE.clone()], lr=0.1, held=[torch.ones(3)]), ValueError, r"held\[0\] has shape \(3,\)"),
         (lambda: ops.sgd_([ONE], [ONE.clone()], lr=0.1, held=[ONE.half()]), TypeError, r"held\[0\] is torch.float16 on cpu"),
         (lambda: ops.sgd_([ONE], [ONE.clone()], lr=0.1, held=[ONE], l=0), ValueError, "sgd_: l expected a number"),
+        (lambda: ops.svag_combine_([ONE], [ONE], 10**400), ValueError, "svag_combine_: l expected a number of at least 1/2"),
+        (lambda: ops.sgd_([ONE], [ONE.clone()], lr=0.1, grad_scale=0), ValueError, "sgd_: grad_scale expected a number that is not 0, got 0"),
+        (lambda: ops.sgd_([ONE], [ONE.clone()], lr=0.1, held=[ONE], held_scale="x"), ValueError, "sgd_: held_scale expected a number that is not 0, got 'x'"),
+        (lambda: ops.sgd_([ONE], [ONE.clone()], lr=10**400, weight_decay=torch.tensor(0.1)), ValueError, "sgd_: lr expected one number, got 1000"),
+        (lambda: ops.sgd_([ONE], [ONE.clone()], lr=torch.ones(2)), ValueError, "sgd_: lr expected one number, got tensor"),
+        (lambda: ops.grad_sq_norms([ONE], grad_scale=0.0), ValueError, "grad_sq_norms: grad_scale expected a number that is not 0, got 0.0"),
     ],
 )  # fmt: skip
 def test_refusals(call, error, text):

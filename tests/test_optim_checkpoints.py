@@ -118,6 +118,23 @@ def corrupted():
     yield "no dict", [1, 2], r"expected a dict, got list"
     yield "no state", drop("state"), r"got one without 'state'"
     yield "no groups", drop("param_groups"), r"got one without 'param_groups'"
+    yield "state no dict", change(lambda s: s.update(state=1.0)), r"state expected a dict, got float"
+    yield "groups no list", change(lambda s: s.update(param_groups=7)), r"param_groups expected a list, got int"
+    yield (
+        "group no dict",
+        change(lambda s: s.update(param_groups=[0.5])),
+        r"param_groups\[0\] expected a dict, got float",
+    )
+    yield (
+        "params no list",
+        change(lambda s: s["param_groups"][0].update(params=3)),
+        r"param_groups\[0\]\['params'\] expected a list, got int",
+    )
+    yield (
+        "param no name",
+        change(lambda s: s["param_groups"][0]["params"].__setitem__(1, [])),
+        r"param_groups\[0\]\['params'\]\[1\] expected a number or a name, got list",
+    )
     yield "no params", change(lambda s: s["param_groups"][0].pop("params")), r"got one without 'params'"
     yield (
         "too many groups",
@@ -129,6 +146,12 @@ def corrupted():
     yield "no tensor", put(3, "x"), r"params'\]\[3\]: momentum_buffer expected a tensor, got str"
     yield "entry", change(lambda s: s["state"].update({3: [1]})), r"params'\]\[3\] expected a dict, got list"
     yield "lr", group(lr="fast"), r"param_groups\[0\]: lr expected a number, got 'fast'"
+    yield "lr too large", group(lr=10**400), r"param_groups\[0\]: lr expected a number, got 1000"
+    yield (
+        "gauge of tensors",
+        group(gauge=(torch.ones(3), 0.0, 0)),
+        r"param_groups\[0\]: gauge expected \(scale, z, exponent\) as a step leaves them",
+    )
     yield (
         "lr shape",
         group(lr=torch.ones(3)),

@@ -99,8 +99,10 @@ void cut_steps(const int64_t (&extent)[3], int64_t batch, Block& block) {
 }
 
 void set_zero(const SampleSums& sums, int64_t bytes, int64_t batch) {
-  std::memset(sums.total, 0, bytes);
-  if (sums.centred) std::memset(sums.centred, 0, bytes);
+  if (bytes) {  // the memory of empty tensors is null, which memset is never to see
+    std::memset(sums.total, 0, bytes);
+    if (sums.centred) std::memset(sums.centred, 0, bytes);
+  }
   std::fill(sums.sq_norms, sums.sq_norms + batch, 0.0);
 }
 

@@ -6,8 +6,26 @@
 #include "isa.h"
 #include "share.h"
 
+#ifdef NORMKERN_TSAN
+extern "C" void __tsan_acquire(void*);
+extern "C" void __tsan_release(void*);
+#endif
+
 namespace nk::cpu {
 namespace {
+
+// The thread sanitizer cannot see how torch's pool begins and ends its work: libgomp is not built for it. What is said
+// here is all that the pool promises; pieces of work among themselves get no promise, so their races are found.
+void hands_over([[maybe_unused]] void* to) {
+#ifdef NORMKERN_TSAN
+  __tsan_release(to);
+#endif
+}
+void takes_over([[maybe_unused]] void* from) {
+#ifdef NORMKERN_TSAN
+  __tsan_acquire(from);
+#endif
+}
 
 struct Level {
   const char* name;
@@ -20,11 +38,16 @@ bool has_v3() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
          __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
 }
-bool has_v4() {
+[[maybe_unused]] bool has_v4() {
   return has_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
-const Level levels[] = {{"v4", &v4::table, has_v4()}, {"v3", &v3::table, has_v3()}, {"v2", &v2::table, true}};
+const Level levels[] = {
+#ifndef NORMKERN_SANITIZED
+    {"v4", &v4::table, has_v4()},
+#endif
+    {"v3", &v3::table, has_v3()},
+    {"v2", &v2::table, true}};
 #elif defined(__aarch64__)
 const Level levels[] = {{"neon", &neon::table, true}};
 #else
@@ -70,21 +93,26 @@ void share(int64_t count, bool on_pool, void (*one)(int64_t, const void*), const
     void (*one)(int64_t, const void*);
     const void* self;
     std::unique_ptr<std::atomic<bool>[]> taken;
+    char begun = 0, ended = 0;  // addresses, for takes_over and hands_over
 
     // Every thread begins with the range that the pool gives it, the same at every step, so that what fits into its
     // cache is found there again; then it helps the others, for pieces differ in length (ranges alone lose up to a
     // third on lists like ResNet-50's).
     static void range(int64_t begin, int64_t, void* context) {
-      const Work& work = *static_cast<const Work*>(context);
+      Work& work = *static_cast<Work*>(context);
+      takes_over(&work.begun);
       for (int64_t k = 0, i = begin; k < work.count; k++, i = i + 1 == work.count ? 0 : i + 1)
         if (!work.taken[i].load(std::memory_order_relaxed) && !work.taken[i].exchange(true, std::memory_order_relaxed))
           work.one(i, work.self);
+      hands_over(&work.ended);
     }
   } work{count, one, self, nullptr};
 
   if (on_pool && count > 1 && parallel_for) {
     work.taken = std::make_unique<std::atomic<bool>[]>(count);
+    hands_over(&work.begun);
     if (parallel_for(0, count, 1, Work::range, &work) != 0) Work::range(0, count, &work);  // what the pool did not take
+    takes_over(&work.ended);
   } else {
     for (int64_t i = 0; i < count; i++) one(i, self);
   }

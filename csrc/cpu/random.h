@@ -83,6 +83,10 @@ NK_HD void random_bits(const RandomBits& of, const Keys& keys, uint64_t first, u
   }
 }
 
+template <int kParts> struct Registers {
+  static constexpr int parts = kParts;
+};
+
 // Of the coordinates [begin, begin + n), n at most kSize, of a tensor.
 class RandomBlock {
  public:
@@ -93,12 +97,13 @@ class RandomBlock {
   NK_HD const uint16_t* fill(int64_t begin, int64_t n) {
     const int64_t skip = begin % kRandomAtATime;
     int64_t i = 0;
-    const auto next = [&](auto fill, int parts) {
-      fill(of_, keys_, (uint64_t)(begin - skip + i) / RandomBits::kTogether, bits_ + i);
-      i += parts * kRandomAtATime;
+    const auto next = [&](auto registers) {
+      constexpr int kParts = decltype(registers)::parts;
+      random_bits<kParts>(of_, keys_, (uint64_t)(begin - skip + i) / RandomBits::kTogether, bits_ + i);
+      i += kParts * kRandomAtATime;
     };
-    while (i + 3 * kRandomAtATime < skip + n) next(random_bits<4>, 4);
-    while (i < skip + n) next(random_bits<1>, 1);
+    while (i + 3 * kRandomAtATime < skip + n) next(Registers<4>{});
+    while (i < skip + n) next(Registers<1>{});
     return bits_ + skip;
   }
 

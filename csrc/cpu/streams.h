@@ -121,7 +121,7 @@ template <class T> struct Padded<const T*> : Padded<T*> {};
 template <> struct Padded<Any> {
   float x[kLanes] = {};
   NK_HD Any in(Any from, int n) {
-    __builtin_memcpy(x, from.p, n * from.item());
+    if (n) __builtin_memcpy(x, from.p, n * from.item());  // a stream that is not read is null
     return {(char*)x, from.dtype};
   }
   NK_HD void out(Any to, int n) { __builtin_memcpy(to.p, x, n * to.item()); }
