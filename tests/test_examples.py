@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import normkern
-
 EXAMPLES = Path(__file__).parent.parent / "examples"
-#: What an example waits for before it can run.
-NEEDS = {"ddp_noise": "DDPNoise"}
+#: What torch's gloo says when it aborts while a process ends, now and then, in programs without normkern too.
+OF_GLOO = "terminate called without an active exception"
 
 
 def words(text):
@@ -20,13 +18,8 @@ def words(text):
     return [re.findall(r"[A-Za-z_]{2,}", line) for line in text.strip().splitlines()]
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_example(path):
-    pytest.importorskip("sklearn")
-    name = NEEDS.get(path.stem)
-    if name and not hasattr(normkern, name):
-        pytest.skip(f"needs normkern.{name}")
-    done = subprocess.run(
+def run(path):
+    return subprocess.run(
         [sys.executable, "-W", "error", str(path)],
         capture_output=True,
         text=True,
@@ -34,6 +27,14 @@ def test_example(path):
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # nothing here is large enough for two
         check=False,
     )
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_example(path):
+    pytest.importorskip("sklearn")
+    done = run(path)
+    if OF_GLOO in done.stderr:
+        done = run(path)
     assert done.returncode == 0, done.stderr
     assert words(done.stdout) == words((EXAMPLES / "outputs" / f"{path.stem}.txt").read_text())
 
