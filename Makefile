@@ -208,7 +208,7 @@ docs-outputs: .venv/ready
 	touch $@
 
 .venv/docs-ready: pyproject.toml constraints.txt | .venv/ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group docs
 	touch $@
 
 clean:
