@@ -41,6 +41,15 @@ def in_ptx(emulated, kernels, executed):
         yield lambda: emulated.launches_run_by(run)
 
 
+def assert_same(got, expected, table, expected_table):
+    """Every tensor of the lists, and the sums, to the bit."""
+    for name, ours, theirs in zip("wgvh", got, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert same_bits(a, b), f"{name} of shape {tuple(a.shape)}"
+    assert (table is None) == (expected_table is None)
+    assert table is None or same_bits(table, expected_table), "sums"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("call", every_call(), ids=str)
 def test_bits_of_the_emulator(in_ptx, call, dtype):
@@ -49,11 +58,7 @@ def test_bits_of_the_emulator(in_ptx, call, dtype):
     expected_table = call(*expected)
     with in_ptx():
         table = call(*got)
-    for name, ours, theirs in zip("wgvh", got, expected, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert same_bits(a, b), f"{name} of shape {tuple(a.shape)}"
-    assert (table is None) == (expected_table is None)
-    assert table is None or same_bits(table, expected_table), "sums"
+    assert_same(got, expected, table, expected_table)
 
 
 @pytest.mark.parametrize("call", list(mixed_calls.calls()), ids=str)
@@ -62,11 +67,7 @@ def test_mixed_streams_have_the_bits_of_the_emulator(in_ptx, call):
     expected_table = call(*expected)
     with in_ptx():
         table = call(*got)
-    for name, ours, theirs in zip("wgvh", got, expected, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
-            assert same_bits(a, b), f"{name} of shape {tuple(a.shape)}"
-    assert (table is None) == (expected_table is None)
-    assert table is None or same_bits(table, expected_table), "sums"
+    assert_same(got, expected, table, expected_table)
 
 
 @pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.__name__)
