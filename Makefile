@@ -13,7 +13,7 @@
 #   make bench   speed: bench/results/bench.json, the README's table, docs/bench.png (make bench QUICK=1: a minute, into build/)
 #   make bench-noise    the part about single gradients' noise: bench/results/noise.json, the README's table of it
 #   make bench-scale    what DDPNoise costs between two processes, and bfloat16 weights on digits: their JSON, table, plot
-#   make papers  the claims of four papers on networks of one's own: bench/papers/results/ (an hour; an interrupted run
+#   make papers  the claims of four papers on networks of one's own: experiments/papers/results/ (an hour; an interrupted run
 #                continues; make papers QUICK=1: two minutes, into build/papers/; DATA=folder: CIFAR-10 in torchvision's layout)
 #   make bench-compare OLD=a.json NEW=b.json    what got slower
 #   make docs    the documentation site: build/docs/index.html (make docs-figures: its pictures anew;
@@ -50,7 +50,7 @@ ASAN := ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:detect_odr_viola
 TSAN := TSAN_OPTIONS=ignore_noninstrumented_modules=1:halt_on_error=1
 KERNEL_TESTS := $(wildcard $(addprefix tests/test_,ops*.py moments.py outer*.py clip.py lr_multipliers.py rounding.py norm_sums.py \
   embedding_moments.py bitwise.py running_moments.py precision.py optim_checkpoints.py robustness_sweep.py robustness_large.py))
-THREAD_TESTS := tests/test_robustness_threads.py tests/test_optim_threads.py
+THREAD_TESTS := tests/optim/test_threads_and_forks.py tests/optim/test_threads.py
 
 build/sanitize-%/ready: .venv/ready tests/fuzz/edges.cpp
 	$(BIN)/python -m pip install --quiet cmake ninja "pybind11>=3.0"
@@ -140,8 +140,8 @@ cuda: cuda-build
 
 cuda-sweep: cuda
 	CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest tests/simt \
-	  tests/test_ops.py tests/test_ops_pairs.py tests/test_ops_gauge.py tests/test_bitwise.py tests/test_moments.py \
-	  tests/test_norm_sums.py tests/test_embedding_moments.py
+	  tests/ops/test_sgd.py tests/ops/test_pairs.py tests/ops/test_gauge.py tests/ops/test_bitwise.py tests/noise/test_moments.py \
+	  tests/ops/test_norm_sums.py tests/ops/test_embedding_moments.py
 	cd tests && $(abspath $(BIN)/python) -m simt.sass_check $(CURDIR)/build/cuda/_C*.so --docs ../docs/cuda.md
 
 ifdef QUICK
@@ -166,14 +166,14 @@ bench-noise: .venv/ready .venv/bench-ready
 bench-scale: .venv/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.ddp_noise \
 	  --json bench/results/ddp_noise.json --readme README.md
-	$(BIN)/python -m bench.low_precision --json bench/results/low_precision.json --plot docs/low_precision.png \
+	$(BIN)/python -m experiments.low_precision --json experiments/results/low_precision.json --plot docs/low_precision.png \
 	  --readme README.md
 
 bench-compare: .venv/ready .venv/bench-ready
 	$(BIN)/python -m bench.compare $(OLD) $(NEW)
 
 papers: .venv/ready
-	$(BIN)/python -m bench.papers $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/python -m experiments.papers $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
 
 docs: .venv/docs-ready
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs

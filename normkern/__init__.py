@@ -30,20 +30,21 @@ try:
             f"found torch {_torch.__version__}. Upgrade it: pip install 'torch>={_floor}'"
         )
 
-    from . import invariance, library, ops, reference, theory
-    from .auto_rate import AutoRateMonitor
-    from .ddp_noise import DDPNoise, DDPNoiseResult
-    from .equilibrium import EquilibriumMonitor
-    from .halves import halves
+    from . import invariance, ops, reference, theory
     from .invariance import InvarianceMonitor
-    from .moments import Moments, moments
-    from .noise import Noise, noise_from_pair
-    from .optim import SGD
-    from .persample import GradientNoise, GradientNoiseResult
-    from .running_moments import RunningMoments
+    from .monitors.auto_rate import AutoRateMonitor
+    from .monitors.equilibrium import EquilibriumMonitor
+    from .noise.ddp import DDPNoise, DDPNoiseResult
+    from .noise.moments import Moments, moments
+    from .noise.pairs import Noise, noise_from_pair
+    from .noise.per_sample import GradientNoise, GradientNoiseResult
+    from .noise.running_moments import RunningMoments
+    from .ops import schemas as library
+    from .optim.halves import halves
+    from .optim.sgd import SGD
+    from .optim.step_stats import StepStats
+    from .optim.svag import SVAG, svag_combine_
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
-    from .stats import StepStats
-    from .svag import SVAG, svag_combine_
 except Exception as _error:
     # `python -m normkern` imports the package before its command line can speak: there a sentence says more than a
     # traceback. While Python looks for the module, sys.argv[0] is "-m" and the rest is what follows the module's name.

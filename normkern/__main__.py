@@ -43,7 +43,7 @@ def _add_info(commands: Commands) -> None:
 def _info(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if not arguments.json and _lacks(_TABLES, parser):
         return 1
-    from . import info
+    from .doctor import info
 
     info.show(arguments.json)
     return 0
@@ -84,7 +84,7 @@ def _doctor(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> i
 
 
 def _add_train(commands: Commands) -> None:
-    from . import train
+    from .demo import training as train
 
     parser = commands.add_parser(
         "train",
@@ -128,7 +128,7 @@ def _add_train(commands: Commands) -> None:
 
 
 def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from . import train
+    from .demo import training as train
 
     if "l" in arguments and arguments.optimizer != "svag":
         parser.error(f"argument --l: expected only with --optimizer svag, got --optimizer {arguments.optimizer}")

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
 
-from bench import compare, gpu_samples, low_precision, noise_right, report, right
+from bench import compare, gpu_samples, noise_right, report, right
 from bench.arrays import HYPER, Arrays, Step, arrays
 from bench.cases import CASES, RESNET50, TRANSFORMER, Case
 from bench.jobs import JOBS
@@ -38,6 +38,7 @@ from bench.peers import (
 )
 from bench.results import load
 from bench.tape import Tape
+from experiments import low_precision
 
 JOB_OF = {peer.name: peer.job for peer in (*PEERS, *NOISE_PEERS)}
 LITTLE = Case("little", ((8, 8), (3,)))

@@ -307,9 +307,9 @@ def test_contexts_of_two_threads_give_the_stance_back():
 
     from torch._dynamo import eval_frame
 
-    from normkern.eagerly import eagerly
+    from normkern.tracing import force_eager
 
-    first, second = eagerly(), eagerly()
+    first, second = force_eager(), force_eager()
     first.__enter__()
     thread = Thread(target=second.__enter__)
     thread.start()

@@ -1,4 +1,4 @@
-"""bench/papers: claims' lines, runs that are not made twice, reports that stand alone, statistics with known answers."""
+"""experiments/papers: claims' lines, runs that are not made twice, reports that stand alone, statistics with known answers."""
 
 import argparse
 import base64
@@ -25,14 +25,14 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 import normkern
-from bench.papers import auto_rate, exponential, intrinsic, report, statistics, svag
-from bench.papers.claims import Claim
-from bench.papers.data import batches, for_all, load, loss_of, losses_of
-from bench.papers.figures import Figures, label
-from bench.papers.nets import Ensemble, by_member
-from bench.papers.paper import Paper, Scale, reproduce
-from bench.papers.runs import Results, Run, append, read, run_all, source_digest
-from bench.papers.training import cosine, log_steps, step_decay, take_step
+from experiments.papers import auto_rate, exponential, intrinsic, report, statistics, svag
+from experiments.papers.claims import Claim
+from experiments.papers.data import batches, for_all, load, loss_of, losses_of
+from experiments.papers.figures import Figures, label
+from experiments.papers.nets import Ensemble, by_member
+from experiments.papers.paper import Paper, Scale, reproduce
+from experiments.papers.runs import Results, Run, append, read, run_all, source_digest
+from experiments.papers.training import cosine, log_steps, step_decay, take_step
 
 ROOT = Path(__file__).parent.parent
 PAPERS = [m.PAPER for m in (auto_rate, exponential, intrinsic, svag)]
@@ -231,7 +231,7 @@ def test_results_of_other_source_are_not_reused(tmp_path):
     digests = []
     for body in ("1", "1", "2"):
         code = (
-            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from bench.papers import runs; "
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from experiments.papers import runs; "
             "runs.PACKAGE = 'bench_papers_source'; import bench_papers_source as m; print(runs.source_digest(m.run))"
         )
         module.write_text(
@@ -247,7 +247,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from rich.console import Console
-from bench.papers.runs import Run, run_all
+from experiments.papers.runs import Run, run_all
 from {module} import slow
 
 if __name__ == "__main__":

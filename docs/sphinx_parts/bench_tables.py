@@ -10,9 +10,9 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
 from bench.ddp_noise import table as ddp_noise_table
-from bench.low_precision import readme_table as low_precision_table
 from bench.report import COLUMNS, NOISE_COLUMNS, SVAG_COLUMNS, digits, scaled, table_head, table_row, times, where
 from bench.results import Results, load
+from experiments.low_precision import readme_table as low_precision_table
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 #: README's columns, in two tables that fit a page.

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from .. import machine, ops
-from ..info import console, info
-from . import environment, numbers, samples, threads
+from .. import ops
+from . import environment, machine, numbers, samples, threads
 from .finding import Check, Finding, failed
+from .info import console, info
 
 __all__ = ["Check", "Finding", "checks", "examine", "import_modules", "show"]
 

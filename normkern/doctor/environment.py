@@ -13,10 +13,10 @@ import torch
 
 import normkern
 
-from .. import machine, ops
-from ..info import dlpack_version
-from . import gpu
+from .. import ops
+from . import gpu, machine
 from .finding import Check, Finding, failed, note, ok, skipped
+from .info import dlpack_version
 
 _DLPACK_MAJOR = 1  # what csrc/dlpack.h declares
 _REINSTALL = "pip install --force-reinstall --no-deps normkern"

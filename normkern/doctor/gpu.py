@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import machine, ops
+from .. import ops
+from . import machine
 from .finding import Finding, failed, note, ok, skipped
 from .sgd import RULES
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import machine, ops
+from .. import ops
+from . import machine
 from .finding import Check, Finding, failed, ok
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -7,7 +7,8 @@ import time
 
 import torch
 
-from .. import machine, ops
+from .. import ops
+from . import machine
 from .finding import Check, Finding, failed, note, ok
 
 _ATTEMPTS = 3

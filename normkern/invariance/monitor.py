@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..stats import StepStats
+from ..optim.step_stats import StepStats
 from .groups import JOINT
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, is_lazy
 
-from ..eagerly import eagerly
-from .exact import Exact, drop_eps
+from ..tracing import force_eager
+from .exact_norms import Exact, drop_eps
 
 #: loss(model, batch) -> scalar.
 Loss = Callable[[nn.Module, Any], Any]
@@ -187,7 +187,7 @@ def apart(model: nn.Module) -> Iterator[None]:
     """Whatever is drawn, or set, inside: torch's generators and autograd's modes are as before afterwards."""
     generators = Generators(model)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), eagerly():
+        with torch.inference_mode(False), torch.enable_grad(), force_eager():
             yield
     finally:
         generators.restore()

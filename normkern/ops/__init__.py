@@ -1,8 +1,6 @@
 """Typed, documented functions, one per bound op, and what is shared by those who call them."""
 
-from .clipping import check_max_norm, clip_coef, grad_sq_norms, sq_norm_tables
-from .gauge import NEW_GAUGE, Buffers, Gauge, gauge_step
-from .loaded import (
+from ._binary import (
     CHUNK,
     DTYPES,
     PAIR_SUMS,
@@ -32,7 +30,9 @@ from .loaded import (
     why_refused,
     would_take,
 )
-from .samples import (
+from .clipping import check_max_norm, clip_coef, grad_sq_norms, sq_norm_tables
+from .gauge import NEW_GAUGE, Buffers, Gauge, gauge_step
+from .per_sample import (
     check_recentre,
     check_samples,
     conv_moments,
@@ -49,7 +49,7 @@ from .samples import (
     row_sq_norms,
     row_sums,
 )
-from .steps import (
+from .sgd import (
     OnDevice,
     Precision,
     Rounding,

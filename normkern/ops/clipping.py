@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kinds import is_traced
-from . import loaded
-from .loaded import Pass, kernel_takes, not_taken, scratch_beside, torch_op, why_refused
-from .steps import check_l, inverses
+from ..tracing import is_traced
+from . import _binary as loaded
+from ._binary import Pass, kernel_takes, not_taken, scratch_beside, torch_op, why_refused
+from .sgd import check_l, inverses
 
 
 def grad_sq_norms(

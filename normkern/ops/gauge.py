@@ -5,8 +5,8 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TypeAlias
 
-from . import loaded
-from .loaded import GaugeStep
+from . import _binary as loaded
+from ._binary import GaugeStep
 
 
 class Buffers(IntEnum):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 from torch.optim.optimizer import Optimizer
 
 from .. import ops
-from ..options import BUFFER
+from ..optim.options import BUFFER
 from .growing import CURE, GrowingLR, Growth, Plan, a_list, finite
 
 Schedule: TypeAlias = Callable[[int], float]

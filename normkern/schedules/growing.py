@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import Optimizer
 
-from ..optim import SGD
-from ..options import LR_MULTIPLIERS, number
-from ..svag import SVAG
+from ..optim.options import LR_MULTIPLIERS, number
+from ..optim.sgd import SGD
+from ..optim.svag import SVAG
 
 #: Keys of the param groups of optimizers that are no SGD, all of torch's among them.
 _NOT_OF_SGD = ("betas", "eps", "etas", "lambd", "history_size")

@@ -12,7 +12,7 @@ import torch
 from torch.optim.optimizer import Optimizer
 
 from .. import ops
-from ..options import BUFFER
+from ..optim.options import BUFFER
 from ..theory import exponential_decay
 from .growing import GrowingLR, Growth, Plan, finite
 

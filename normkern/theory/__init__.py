@@ -13,12 +13,7 @@ it: 1.1 is 11/10, not 11/10 + 2e-16.
 Every function raises ValueError for what is no number (booleans and text are none) or outside the range it names.
 """
 
-from .auto_rate import (
-    least_unit_grad_bound,
-    power_decay_effective_lr,
-    power_decay_weight_sq,
-    unit_grad_sq_from_growth,
-)
+from .auto_rate import least_unit_grad_bound, power_decay_effective_lr, power_decay_weight_sq, unit_grad_sq_from_growth
 from .closeness import max_linear_scaling, nsr_condition
 from .decoupled import (
     adamw_equilibrium_angle,
@@ -38,14 +33,7 @@ from .equilibrium import (
     intrinsic_lr,
 )
 from .exponential import exponential_decay, exponential_factor
-from .recurrences import (
-    Norms,
-    mean_log_secant,
-    next_effective_lr,
-    next_norms,
-    next_weight_sq,
-    step_angle,
-)
+from .recurrences import Norms, mean_log_secant, next_effective_lr, next_norms, next_weight_sq, step_angle
 from .relaxation import (
     effective_lr_after,
     lr_drop_recovery,
@@ -55,14 +43,7 @@ from .relaxation import (
     weight_sq_after,
 )
 from .scaling import AdamScaling, linear_scaling, square_root_scaling
-from .svag import (
-    SvagCoefficients,
-    svag_coefficients,
-    svag_effective_steps,
-    svag_equilibrium,
-    svag_fraction,
-    svag_steps,
-)
+from .svag import SvagCoefficients, svag_coefficients, svag_effective_steps, svag_equilibrium, svag_fraction, svag_steps
 
 __all__ = [
     "AdamScaling",

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
-from gloo import leave
+from support.gloo import leave
 
 
 def run(*checks):

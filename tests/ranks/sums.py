@@ -6,6 +6,7 @@ import pytest
 import script
 import torch
 import torch.distributed as dist
+from normkern.optim.sgd.dtensor import sum_over_shards
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,7 +14,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import normkern
-from normkern.mesh import sum_over_shards
 from normkern.ops import SUMS
 
 DERIVED = ("cosine", "next_weight_sq", "effective_lr")

@@ -297,7 +297,9 @@ MUTANTS = [
 def main(name: str) -> int:
     import torch
 
-    from . import judgement, product_judgement, sample_judgement
+    from . import check_product_results as product_judgement
+    from . import check_results as judgement
+    from . import check_sample_results as sample_judgement
     from .backend import Backend
     from .calls import Call, clipped
     from .mixed_calls import calls as mixed_calls

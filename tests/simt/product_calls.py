@@ -1,8 +1,8 @@
 """The kernels that own dW as calls: shapes at every edge of a tile, of a stretch of steps, of the samples of a part."""
 
 import torch
-from test_outer import operands
-from test_outer_conv import CASES, case
+from ops.test_conv_moments import CASES, case
+from ops.test_outer_moments import operands
 
 from normkern import ops
 

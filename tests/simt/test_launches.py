@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from memory import same_bits
+from support.memory import same_bits
 
 from normkern import ops
 
-from . import judgement
+from . import check_results as judgement
 from .backend import Refused
 from .calls import SPECIAL
-from .judgement import DTYPES
+from .check_results import DTYPES
 
 
 @pytest.mark.parametrize("case", SPECIAL, ids=lambda case: case.__name__)

@@ -5,7 +5,7 @@ import torch
 
 from normkern import ops
 
-from . import judgement
+from . import check_results as judgement
 from .mixed_calls import calls
 
 

@@ -4,8 +4,8 @@ import ctypes
 
 import pytest
 
-from simt import build
-from simt.needs import need
+from . import build
+from .needs import need
 
 SEEDS = (0, 1, 2, 3)
 

@@ -7,9 +7,9 @@ from torch import nn
 import normkern
 from normkern import ops
 
-from . import product_judgement
+from . import check_product_results as product_judgement
 from .backend import Refused
-from .judgement import DTYPES
+from .check_results import DTYPES
 from .product_calls import Conv, Outer, every_call, parts
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

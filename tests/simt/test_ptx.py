@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from memory import same_bits
+from support.memory import same_bits
 
 from . import build, mixed_calls, nvcc, product_calls, ptx, ptxrun, sample_calls
 from .calls import SPECIAL, every_call, random_lists
-from .judgement import DTYPES, lay_out
+from .check_results import DTYPES, lay_out
 from .needs import need
 from .sample_calls import CALLS, Near
 

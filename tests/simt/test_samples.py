@@ -5,9 +5,9 @@ import torch
 
 from normkern import ops
 
-from . import sample_judgement
+from . import check_sample_results as sample_judgement
 from .backend import Refused
-from .judgement import DTYPES
+from .check_results import DTYPES
 from .sample_calls import CALLS
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,9 +8,9 @@ import torch
 
 from normkern import ops
 
-from . import judgement
+from . import check_results as judgement
 from .calls import every_call
-from .judgement import DTYPES
+from .check_results import DTYPES
 
 
 def calls():

@@ -1,0 +1,1 @@
+"""Runs that test the theory: the claims of four papers, and training in bfloat16."""

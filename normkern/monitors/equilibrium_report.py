@@ -1,0 +1,177 @@
+"""What an `EquilibriumMonitor` tells: `Equilibrium`, `EquilibriumReport`; and how its averages become that."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ..theory.equilibrium import Balance, balance
+from ..theory.relaxation import steps_to_equilibrium
+from .report import Report, Told, table
+from .step_reader import Hyperparameters
+
+#: Root mean square of <w,g>/(|w||g|) above which weights are no set that the loss is scale-invariant in.
+_COSINE = 1e-2
+#: What is averaged. balance_sq is the |w|^2 at which a step's |g|^2 and <b,g> would be in balance, balance_update_sq
+#: the |u|^2 there, balanced_weight_sq the |w|^2 that it is compared with; all are 0 in steps without equilibrium.
+COLUMNS = (
+    "weight_sq",
+    "grad_sq",
+    "unit_grad_sq",
+    "angle_sq",
+    "lr",
+    "buffer_grad_dot",
+    "balance_sq",
+    "balance_update_sq",
+    "balanced_weight_sq",
+    "cosine_sq",
+)
+
+
+@dataclass(frozen=True)
+class Equilibrium(Told):
+    r"""What an `EquilibriumMonitor` knows of one slot, one parameter or one param group.
+
+    Measured numbers are averages over the steps taken in, with the monitor's `ema`, and so are the two predictions that
+    are compared with them; None where there is no equilibrium, and then `reason` says why.
+
+    Attributes:
+        group: position of the param group.
+        steps: taken in; those where it was not stepped, or its sums were no finite numbers, are not.
+        weight_norm, grad_norm: root mean squares of :math:`|w|` and :math:`|g|`.
+        effective_lr: :math:`\eta/|w|^2`, a ratio of means.
+        intrinsic_lr: :math:`\eta\lambda` of the last step.
+        angular_update: root mean square of the angle between w and w', in radians.
+        predicted_angular_update: the same at equilibrium, `normkern.theory.equilibrium_angle`: lr, weight decay and
+            momentum alone decide it, except that with nesterov the correlation has a part.
+        residual: :math:`|w|_*^4/|w|^4 - 1`, where :math:`|w|_*` is the length at which the present gradients would be
+            in balance: 0 at equilibrium, above where the norm is still to grow, below where it is still to shrink.
+        equilibrium_weight_norm: that length, for the hyperparameters of the last step.
+        steps_to_equilibrium: in which :math:`|w|^4` comes closer to it by a factor of e; inf where there is none.
+        time: the sum of lr * weight_decay over its steps; of order 1 where an equilibrium has had the time to come.
+        correlation: :math:`r = \langle b,g\rangle/|g|^2`, b the momentum buffer before the step, ratio of means: 0
+            where noise dominates. The predictions allow for it (see :mod:`normkern.theory`); it costs no pass either.
+        cosine: root mean square of :math:`\langle w,g\rangle/(|w||g|)`: 0 where the loss is scale-invariant.
+        nsr: noise-to-signal ratio of the batch gradient, from `SVAG.noise`; None with other optimizers.
+        reason: why there is no prediction, or what is missing; None if nothing is.
+    """
+
+    group: int
+    steps: int
+    weight_norm: float
+    grad_norm: float
+    effective_lr: float
+    intrinsic_lr: float
+    angular_update: float
+    predicted_angular_update: float | None
+    residual: float | None
+    equilibrium_weight_norm: float | None
+    steps_to_equilibrium: float
+    time: float
+    correlation: float
+    cosine: float
+    nsr: float | None
+    reason: str | None
+
+
+class EquilibriumReport(Report[Equilibrium]):
+    __doc__ = Report.__doc__
+
+    def __str__(self) -> str:
+        lines = [("", "|w|", "|w| at eq.", "residual", "effective lr", "angle", "predicted", "")]
+        for i, group in self.groups.items():
+            lines.append((f"group {i}", *_cells(group), group.reason or ""))
+            for name, parameter in self.parameters.items():
+                if parameter.group == i:
+                    rows = "" if len(self.slots[name]) == 1 else f" ({len(self.slots[name])} rows)"
+                    remark = "" if parameter.reason == group.reason else parameter.reason or ""
+                    lines.append((f"  {name}{rows}", *_cells(parameter), remark))
+        heads = [
+            f"group {i}: intrinsic lr {group.intrinsic_lr:.3g}, {group.steps_to_equilibrium:.4g} steps to equilibrium, "
+            f"time {group.time:.3g}"
+            for i, group in self.groups.items()
+        ]
+        return "\n".join([f"after {self.steps} steps", *heads, *table(lines)])
+
+
+def _why_none(h: Hyperparameters) -> str | None:
+    """Why a group has no equilibrium."""
+    if h.lr == 0:
+        return "lr is 0: nothing moves"
+    if h.weight_decay == 0:
+        return "weight_decay is 0: no equilibrium, the norm grows for ever"
+    try:
+        balance("equilibrium", *_arguments(h))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _arguments(h: Hyperparameters) -> tuple[float, float, float, bool]:
+    """lr, weight_decay, momentum and nesterov of the run without dampening that a group is."""
+    return h.lr * (1 - h.dampening), h.weight_decay, h.momentum, h.nesterov
+
+
+def numbers(h: Hyperparameters) -> list[float]:
+    """Of a group: lr, lr * weight_decay, whether there is an equilibrium, and its `Balance`."""
+    at = _NO_BALANCE if _why_none(h) else balance("equilibrium", *_arguments(h))
+    return [h.lr, h.lr * h.weight_decay, float(at is not _NO_BALANCE), *at]
+
+
+_NO_BALANCE = Balance(0.0, 0.0, 0.0, 0.0)
+
+
+def equilibrium(
+    group: int, h: Hyperparameters, means: list[float], steps: int, seen: bool, time: float, nsr: float | None
+) -> Equilibrium:
+    """From the means of one row, in the order of `COLUMNS`."""
+    m = dict(zip(COLUMNS, means if steps else [math.nan] * len(means), strict=True))
+    reason, cosine = _why_none(h), math.sqrt(m["cosine_sq"])
+    slow = math.inf
+    if reason is None:
+        lr, decay, momentum, _ = _arguments(h)
+        slow = steps_to_equilibrium(lr=lr, weight_decay=decay, momentum=momentum)
+    if steps == 0:
+        reason = "not measured: never stepped with finite numbers"
+    elif reason is None and m["balanced_weight_sq"] == 0:
+        reason = "not measured since there is an equilibrium"
+    elif reason is None and cosine > _COSINE:
+        reason = f"not scale-invariant by itself: |<w,g>| is {cosine:.2g} |w| |g|"
+    predicted = residual = norm = None
+    correlation = m["buffer_grad_dot"] / m["grad_sq"] if m["grad_sq"] else 0.0
+    if reason is None:
+        at = balance("equilibrium", *_arguments(h))
+        length = at.weight_of_grad + correlation * at.weight_of_dot
+        if length <= 0 or (m["balance_sq"] <= 0) != (m["grad_sq"] == 0) or m["balance_update_sq"] < 0:
+            reason = "gradients undo the momentum buffer: it shrinks, and nothing balances yet"
+        else:
+            of_nothing = at.update_of_grad / at.weight_of_grad
+            predicted = math.sqrt(m["balance_update_sq"] / m["balance_sq"] if m["balance_sq"] else of_nothing)
+            residual = m["balance_sq"] / m["balanced_weight_sq"] - 1
+            norm = (length * m["unit_grad_sq"]) ** 0.25
+    if reason is None and not seen:
+        reason = "not measured in the last step: not stepped, or no finite numbers"
+    return Equilibrium(
+        group=group,
+        steps=steps,
+        weight_norm=math.sqrt(m["weight_sq"]),
+        grad_norm=math.sqrt(m["grad_sq"]),
+        effective_lr=m["lr"] / m["weight_sq"],
+        intrinsic_lr=h.lr * h.weight_decay,
+        angular_update=math.sqrt(m["angle_sq"]),
+        predicted_angular_update=predicted,
+        residual=residual,
+        equilibrium_weight_norm=norm,
+        steps_to_equilibrium=slow,
+        time=time,
+        correlation=correlation,
+        cosine=cosine,
+        nsr=nsr,
+        reason=reason,
+    )
+
+
+def _cells(x: Equilibrium) -> tuple[str, str, str, str, str, str]:
+    predictions = (x.equilibrium_weight_norm, x.residual, x.predicted_angular_update)
+    norm, residual, predicted = ("-" if p is None else f"{p:.4g}" for p in predictions)
+    return f"{x.weight_norm:.4g}", norm, residual, f"{x.effective_lr:.4g}", f"{x.angular_update:.4g}", predicted

@@ -1,0 +1,82 @@
+"""What a monitor tells, at three levels: `Report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from .step_reader import Levels
+
+
+class _Entry(Protocol):
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Entry = TypeVar("Entry", bound=_Entry)
+
+
+@dataclass(frozen=True)
+class Report(Generic[Entry]):
+    """What a monitor knows; `print` it for a table.
+
+    Attributes:
+        steps: that the monitor has taken in.
+        groups: param groups by position, each as one vector: what counts where its tensors are invariant together only.
+        parameters: by name, each as one vector.
+        slots: by name, the slots of ``opt.stats()``: with ``stats="row"`` one per row, else the parameter itself.
+    """
+
+    steps: int
+    groups: dict[int, Entry]
+    parameters: dict[str, Entry]
+    slots: dict[str, list[Entry]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for a logger: ``{"steps", "groups", "parameters", "rows"}``.
+
+        "groups" and "parameters" are name -> quantity -> number; "rows", of parameters with several slots, is name ->
+        quantity -> list.
+        """
+        rows = {}
+        for name, slots in self.slots.items():
+            if len(slots) > 1:
+                entries = [slot.to_dict() for slot in slots]
+                rows[name] = {quantity: [entry[quantity] for entry in entries] for quantity in entries[0]}
+        return {
+            "steps": self.steps,
+            "groups": {str(i): group.to_dict() for i, group in self.groups.items()},
+            "parameters": {name: parameter.to_dict() for name, parameter in self.parameters.items()},
+            "rows": rows,
+        }
+
+
+@dataclass(frozen=True)
+class Told:
+    """One entry of a report."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for a logger."""
+        return asdict(self)
+
+
+def arranged(
+    levels: Levels, names: Sequence[str], rows: Sequence[Entry]
+) -> tuple[dict[int, Entry], dict[str, Entry], dict[str, list[Entry]]]:
+    """`rows`, one for each of the levels', as a report has them: groups, parameters, slots."""
+    parameters = rows[levels.first_parameter : levels.first_group]
+    return (
+        dict(zip(levels.indices, rows[levels.first_group :], strict=True)),
+        dict(zip(names, parameters, strict=True)),
+        {name: list(rows[s]) for name, s in zip(names, levels.slices, strict=True)},
+    )
+
+
+def table(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of cells under each other: the first ones to the left, the others to the right, remarks behind."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    out = []
+    for first, *cells, remark in lines:
+        right = [cell.rjust(width) for cell, width in zip(cells, widths[1:-1], strict=True)]
+        out.append("  ".join([first.ljust(widths[0]), *right, remark]).rstrip())
+    return out

@@ -1,0 +1,239 @@
+"""What an optimizer's steps measured, at three levels: slots, parameters, param groups. For monitors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..optim.options import LR_MULTIPLIERS, number
+from ..optim.sgd import SGD
+from ..optim.step_stats import StepStats
+from ..optim.svag import SVAG
+
+
+class Hyperparameters(NamedTuple):
+    """Of one param group in one step, as the kernel has them."""
+
+    lr: float
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+
+
+class Step(NamedTuple):
+    """One step: `levels.sums` of its table, and the hyperparameters of each measured group."""
+
+    levels: Levels
+    sums: StepStats
+    groups: tuple[Hyperparameters, ...]
+
+
+class Levels:
+    """A row for every slot, then one for every parameter (unless each has one slot), then one for every param group.
+
+    The last two are of the slots together, as one vector: norms squared and inner products are sums.
+    """
+
+    def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """The measured groups: their position in the optimizer, and how many slots each of their parameters has."""
+        self.layout = tuple((index, tuple(counts)) for index, counts in groups)
+        self.indices = [index for index, _ in self.layout]
+        counts = [count for _, group in self.layout for count in group]
+        self.slots, self.parameters = sum(counts), len(counts)
+        self.has_rows = any(count != 1 for count in counts)
+        group_of = [g for g, (_, group) in enumerate(self.layout) for _ in group]
+        self.slices: list[slice] = []  # of each parameter's slots
+        for count in counts:
+            start = self.slices[-1].stop if self.slices else 0
+            self.slices.append(slice(start, start + count))
+        self.first_parameter = self.slots if self.has_rows else 0
+        self.first_group = self.first_parameter + self.parameters
+        self.rows = self.first_group + len(self.layout)
+        self._parameter_of_slot = torch.arange(self.parameters).repeat_interleave(torch.tensor(counts).long())
+        groups_of_parameters = torch.tensor(group_of).long()
+        self._group_of_slot = groups_of_parameters[self._parameter_of_slot]
+        parts = [self._group_of_slot, *([groups_of_parameters] if self.has_rows else [])]
+        self._group_of_row = torch.cat([*parts, torch.arange(len(self.layout))])
+
+    def sums(self, table: Tensor) -> Tensor:
+        """The rows for a table of slots. A slot that is all NaN was not stepped and counts for nothing."""
+        self._go_to(table.device)
+        stepped = ~table.isnan().all(1, keepdim=True)
+        x = torch.cat([torch.where(stepped, table, 0.0), stepped.to(table.dtype)], 1)
+        sizes = [(len(self.layout), self._group_of_slot)]
+        if self.has_rows:
+            sizes.insert(0, (self.parameters, self._parameter_of_slot))
+        parts = [table]
+        for size, of in sizes:
+            total = x.new_zeros(size, x.shape[1]).index_add_(0, of, x)
+            parts.append(torch.where(total[:, -1:] > 0, total[:, :-1], torch.nan))
+        return torch.cat(parts)
+
+    def of_groups(self, numbers: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+        """Numbers of the groups, for every row those of its group."""
+        self._go_to(device)
+        # From pinned memory: the host does not wait for the device.
+        host = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
+        return host.to(device, non_blocking=True)[self._group_of_row]
+
+    def group_of_rows(self) -> list[int]:
+        """Which of the measured groups each row belongs to."""
+        of: list[int] = self._group_of_row.tolist()
+        return of
+
+    def _go_to(self, device: torch.device) -> None:
+        if self._group_of_row.device != device:
+            self._parameter_of_slot = self._parameter_of_slot.to(device)
+            self._group_of_slot, self._group_of_row = self._group_of_slot.to(device), self._group_of_row.to(device)
+
+
+class Steps:
+    """The steps of an optimizer, each one once."""
+
+    def __init__(self, optimizer: Any, who: str) -> None:
+        if not isinstance(optimizer, SGD):
+            raise TypeError(f"{who}: optimizer expected a normkern.SGD, got {type(optimizer).__name__}")
+        self.optimizer, self._who = optimizer, who
+        self._last: object = None
+        self._key: object = None
+        self._levels: Levels | None = None
+        self.check()
+
+    def check(self) -> None:
+        """There is something to read."""
+        if all(group["stats"] is None for group in self.optimizer.param_groups):
+            raise ValueError(
+                f'{self._who}: optimizer expected one with stats="tensor" or "row", got one that measures nothing'
+            )
+        groups = self.optimizer.param_groups
+        self._check_multipliers(i for i, group in enumerate(groups) if group.get(LR_MULTIPLIERS) is not None)
+
+    def _check_multipliers(self, groups: Iterable[int]) -> None:
+        for index in groups:
+            raise ValueError(
+                f"{self._who}: param_groups[{index}]: lr_multipliers expected None, as a monitor knows one learning "
+                "rate for each group; give each multiplier a group"
+            )
+
+    def levels(self) -> Levels:
+        """Those of the next step, as far as the param groups tell."""
+        default = "tensor" if isinstance(self.optimizer, SVAG) else None  # it always measures
+        groups: list[tuple[int, list[int]]] = []
+        for i, group in enumerate(self.optimizer.param_groups):
+            stats = group["stats"] or default
+            if stats is not None:
+                code = ops.stats_code(stats, self._who)  # type: ignore[arg-type]
+                groups.append((i, [ops.slot_count(p, code) for p in group["params"]]))
+        return Levels(groups)
+
+    def read(self) -> Step | None:
+        """The last step, unless it was read before or there was none. Nothing is synchronised."""
+        measured = self.optimizer._measured
+        if measured is None or measured is self._last:
+            self.check()
+            return None
+        self._check_multipliers(measured.multipliers)
+        self._last = measured
+        table, sizes = measured.table, [(index, size) for index, _, size in measured.groups]
+        key = (measured.offsets, len(table), sizes)
+        if self._levels is None or key != self._key:
+            ends = [*measured.offsets[1:], len(table)]
+            counts = [b - a for a, b in zip(measured.offsets, ends, strict=True)]
+            groups, at = [], 0
+            for index, size in sizes:
+                groups.append((index, counts[at : at + size]))
+                at += size
+            self._key, self._levels = key, Levels(groups)
+        table = table[:, : len(ops.SUMS)]
+        if measured.clip_coef is not None:  # a step of the clipped gradient is an ordinary one
+            once = measured.clip_coef.to(table.device)
+            of_grad = torch.ones_like(table[:1])
+            of_grad[:, ops.SUMS.index("grad_sq")], of_grad[:, ops.SUMS.index("weight_grad_dot")] = once.square(), once
+            table = table * of_grad
+        sums = self._levels.sums(table)
+        hyperparameters = tuple(
+            self._hyperparameters(index, number(lr, "lr", self._who)) for index, lr, _ in measured.groups
+        )
+        return Step(self._levels, StepStats(sums, [""], (0,), [math.nan]), hyperparameters)
+
+    def _hyperparameters(self, index: int, lr: float) -> Hyperparameters:
+        options = self.optimizer.param_groups[index]
+        if isinstance(self.optimizer, SVAG):
+            options = self.optimizer._kernel_options(index, options)
+        where = f"{self._who}: param_groups[{index}]"
+        momentum, dampening, decay = (number(options[k], k, where) for k in ("momentum", "dampening", "weight_decay"))
+        return Hyperparameters(lr, momentum, dampening if momentum else 0.0, decay, bool(options["nesterov"]))
+
+    def names(self, levels: Levels) -> list[str]:
+        """Of the parameters."""
+        names: list[str] = []
+        for index, counts in levels.layout:
+            given = self.optimizer.param_groups[index].get("param_names")
+            names += given[: len(counts)] if given else [f"{index}.{i}" for i in range(len(counts))]
+        return names
+
+    def pass_over(self) -> None:
+        """The last step was read by somebody whose state we go on with."""
+        self._last = self.optimizer._measured
+
+    def device(self) -> torch.device:
+        """Where sums are."""
+        return next((p.device for g in self.optimizer.param_groups for p in g["params"]), torch.device("cpu"))
+
+    def check_state(
+        self, where: str, state: Any, always: Sequence[str], tensors: Mapping[str, int], others: Sequence[str]
+    ) -> Levels | None:
+        """A monitor's state_dict fits the optimizer: its `tensors` have a row for every row, and so many columns.
+
+        Returns:
+            The levels; None if no step had been taken in.
+        """
+        if not isinstance(state, Mapping) or not {"steps", "layout", *always} <= set(state):
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"{where}: state_dict expected what state_dict() returned, got {got}")
+        if type(state["steps"]) is not int or state["steps"] < 0:
+            raise ValueError(f"{where}: steps expected an integer >= 0, got {state['steps']!r}")
+        layout = state["layout"]
+        if layout is None:
+            return None
+        levels = self.levels()
+        if tuple((index, tuple(counts)) for index, counts in layout) != levels.layout:
+            raise ValueError(f"{where}: layout expected {_words(levels.layout)}, got {_words(layout)}")
+        for name in (*others, *tensors):
+            if name not in state:
+                raise ValueError(f"{where}: state_dict expected {name!r}, got {sorted(map(str, state))}")
+        for name, width in tensors.items():
+            x = state[name]
+            if not isinstance(x, Tensor) or x.shape != (levels.rows, width):
+                shape = tuple(x.shape) if isinstance(x, Tensor) else x
+                raise ValueError(f"{where}: {name} expected shape {(levels.rows, width)}, got {shape!r}")
+        return levels
+
+
+def _words(layout: Any) -> str:
+    return ", ".join(f"{len(counts)} parameters with {sum(counts)} slots in group {index}" for index, counts in layout)
+
+
+class Average:
+    """Means over steps of columns, row by row, weighted by ``decay**age``, normalised: nothing is biased towards zero.
+
+    ``decay=1`` is the plain mean. A row that is not seen in a step keeps its mean.
+    """
+
+    def __init__(self, decay: float, rows: int, columns: int, device: torch.device) -> None:
+        self.decay = decay
+        self.weight = torch.zeros(rows, 1, dtype=torch.float64, device=device)
+        self.count = torch.zeros_like(self.weight)
+        self.mean = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, seen: Tensor) -> None:
+        """One step: `x` (rows, columns), `seen` (rows, 1)."""
+        self.count = self.count + seen
+        self.weight = torch.where(seen, self.decay * self.weight + 1, self.weight)
+        self.mean = torch.where(seen, self.mean + (x - self.mean) / self.weight, self.mean)

@@ -1,0 +1,170 @@
+"""Gradient noise from pairs: what two independent batch gradients say, once or averaged over many steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+
+
+@dataclass(frozen=True)
+class Noise:
+    r"""Signal and noise of a batch gradient g, with mean :math:`\nabla L` and covariance :math:`\Sigma`.
+
+    float64 tensors of no dimension, or of shape (slots,). Estimates without bias can be negative, and are not clipped.
+    ``nan`` in a standard error: one observation says nothing of its own spread.
+
+    Attributes:
+        grad_sq_norm_unbiased: of :math:`|\nabla L|^2`.
+        trace_sigma: of :math:`\mathrm{tr}\,\Sigma`, the covariance of the batch gradient.
+        nsr_batch: trace_sigma / grad_sq_norm_unbiased, the noise-to-signal ratio of the batch gradient.
+        grad_sq_norm_unbiased_stderr, trace_sigma_stderr, nsr_batch_stderr: standard errors over the steps, as if those
+            were independent; of the ratio by the delta method.
+        names, slots: of the parameters and where their slots are, as in `StepStats`.
+        slot_grad_sq_norm_unbiased, slot_trace_sigma, slot_nsr_batch: the same per slot; NaN where there was no pair.
+        count: steps, or pairs, that went in.
+    """
+
+    grad_sq_norm_unbiased: Tensor
+    trace_sigma: Tensor
+    nsr_batch: Tensor
+    grad_sq_norm_unbiased_stderr: Tensor
+    trace_sigma_stderr: Tensor
+    nsr_batch_stderr: Tensor
+    names: list[str]
+    slots: dict[str, slice]
+    slot_grad_sq_norm_unbiased: Tensor
+    slot_trace_sigma: Tensor
+    slot_nsr_batch: Tensor
+    count: int
+
+
+class NoiseAverage:
+    r"""Exponential averages of :math:`\langle g_1,g_2\rangle` and :math:`|g_1-g_2|^2/2`, per slot and in all.
+
+    Weights are :math:`\beta^{t-i}`, normalised, so that the first steps are not biased towards zero; numerator and
+    denominator of the ratio are averaged separately (a mean of ratios would be biased). A slot without a pair keeps its
+    average.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.count = 0
+        self._all = _Average(decay)
+
+    def add(self, pair_sums: Tensor, seen: Tensor | None = None) -> None:
+        """One step's sums, (slots, 4) in the order of `ops.PAIR_SUMS`; NaN rows, or those not `seen`, have no pair."""
+        x = pair_sums[:, :2] * pair_sums.new_tensor([1.0, 0.5])
+        seen = ~pair_sums[:, 2:].isnan().all(1, keepdim=True) if seen is None else seen.view(-1, 1)
+        if self.count == 0:
+            self._weight, self._mean = x.new_zeros(len(x), 1), x.new_zeros(x.shape)
+        self.count += 1
+        self._weight = torch.where(seen, self.decay * self._weight + 1, self._weight)
+        self._mean = torch.where(seen, self._mean + (x - self._mean) / self._weight, self._mean)
+        signal, noise = torch.where(seen, x, 0.0).sum(0).tolist()  # a pair with NaN is seen, and shows
+        self._all.add(signal, noise)
+
+    @property
+    def slots(self) -> int:
+        """How many."""
+        return 0 if self.count == 0 else len(self._mean)
+
+    def fits(self, slots: int) -> bool:
+        """Whether sums of so many slots can be added."""
+        return self.count == 0 or self.slots == slots
+
+    def result(self, names: list[str], slots: dict[str, slice]) -> Noise:
+        """What is known now."""
+        signal, noise = torch.where(self._weight > 0, self._mean, torch.nan).unbind(1)
+        a, b, c = (self._mean.new_tensor(x) for x in self._all.estimates())
+        d, e, f = (self._mean.new_tensor(x) for x in self._all.standard_errors())
+        return Noise(a, b, c, d, e, f, names, slots, signal, noise, noise / signal, self.count)
+
+
+class _Average:
+    """Weighted mean, variance and covariance of two numbers, signal and noise, by West's update."""
+
+    def __init__(self, decay: float) -> None:
+        self.decay = decay
+        self.weight = 0.0  # of all, with the newest as 1
+        self.squares = 0.0  # of the normalised weights
+        self.signal = self.noise = 0.0
+        self.of_signal = self.of_noise = self.covariance = 0.0  # weighted means of squared deviations
+
+    def add(self, signal: float, noise: float) -> None:
+        self.weight = self.decay * self.weight + 1
+        share = 1 / self.weight
+        a, b, keep = signal - self.signal, noise - self.noise, 1 - share
+        self.signal += share * a
+        self.noise += share * b
+        self.of_signal = keep * (self.of_signal + share * a * a)
+        self.of_noise = keep * (self.of_noise + share * b * b)
+        self.covariance = keep * (self.covariance + share * a * b)
+        self.squares = keep**2 * self.squares + share**2
+
+    def estimates(self) -> tuple[float, float, float]:
+        """Signal, noise and their ratio."""
+        return self.signal, self.noise, _ratio(self.noise, self.signal)
+
+    def standard_errors(self) -> tuple[float, float, float]:
+        """Of the same: the variance of a weighted mean is that of one observation times its weights' sum of squares."""
+        if self.squares >= 1:  # one observation
+            return math.nan, math.nan, math.nan
+        spread = self.squares / (1 - self.squares)  # the division makes the variance unbiased
+        ratio = _ratio(self.noise, self.signal)
+        deviation = self.of_noise - 2 * ratio * self.covariance + ratio**2 * self.of_signal
+        of_ratio = _ratio(math.sqrt(max(deviation, 0.0) * spread), abs(self.signal))
+        return math.sqrt(self.of_signal * spread), math.sqrt(self.of_noise * spread), of_ratio
+
+
+def _ratio(a: float, b: float) -> float:
+    """a / b as floating point has it, also for b = 0."""
+    return a / b if b != 0 else math.copysign(math.inf, a) if a else math.nan
+
+
+def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]) -> Noise:
+    r"""Signal and noise from the gradients of two independent batches, in one pass over both.
+
+    .. math::
+        \widehat{|\nabla L|^2} = \langle a, b\rangle, \qquad \widehat{\mathrm{tr}\,\Sigma} = \tfrac12 |a - b|^2
+
+    Both without bias; one pair is a noisy witness: average them separately over many (as `SVAG.noise` does), then
+    divide.
+
+    Args:
+        grads_a, grads_b: lists of equal shapes, dtypes and devices; an entry may be None if its partner is.
+            What no kernel can take is read by torch.
+
+    Returns:
+        `Noise`; names are the positions in the lists, standard errors NaN.
+
+    Raises:
+        ValueError: lengths or shapes differ. TypeError: only one of two is None, or dtypes differ.
+
+    Reference: the estimators for m = 2 of McCandlish et al., arXiv 1812.06162, appendix A.
+
+    >>> noise = noise_from_pair([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])])
+    >>> noise.grad_sq_norm_unbiased.item(), noise.trace_sigma.item()
+    (7.0, 2.0)
+    """
+    a, b = list(grads_a), list(grads_b)
+    sums = pair_sums_of(a, b)
+    average = NoiseAverage(0.0)
+    average.add(sums, torch.tensor([x is not None for x in a], dtype=torch.bool, device=sums.device))
+    names = [str(i) for i in range(len(sums))]
+    return average.result(names, {name: slice(i, i + 1) for i, name in enumerate(names)})
+
+
+def pair_sums_of(a: list[Tensor | None], b: list[Tensor | None]) -> Tensor:
+    """`ops.pair_sums`, or its eager twin for tensors that no kernel can take."""
+    if ops.kernels_take((*a, *b)):
+        return ops.pair_sums(a, b)
+    from .. import reference
+
+    ops.check_pairs("noise_from_pair", a, b)
+    return reference.pair_sums(a, b)

@@ -1,0 +1,107 @@
+r"""Of all processes of a `DistributedDataParallel` model together: what one process would say of the joint batch.
+
+Process r has :math:`B_r` samples with gradients :math:`g_b`, their total :math:`D_r` and centred sum :math:`S_r`.
+
+.. math::
+    \bar g = \frac1B \sum_r D_r, \qquad S = \sum_r \bigl(S_r + |D_r - B_r \bar g|^2/B_r\bigr), \qquad B = \sum_r B_r
+
+Every sample counts the same, also where processes have different numbers of them; then ``.grad``, the mean of the
+processes' means, is not :math:`\bar g`.
+
+Reference: Chan, Golub and LeVeque 1983, Am. Stat. 37(3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .accumulator import Record
+from .sums import real, sq_norm
+
+
+@dataclass
+class Joined:
+    """Records with the sums of all processes."""
+
+    records: list[Record]
+    batch: int
+
+
+def agree(records: Sequence[Record], batch: int, group: Any) -> list[int]:
+    """Every process's batch; what one has excluded, all exclude. Each calls this, whatever it has measured.
+
+    Raises:
+        RuntimeError: one of them has measured nothing.
+    """
+    own = torch.tensor([batch] + [r.status == "excluded" for r in records], device=records[0].param.device)
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    table = torch.stack(every).tolist()
+    batches = [row[0] for row in table]
+    if 0 in batches:
+        raise RuntimeError(
+            "GradientNoise.result: expected a forward and a backward inside the context before it in every process, "
+            f"but rank {batches.index(0)} has measured nothing"
+        )
+    for i, r in enumerate(records):
+        if any(row[i + 1] for row in table):
+            r.status = "excluded"
+    return batches
+
+
+def join(records: list[Record], batch: int, unit: float, batches: list[int], squares: bool, group: Any) -> Joined:
+    """Two collectives: totals, and what is about the joint mean. Every process calls this, with the same parameters.
+
+    `unit`: what contributions are multiplied with to be gradients of samples; those of the records returned are.
+    """
+    whole = sum(batches)
+    kind = torch.float64 if any(r.param.dtype == torch.float64 for r in records) else torch.float32
+    own = [_total(r).to(kind) * unit for r in records]
+    totals = _added(own, group)
+    spreads = [(d - t * (batch / whole)).div_(batch**0.5) for d, t in zip(own, totals, strict=True)]
+    del own
+    if squares:
+        about_mean = [x.square_() for x in spreads]
+        for x, r in zip(about_mean, records, strict=True):
+            of_own = r.sum_of_squares()
+            if of_own is not None:
+                x.add_(of_own.reshape(x.shape), alpha=unit**2)
+        centred: list[Tensor | None] = list(_added(about_mean, group))
+        norms: list[Tensor | None] = [None] * len(records)
+    else:
+        # Of each parameter a number: what |sum|^2 / B is to be taken from, as in one process.
+        between = [sq_norm(x) for x in spreads]
+        within = [r.moment() - (r.square() / batch if r.about_zero else 0) for r in records]
+        of_own_mean = [b + w * unit**2 for b, w in zip(between, within, strict=True)]
+        about = _added([x.view(1) for x in of_own_mean], group)
+        norms = [a.view(()) + sq_norm(t) / whole for a, t in zip(about, totals, strict=True)]
+        centred = [None] * len(records)
+    return Joined(
+        [
+            replace(
+                r, status="exact", total=t.to(real(r.param.dtype)), in_grad=None, total_sq=sq_norm(t), centred=c,
+                scaled=None, centred_sum=None, sq_norms=[n * unit**2 for n in r.sq_norms], all_norms=n,
+            )
+            for r, t, c, n in zip(records, totals, centred, norms, strict=True)
+        ],
+        whole,
+    )  # fmt: skip
+
+
+def _total(r: Record) -> Tensor:
+    total = r.read_total()
+    return torch.zeros(r.param.shape, device=r.param.device) if total is None else total
+
+
+def _added(own: list[Tensor], group: Any) -> list[Tensor]:
+    """The sums over all processes, by one collective."""
+    flat = torch.cat([x.reshape(-1).to(own[0].device) for x in own])
+    dist.all_reduce(flat, group=group)
+    parts = torch.split(flat, [x.numel() for x in own])
+    return [part.view(x.shape).to(x.device) for part, x in zip(parts, own, strict=True)]

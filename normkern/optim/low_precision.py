@@ -1,0 +1,145 @@
+"""How a param group stores what it writes: the dtype of buffers, bfloat16 weights rounded at random, master copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from .options import BUFFER, MASTER, place
+
+#: The group key that counts the steps that were rounded at random.
+ROUNDING_STEP = "rounding_step"
+#: Group keys, and what changes nothing.
+PRECISION: dict[str, Any] = {
+    "state_dtype": None,
+    "stochastic_rounding": False,
+    "rounding_seed": 0,
+    "master_weights": False,
+}
+LOW = (torch.bfloat16, torch.float16)
+_STATE_DTYPES = (None, torch.float32, torch.bfloat16)
+
+
+def check_precision(group: Mapping[str, Any], where: str | int) -> None:
+    """Every option of how a group is stored is of its kind.
+
+    Raises:
+        ValueError: one is not; both ways of keeping what bfloat16 rounds away are chosen.
+    """
+    dtype, seed, step = group["state_dtype"], group["rounding_seed"], group.get(ROUNDING_STEP, 0)
+    if not any(dtype is known for known in _STATE_DTYPES):
+        raise ValueError(f"{place(where)}: state_dtype expected None, torch.float32 or torch.bfloat16, got {dtype!r}")
+    for name in ("stochastic_rounding", "master_weights"):
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{place(where)}: {name} expected True or False, got {group[name]!r}")
+    for name, number, bits in (("rounding_seed", seed, 64), (ROUNDING_STEP, step, 63)):
+        if type(number) is not int or not 0 <= number < 1 << bits:
+            raise ValueError(f"{place(where)}: {name} expected a whole number from 0 to 2^{bits} - 1, got {number!r}")
+    if group["stochastic_rounding"] and group["master_weights"]:
+        raise ValueError(
+            f"{place(where)}: expected stochastic_rounding or master_weights, got both: of a weight with a master copy "
+            "no rounding is lost"
+        )
+
+
+class GroupPrecision:
+    """How one param group is stored during one step: reads and checks, writes nothing before `keep`."""
+
+    __slots__ = ("first", "has_masters", "rounding", "state_dtype")
+
+    def __init__(self, options: dict[str, Any], index: int, first: int) -> None:
+        """`first`: the index in the optimizer of the group's first parameter.
+
+        Raises:
+            ValueError: an option is unknown, or does not fit a parameter or the group.
+            RuntimeError: random numbers would be captured in a graph.
+        """
+        check_precision(options, index)
+        self.first, self.state_dtype = first, options["state_dtype"]
+        self.has_masters: bool = options["master_weights"]
+        self.rounding: ops.Rounding | None = None
+        if options["stochastic_rounding"]:
+            self.rounding = ops.Rounding(options["rounding_seed"], options.get(ROUNDING_STEP, 0), first)
+        if options["differentiable"]:
+            raise ValueError(
+                f"{place(index)}: differentiable expected False with state_dtype, stochastic_rounding or "
+                "master_weights, got True"
+            )
+        for i, p in enumerate(options["params"]):
+            if self.state_dtype is not None and p.dtype not in (torch.float32, *LOW):
+                raise ValueError(
+                    f"{place(index)}: state_dtype expected float32, bfloat16 or float16 parameters, but params[{i}] is "
+                    f"{ops.describe(p)}"
+                )
+            if self.rounding is not None and p.dtype == torch.float16:
+                raise ValueError(
+                    f"{place(index)}: stochastic_rounding expected bfloat16 parameters, or of 32 and 64 bits, which "
+                    f"are stored as always, but params[{i}] is {ops.describe(p)}"
+                )
+            if self.rounding is not None and p.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"{place(index)}: stochastic_rounding expected no CUDA graph: every replay would round with the "
+                    "same random numbers"
+                )
+
+    def code(self, i: int = 0) -> ops.Precision:
+        """What the binary takes, of a list that begins with parameter i of the group."""
+        return ops.precision(self.state_dtype, self.rounding, self.first + i)
+
+    def buffer_dtype(self, p: Tensor) -> torch.dtype:
+        """Of a parameter's new momentum buffer."""
+        return self.state_dtype or p.dtype
+
+    def masters(self, params: list[Any], grads: list[Any], state: Any) -> tuple[list[Any] | None, list[int]]:
+        """The copies of those parameters that have gradients, and which of them are new."""
+        if not self.has_masters:
+            return None, []
+        masters: list[Any] = [None] * len(params)
+        new = []
+        for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+            if g is None or p.dtype not in LOW:
+                continue
+            masters[i] = state.get(p, {}).get(MASTER)
+            if masters[i] is None:
+                masters[i] = p.detach().float()
+                new.append(i)
+        return masters, new
+
+    def convert(self, params: list[Any], grads: list[Any], buffers: list[Any]) -> list[int]:
+        """Buffers of another dtype than `state_dtype` become new ones, in the list; at these positions."""
+        if self.state_dtype is None:
+            return []
+        old = [i for i, b in enumerate(buffers) if b is not None and grads[i] is not None]
+        old = [i for i in old if buffers[i].dtype != self.state_dtype]
+        for i in old:
+            buffers[i] = buffers[i].to(self.state_dtype)
+        return old
+
+    def keep(self, group: dict[str, Any]) -> None:
+        """Writes into the param group that a step has been taken."""
+        if self.rounding is not None:
+            group[ROUNDING_STEP] = self.rounding.step + 1
+
+
+def group_precision(options: dict[str, Any], index: int, first: int) -> GroupPrecision | None:
+    """None where everything is stored as the parameters are."""
+    if options["state_dtype"] is None and not options["stochastic_rounding"] and not options["master_weights"]:
+        return None
+    return GroupPrecision(options, index, first)
+
+
+def restore_precision(state: Any, groups: list[dict[str, Any]], saved: Mapping[str, Any]) -> None:
+    """What `torch.optim.Optimizer.load_state_dict` has cast to the parameters' dtype, from the checkpoint once more.
+
+    A buffer is loaded as a step would make a new one; a master copy in float32.
+    """
+    for group, saved_group in zip(groups, saved["param_groups"], strict=True):
+        for p, key in zip(group["params"], saved_group["params"], strict=True):
+            entry, given = state.get(p, {}), saved["state"].get(key, {})
+            for name, dtype in ((BUFFER, group["state_dtype"]), (MASTER, torch.float32)):
+                if isinstance(entry.get(name), Tensor) and dtype is not None:
+                    entry[name] = given[name].to(dtype=dtype, device=entry[name].device)

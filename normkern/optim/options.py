@@ -1,0 +1,115 @@
+"""What users may write into param groups and checkpoints, and the sentences for what they may not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .. import ops
+
+#: The entry of an optimizer's state that holds a parameter's momentum buffer; torch's name.
+BUFFER = "momentum_buffer"
+#: And its copy in float32.
+MASTER = "master_weight"
+#: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
+#: norms whose running statistics follow the weights.
+GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"
+#: A group key: one number for each parameter, which the learning rate is multiplied with; None: 1.
+LR_MULTIPLIERS = "lr_multipliers"
+_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
+
+
+def number(x: Any, name: str, where: str | int) -> float:
+    """A hyperparameter as the float it is: any number, or a tensor of one element (synchronised).
+
+    `where` begins the sentence for what is none: a text, or the position of a param group at a step.
+    """
+    if type(x) is float:
+        return x
+    if isinstance(x, Tensor):
+        if x.numel() != 1 or x.is_complex():
+            raise ValueError(f"{place(where)}: {name} expected one number, got a tensor of shape {tuple(x.shape)}")
+        return float(x.detach())
+    try:
+        return float(x.__float__())
+    except (AttributeError, TypeError, OverflowError):
+        raise ValueError(f"{place(where)}: {name} expected a number, got {x!r}") from None
+
+
+def place(where: str | int) -> str:
+    """How a sentence begins: made only when there is one to say."""
+    return where if isinstance(where, str) else f"SGD.step: param_groups[{where}]"
+
+
+def check_decay(decay: object, where: str) -> None:
+    """A form of weight decay that exists."""
+    if decay not in ("coupled", "exponential"):
+        raise ValueError(f'{where}: decay expected "coupled" or "exponential", got {decay!r}')
+
+
+def check_options(group: dict[str, Any], where: str) -> None:
+    """Every option of a loaded param group is of its kind."""
+    for name in _NUMBERS:
+        number(group[name], name, where)
+    ops.stats_code(group["stats"], where)
+    check_decay(group["decay"], where)
+    if not (isinstance(group.get(SCALE_INVARIANT), bool) or group.get(SCALE_INVARIANT) is None):
+        raise ValueError(f"{where}: scale_invariant expected True, False or None, got {group[SCALE_INVARIANT]!r}")
+    if GAUGE in group:
+        check_gauge(group[GAUGE], where)
+    if group.get(LR_MULTIPLIERS) is not None:
+        ops.read_lr_multipliers(group[LR_MULTIPLIERS], len(group["params"]), where)
+
+
+def check_gauge(gauge: Any, where: str) -> None:
+    """(scale, z, exponent), as `ops.gauge_step` returns them."""
+    try:
+        scale, z, exponent = gauge
+        fits = bool(0.5 < scale < 2) and math.isfinite(z) and type(exponent) is int
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of what compares as a tensor does, and 2**2000
+        fits = False
+    if not fits:
+        raise ValueError(f"{where}: gauge expected (scale, z, exponent) as a step leaves them, got {gauge!r}")
+
+
+def check_checkpoint(loaded: Mapping[str, Any]) -> None:
+    """A state dict of such a form that torch's own loading says no more about it than which entries are missing."""
+
+    def refuse(what: str, expected: str, got: object) -> None:
+        raise ValueError(f"SGD.load_state_dict: {what} expected {expected}, got {type(got).__name__}")
+
+    state, groups = loaded.get("state", {}), loaded.get("param_groups", [])
+    if not isinstance(state, Mapping):
+        refuse("state", "a dict", state)
+    if not isinstance(groups, (list, tuple)):
+        refuse("param_groups", "a list", groups)
+    for i, group in enumerate(groups):
+        if not isinstance(group, Mapping):
+            refuse(f"param_groups[{i}]", "a dict", group)
+        ids = group.get("params", [])
+        if not isinstance(ids, (list, tuple)):
+            refuse(f"param_groups[{i}]['params']", "a list", ids)
+        for j, key in enumerate(ids):
+            if not isinstance(key, Hashable):
+                refuse(f"param_groups[{i}]['params'][{j}]", "a number or a name", key)
+
+
+def check_state(state: Any, groups: list[dict[str, Any]]) -> None:
+    """Every buffer fits its parameter. An old checkpoint's None is no buffer yet."""
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            entry = state.get(p, {})
+            where = f"SGD.load_state_dict: the state of param_groups[{g}]['params'][{i}]"
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"{where} expected a dict, got {type(entry).__name__}")
+            for name in (BUFFER, MASTER):
+                x = entry.get(name)
+                if x is None:
+                    continue
+                if not isinstance(x, Tensor):
+                    raise ValueError(f"{where}: {name} expected a tensor, got {type(x).__name__}")
+                if x.shape != p.shape:
+                    raise ValueError(f"{where}: {name} expected shape {tuple(p.shape)}, got {tuple(x.shape)}")

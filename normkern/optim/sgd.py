@@ -1,0 +1,498 @@
+"""`SGD`: torch.optim.SGD in one pass over memory, with the norms of the step from the same pass."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch._C import _to_dlpack as to_dlpack
+from torch._C._autograd import _profiler_enabled
+from torch._compile import _disable_dynamo
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from .. import ops
+from ..tracing import in_dispatch_mode
+from .clipping import clip
+from .dtensor import sum_step_over_shards
+from .exponential_decay import norm_buffers, warn_of_norms
+from .group_step import GroupStep, with_torch_sums
+from .low_precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
+from .options import (
+    GAUGE,
+    LR_MULTIPLIERS,
+    NORM_BUFFERS,
+    SCALE_INVARIANT,
+    check_checkpoint,
+    check_decay,
+    check_options,
+    check_state,
+)
+from .step_stats import StepStats
+
+
+class SGD(torch.optim.SGD):
+    r"""Drop-in for `torch.optim.SGD`: same arguments, same state, same numbers, one pass over memory.
+
+    .. math::
+        d_t = \pm g_t + \lambda w_t, \quad b_{t+1} = \mu b_t + (1-\tau) d_t, \quad w_{t+1} = w_t - \eta b_{t+1}
+
+    with :math:`b_1 = d_0` for the first gradient of each parameter, and :math:`d_t + \mu b_{t+1}` in place of
+    :math:`b_{t+1}` for nesterov. float64, float32, bfloat16 and float16 parameters; arithmetic in float32 (float64 for
+    float64) with one rounding when a value is stored, so low precision follows the exact result more closely than
+    torch's default loop, which rounds after every operation.
+
+    Args:
+        params, lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`; every one may change
+            between steps.
+        foreach: accepted, changes nothing.
+        differentiable: takes torch's own path.
+        fused: True adds the GradScaler protocol (a skipped step leaves no trace and needs no second pass over the
+            gradients; they are unscaled inside the step and never written) and torch's errors for unsupported tensors.
+        stats: None, "tensor" or "row": what `stats()` will tell of each step. Also a group key.
+        decay: "coupled", weight decay as part of the gradient; "exponential", as a growing learning rate. Also a group
+            key, which may change between steps.
+        state_dtype: of momentum buffers: torch.float32 or torch.bfloat16, of parameters of 32 and 16 bits; those that
+            have another one are converted at the next step. None: that of the parameters, for new ones. Also a group
+            key, as are the others below.
+        stochastic_rounding: bfloat16 weights are rounded up or down at random when they are stored, such that their
+            mean is what was to be stored: steps too small for bfloat16 are not lost.
+        rounding_seed: of its random numbers, which also depend on the coordinate, the parameter's index and the number
+            of steps so far, ``group["rounding_step"]``, and on nothing else: not on torch's seed, so that replicas
+            round alike, nor on threads or devices. Saved, so that a resumed run is the uninterrupted one.
+        master_weights: parameters of 16 bits get a copy in float32, ``state[p]["master_weight"]``, from which every
+            step goes on; they are what that is rounded to. `stats()` speaks of the copy. Where somebody else has
+            written a parameter, coordinate by coordinate, it counts and not the copy.
+
+    A group may have the key ``lr_multipliers``, a sequence or vector with one number of at least 0 for each of its
+    parameters: the step of the i-th one is with lr times the i-th number, and `stats()` has its `effective_lr`. None
+    (the default) is 1 for all. It may change between steps and is saved with the group; on a CUDA device the kernel
+    reads a vector that lies there, whose numbers nobody looks at.
+
+    ``decay="exponential"`` is for weights of which the loss sees only the direction, such as those before a norm.
+    Nothing shrinks them; the learning rate inside the kernel grows as they would have shrunk, and at every step the
+    network computes what it would with coupled decay: for any schedule of lr, momentum, dampening and weight_decay, and
+    for nesterov. lr and the others stay those of the run with decay, and so does what `stats()` tells. The stored
+    weights are that run's divided by `true_scale()`: powers of two are taken out in the step's own pass, so nothing
+    overflows, however long the run, and no decay is lost to rounding in bfloat16. One gauge, ``group["gauge"]``, speaks
+    for all parameters of a group; it is saved with it. Two more keys of such a group:
+
+    * ``scale_invariant``: True trusts the group. Otherwise it is judged at the first step with a gradient, by
+      :math:`|\langle w,g\rangle| \le 10^{-3} |w| |g|`, of each parameter or of all together; this synchronises, once.
+    * ``norm_buffers``: the batch norms behind the weights, or pairs (running_mean, running_var), which follow when a
+      power of two is taken out; [] if there are none. Without the key a warning says that they lag. Not saved.
+
+    Sparse and complex tensors, tensor subclasses, gradients of another dtype than their parameter, devices that the
+    binary has no kernels for: torch's own loop steps them, with its result; logger "normkern" says so at level DEBUG.
+    So it does with everything under a dispatch mode or a torch.func transform, and, with `stats`, with parameters on
+    other devices than the first. A DTensor is stepped through its local shard, and with `stats` every rank has the
+    sums of whole parameters: one small all_reduce in each step. Several threads may step one optimizer: one after the
+    other.
+
+    On CUDA devices nothing waits for the device, and a step can be captured in a graph after a first one: lr and
+    weight_decay may be CUDA tensors of one number, which the kernel reads. With ``fused=True`` it also reads what a
+    GradScaler has found, except with ``decay="exponential"`` or `stochastic_rounding`; a skipped step then keeps the
+    sums of the last one. `stochastic_rounding` cannot be captured: each replay would have the same random numbers.
+
+    Raises, at a step, before anything is written:
+        RuntimeError: a parameter is of an integer dtype.
+        ValueError: shapes differ; a parameter is expanded, or overlaps another partially; `stats` is no known choice.
+            `stochastic_rounding` with a float16 parameter or together with `master_weights`; `state_dtype` with one of
+            float64 or a complex dtype; any of these with `differentiable`.
+            With ``decay="exponential"``: lr * weight_decay is more than (1 - sqrt(momentum))^2, where no growing
+            learning rate follows decay; a parameter has no gradient while others of its group have; the group is not
+            scale-invariant, or a weight is zero; `differentiable`; `lr_multipliers`. And everywhere: `lr_multipliers`
+            are not one finite number of at least 0 for each parameter.
+
+    Reference: torch.optim.SGD; for the exponential learning rate Li and Arora, arXiv 1910.07454, with constant
+    hyperparameters; with any, and nesterov, `ops.gauge_step`.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    >>> opt = SGD([w], lr=0.1, momentum=0.9, weight_decay=0.01)
+    >>> w.grad = torch.tensor([1.0, 1.0])
+    >>> opt.step()
+    >>> w.detach()
+    tensor([0.8990, 1.8980])
+    """
+
+    #: Options that torch's SGD does not have.
+    _own_options: tuple[str, ...] = ("stats", "decay", *PRECISION)
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        stats: ops.Stats = None,
+        decay: str = "coupled",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        master_weights: bool = False,
+    ) -> None:
+        ops.stats_code(stats, "SGD")
+        check_decay(decay, "SGD")
+        stored = (state_dtype, stochastic_rounding, rounding_seed, master_weights)
+        self._own_defaults: dict[str, Any] = {
+            "stats": stats, "decay": decay, **dict(zip(PRECISION, stored, strict=True)),
+        }  # fmt: skip
+        check_precision(self._own_defaults, "SGD")
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._step_plan, self._lock = ops.Pass(), threading.Lock()
+        _alive.add(self)
+        self._measured: _Measured | None = None
+        self._written: tuple[Tensor, ...] | None = None
+        self._kept: list[object] = []
+        self._warned = False
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `torch.optim.Optimizer`; `stats`, `decay`, `scale_invariant` and `norm_buffers` may be keys too."""
+        self.defaults.update(self._own_defaults)
+        if isinstance(param_group, dict) and param_group.get(NORM_BUFFERS) is not None:
+            norm_buffers(param_group[NORM_BUFFERS], f"SGD: param_groups[{len(self.param_groups)}]")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group.setdefault(LR_MULTIPLIERS, None) is not None:
+            where = f"SGD: param_groups[{len(self.param_groups) - 1}]"
+            try:
+                ops.read_lr_multipliers(group[LR_MULTIPLIERS], len(group["params"]), where)
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    def stats(self) -> StepStats:
+        """The norms and inner products of the last step.
+
+        Returns:
+            `StepStats`: float64 tensors on the parameters' device, not synchronised. Each step has its own, which stays
+            valid. A step that was skipped by a GradScaler leaves the last one in place.
+
+        Raises:
+            RuntimeError: before the first step, or if no param group has ``stats`` set.
+        """
+        if all(group["stats"] is None for group in self.param_groups):
+            raise RuntimeError('SGD.stats: nothing was measured; construct the optimizer with stats="tensor" or "row"')
+        if self._measured is None:
+            raise RuntimeError("SGD.stats: expected a step before it, but none has been taken yet")
+        return self._measured.stats(self.param_groups)
+
+    def true_scale(self) -> list[float]:
+        r"""What each param group's weights are to be multiplied with to be those of the run with weight decay.
+
+        1 where decay is coupled; else between :math:`\sqrt{1/2}` and :math:`\sqrt 2`. The network computes the same
+        with either.
+        """
+        return [group.get(GAUGE, ops.NEW_GAUGE)[0] for group in self.param_groups]
+
+    @overload
+    def step(self, closure: None = None, *, max_norm: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, max_norm: None = None) -> float: ...
+    @overload
+    def step(self, closure: None = None, *, max_norm: float | Tensor) -> Tensor: ...
+    @overload
+    def step(self, closure: Callable[[], float], *, max_norm: float | Tensor) -> tuple[float, Tensor]: ...
+    def step(
+        self, closure: Callable[[], float] | None = None, *, max_norm: float | Tensor | None = None
+    ) -> float | Tensor | tuple[float, Tensor] | None:
+        r"""One step; with `max_norm` of gradients whose global norm n is clipped, :math:`g \min(1, m/(n + 10^{-6}))`.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+            max_norm: a number of at least 0. As `torch.nn.utils.clip_grad_norm_` before the step, over all parameters
+                of all groups, but that no gradient is written: one pass reads them, the second is the step.
+
+        Returns:
+            The closure's loss, or None; with `max_norm` the norm before clipping, or (loss, norm): a float64 tensor of
+            no dimension on the parameters' device, not synchronised. It is of the unscaled gradients; with
+            ``decay="exponential"`` of those of the run with weight decay; without any gradient 0; in a step that a
+            GradScaler skips NaN. `stats()` is of the gradients before clipping.
+
+        Raises:
+            TypeError: `max_norm` is no number. ValueError: it is negative. Nothing is written, no closure called.
+        """
+        # torch wraps every step into hooks and a profiler range, which cost as much as a whole step of twenty small
+        # tensors. Ours is marked as wrapped already, and goes through torch's wrapper when somebody is there to notice.
+        watched = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or _profiler_enabled()
+        )
+        if watched and type(self).step is SGD.step:  # torch has wrapped the step of a subclass that has its own
+            given: dict[str, Any] = {} if max_norm is None else {"max_norm": max_norm}
+            return self._watched_step(**given) if closure is None else self._watched_step(closure, **given)
+        return self._plain_step(closure, max_norm=max_norm)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _plain_step(
+        self, closure: Callable[[], float] | None = None, *, max_norm: float | Tensor | None = None
+    ) -> float | Tensor | tuple[float, Tensor] | None:
+        limit = None if max_norm is None else ops.check_max_norm(max_norm, "SGD.step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # One at a time: torch steps an optimizer from two threads in some order, and so do we.
+        with self._lock:
+            norm = self._step_now(limit)
+        if norm is None:
+            return loss
+        return norm if loss is None and closure is None else (loss, norm)  # type: ignore[return-value]
+
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
+
+    @_disable_dynamo  # the kernels are opaque to torch.compile; without it would warn at each call of one
+    def _step_now(self, max_norm: float | None) -> Tensor | None:
+        # GradScaler leaves these on an optimizer with fused=True for the duration of the call.
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        scaler = None
+        if found_inf is not None and self._kernel_may_skip(found_inf):
+            scaler = (grad_scale, found_inf)
+        elif self._skips(found_inf, grad_scale):
+            return self._norm_of_skipped(max_norm)
+        inverse_scale = 1.0 if grad_scale is None or scaler is not None else 1.0 / float(grad_scale)
+
+        step = self._step_plan
+        step.begin()
+        norm = coef = None
+        try:
+            groups = self._groups(inverse_scale, scaler)
+            if scaler is not None and self._leaves_a_trace(groups) and self._skips(found_inf, grad_scale):
+                step.begin()
+                return self._norm_of_skipped(max_norm)
+            written = step.check(self._written)
+            if max_norm is not None:
+                norm, coef = clip(step, groups, max_norm, grad_scale, None if scaler is None else found_inf)
+        except BaseException:
+            step.begin()  # lets go of the gradients
+            raise
+        # Nothing has been written so far, and from here on only torch's own loop can fail: it goes first.
+        for group in groups:
+            if group.left_to_torch:
+                group.step_with_torch(grad_scale, coef)
+        measures = any(group.stats for group in groups) and not in_dispatch_mode()
+        table = scratch = None
+        if measures:
+            table = ops.new_table(step.slots, step.columns, step.like)
+            if step.like is not None:
+                scratch = ops.new_scratch(step)
+                if scaler is not None and self._measured is not None:  # should the kernel skip
+                    table.copy_(self._measured.table)
+        step.run(table, scratch)
+        increment_version(written)
+        if written is not self._written:
+            # A tensor that only Python refers to makes torch take the GIL whenever C++ so much as looks at it: a second
+            # reference to each buffer is worth 25 ns per look. (Not to parameters: they may be part of cycles that only
+            # Python's collector can undo, and `torch.utils.swap_tensors` wants them unshared.)
+            self._written = written
+            self._kept = [to_dlpack(t) for t in written if not t.requires_grad]
+        norms_lag = self._keep(groups)
+        if table is not None:
+            table = with_torch_sums(table, groups)
+            self._sum_over_shards(table, groups)
+            measured = [(group.index, group.lr_now(), len(group.params)) for group in groups if group.stats]
+            multipliers = {group.index: group.multipliers for group in groups if group.multipliers is not None}
+            self._measured = _Measured(table, step.slot_offsets, measured, multipliers, coef)
+        self._stepped(table)
+        if norms_lag and not self._warned:  # last: a warning may be an error
+            self._warned = True
+            warn_of_norms()
+        return norm
+
+    def _keep(self, groups: list[GroupStep]) -> bool:
+        """What a step has made becomes state. Whether norms that nobody named should follow the weights."""
+        norms_lag = False
+        for group in groups:
+            for p, key, tensor in group.created:
+                self.state[p][key] = tensor
+            if group.wrappers:
+                increment_version(group.wrappers)
+            if group.precision is not None:
+                group.precision.keep(self.param_groups[group.index])
+            if group.gauge is not None:
+                norms_lag |= not group.gauge.keep(self.param_groups[group.index])
+        return norms_lag
+
+    def _norm_of_skipped(self, max_norm: float | None) -> Tensor | None:
+        if max_norm is None:
+            return None
+        device = next((p.device for group in self.param_groups for p in group["params"]), None)
+        return torch.full((), torch.nan, dtype=torch.float64, device=device)
+
+    def _sum_over_shards(self, table: Tensor, groups: list[GroupStep]) -> None:
+        # Here and not in `stats`, which one rank may ask for alone: a step is what every rank takes.
+        wanted = table.shape[1] > len(ops.SUMS) or any(group["stats"] for group in self.param_groups)
+        if wanted and "torch.distributed.tensor" in sys.modules:
+            offsets = iter(self._step_plan.slot_offsets)
+            sum_step_over_shards(table, [entry for group in groups for entry in group.measured(offsets)])
+
+    def _check_group(self, group: dict[str, Any], where: str) -> None:
+        check_options(group, where)
+        check_precision(group, where)
+
+    def _skips(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> bool:
+        """Whether a GradScaler has found a gradient that is no number."""
+        return found_inf is not None and float(found_inf) != 0
+
+    def _kernel_may_skip(self, found_inf: Tensor) -> bool:
+        """Whether the kernel is to look at `found_inf` itself: it lies beside the parameters, on a CUDA device."""
+        there = ops.device_index(found_inf)
+        return there not in (None, -1) and all(
+            group["decay"] == "coupled"
+            and GAUGE not in group
+            and not group["stochastic_rounding"]  # the steps taken are counted here
+            and all(p.device == found_inf.device for p in group["params"])
+            for group in self.param_groups
+        )
+
+    def _leaves_a_trace(self, groups: list[GroupStep]) -> bool:
+        """Whether a step of which the kernel skips its part would still change something, so that we must know."""
+        plan, before = self._step_plan, self._measured
+        measures = any(group.stats for group in groups)
+        return (measures and (before is None or before.table.shape != (plan.slots, plan.columns))) or any(
+            group.created or group.left_to_torch or group.wrappers for group in groups
+        )
+
+    def _groups(self, inverse_scale: float, scaler: tuple[Tensor | None, Tensor] | None) -> list[GroupStep]:
+        """Every param group, read and checked; nothing is written."""
+        plan, state = self._step_plan, self.state
+        return [
+            GroupStep(plan, state, i, group, inverse_scale, scaler=scaler) for i, group in enumerate(self.param_groups)
+        ]
+
+    def _stepped(self, table: Tensor | None) -> None:
+        """What a kind of SGD does after a step, with the table of what it measured."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in `torch.optim.SGD`, with our options; the norms of a group belong to the model and are left out."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            group.pop(NORM_BUFFERS, None)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in `torch.optim.SGD`, whose checkpoints of any age are welcome. Options they lack keep their values.
+
+        Raises:
+            ValueError: entries are missing or no dicts and lists, a buffer does not fit its parameter, an option is no
+                number, or the groups differ from the optimizer's. RuntimeError: torch cannot convert a buffer, such as
+                one that is quantised. The optimizer is left as it was.
+        """
+        if not isinstance(state_dict, Mapping):
+            raise ValueError(f"SGD.load_state_dict: expected a dict, got {type(state_dict).__name__}")
+
+        def see(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
+            check_checkpoint(loaded)
+            self._loaded = loaded  # what hooks have made of it, before torch casts everything to the parameters' dtype
+
+        hook = self.register_load_state_dict_pre_hook(see)
+        try:
+            super().load_state_dict(state_dict)
+        except KeyError as missing:
+            raise ValueError(
+                "SGD.load_state_dict: expected {'state': ..., 'param_groups': [{'params': ..., ...}, ...]}, "
+                f"got one without {missing}"
+            ) from missing
+        finally:
+            hook.remove()
+            self.__dict__.pop("_loaded", None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Called by unpickling, deepcopy (no old groups) and load_state_dict (the new groups replace the old ones).
+        groups = state["param_groups"]
+        defaults = state.get("defaults") or self.defaults
+        for i, group in enumerate(groups):
+            old = self.param_groups[i] if "param_groups" in self.__dict__ else defaults
+            for key in defaults:
+                group.setdefault(key, old[key])
+            for key in (NORM_BUFFERS, SCALE_INVARIANT, ROUNDING_STEP):
+                if key in old:
+                    group.setdefault(key, old[key])
+            group.setdefault(LR_MULTIPLIERS, old.get(LR_MULTIPLIERS))
+            self._check_group(group, f"SGD.load_state_dict: param_groups[{i}]")
+        check_state(state["state"], groups)
+        if "_loaded" in self.__dict__:
+            restore_precision(state["state"], groups, self._loaded)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._own_defaults = {key: self.defaults[key] for key in self._own_options}
+        self.__dict__.setdefault("_step_plan", ops.Pass())
+        self.__dict__.setdefault("_lock", threading.Lock())
+        _alive.add(self)
+        self.__dict__.setdefault("_measured", None)
+        self.__dict__.setdefault("_written", None)
+        self.__dict__.setdefault("_kept", [])
+        self.__dict__.setdefault("_warned", False)
+        if self.defaults["fused"]:  # torch loses these on the way through pickle
+            self._step_supports_amp_scaling = True
+            self._need_device_dtype_check_for_fused = True
+
+
+_alive: weakref.WeakSet[SGD] = weakref.WeakSet()
+
+
+def _free_locks() -> None:
+    """In the child of a fork: the thread that held a lock exists only in the parent."""
+    for optimizer in _alive:
+        optimizer._lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_free_locks)
+
+
+class _Measured:
+    """What a step left for `stats()`; names are made when somebody asks."""
+
+    __slots__ = ("clip_coef", "groups", "multipliers", "offsets", "table", "told")
+
+    def __init__(
+        self,
+        table: Tensor,
+        offsets: tuple[int, ...],
+        groups: list[tuple[int, float | Tensor, int]],
+        multipliers: dict[int, ops.LrMultipliers],  # of the learning rates, by group
+        clip_coef: Tensor | None,
+    ) -> None:
+        self.table, self.offsets, self.groups = table, offsets, groups
+        self.multipliers, self.clip_coef = multipliers, clip_coef
+        self.told: StepStats | None = None
+
+    def stats(self, param_groups: list[dict[str, Any]]) -> StepStats:
+        if self.told is None:
+            names: list[str] = []
+            lr: list[float | Tensor] = []
+            for index, group_lr, size in self.groups:
+                given = param_groups[index].get("param_names")
+                names += given[:size] if given else [f"{index}.{i}" for i in range(size)]
+                multipliers = self.multipliers.get(index)
+                lr += [group_lr if multipliers is None else group_lr * multipliers.value(i) for i in range(size)]
+            self.told = StepStats(self.table, names, self.offsets, lr)
+        return self.told

@@ -1,0 +1,156 @@
+"""What a step measured: `StepStats`."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ..ops import SUMS
+
+
+class StepStats:
+    r"""The norms and inner products of one optimizer step, per slot.
+
+    A slot is a parameter (``stats="tensor"``) or one index of its first dimension (``stats="row"``, for parameters with
+    at least two dimensions). Every parameter keeps its slots; those that were not stepped hold NaN. With w and g before
+    the step (g after unscaling, before clipping, before ``maximize`` turns its sign) and u = w' - w as stored, the
+    columns are
+
+    ===================== =====================
+    ``weight_sq``         :math:`|w|^2`
+    ``grad_sq``           :math:`|g|^2`
+    ``weight_grad_dot``   :math:`\langle w, g\rangle`
+    ``update_sq``         :math:`|u|^2`
+    ``weight_update_dot`` :math:`\langle w, u\rangle`
+    ===================== =====================
+
+    float64 tensors of shape (slots,) on the parameters' device. Reading them, or what is derived from them, does not
+    synchronise; `to_dict` does.
+
+    >>> import normkern
+    >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    >>> w.grad = torch.tensor([4.0, -3.0])
+    >>> opt = normkern.SGD([("w", w)], lr=0.5, stats="tensor")
+    >>> opt.step()
+    >>> stats = opt.stats()
+    >>> stats.names, stats.slots
+    (['w'], {'w': slice(0, 1, None)})
+    >>> stats.effective_lr
+    tensor([0.0200], dtype=torch.float64)
+    >>> stats.to_dict()["w"]["next_weight_sq"]
+    31.25
+    """
+
+    names: list[str]
+    slots: dict[str, slice]
+
+    def __init__(self, table: Tensor, names: list[str], offsets: tuple[int, ...], lr: list[float | Tensor]) -> None:
+        """`table` (slots, 5); `names`, `offsets` (where each one's slots begin) and `lr` per parameter."""
+        ends = (*offsets[1:], table.shape[0])
+        self.names = names
+        self.slots = {n: slice(a, b) for n, a, b in zip(names, offsets, ends, strict=True)}
+        self._table = table
+        self._counts = [b - a for a, b in zip(offsets, ends, strict=True)]
+        self._lr = lr
+
+    @property
+    def weight_sq(self) -> Tensor:
+        """|w|^2 before the step."""
+        return self._table[:, 0]
+
+    @property
+    def grad_sq(self) -> Tensor:
+        """|g|^2."""
+        return self._table[:, 1]
+
+    @property
+    def weight_grad_dot(self) -> Tensor:
+        """<w, g>: 0 up to rounding where the loss is scale-invariant in w (arXiv 1812.03981, lemma 2.4)."""
+        return self._table[:, 2]
+
+    @property
+    def update_sq(self) -> Tensor:
+        """|u|^2, u = w' - w as stored: an update that rounds away in bfloat16 is 0 here."""
+        return self._table[:, 3]
+
+    @property
+    def weight_update_dot(self) -> Tensor:
+        """<w, u>."""
+        return self._table[:, 4]
+
+    @cached_property
+    def weight_norm(self) -> Tensor:
+        """|w| before the step."""
+        return self.weight_sq.sqrt()
+
+    @cached_property
+    def grad_norm(self) -> Tensor:
+        """|g|."""
+        return self.grad_sq.sqrt()
+
+    @cached_property
+    def update_norm(self) -> Tensor:
+        """|u|."""
+        return self.update_sq.sqrt()
+
+    @cached_property
+    def cosine(self) -> Tensor:
+        """<w, g> / (|w| |g|); NaN if either is zero."""
+        return self.weight_grad_dot / (self.weight_norm * self.grad_norm)
+
+    @cached_property
+    def next_weight_sq(self) -> Tensor:
+        """|w'|^2 = |w|^2 + 2 <w, u> + |u|^2."""
+        return self.weight_sq + 2 * self.weight_update_dot + self.update_sq
+
+    @cached_property
+    def angular_update(self) -> Tensor:
+        """The angle between w and w', in radians: atan2(|w x u|, <w, w'>), accurate for small angles."""
+        cross = (self.weight_sq * self.update_sq - self.weight_update_dot.square()).clamp(min=0).sqrt()
+        return torch.atan2(cross, self.weight_sq + self.weight_update_dot)
+
+    @cached_property
+    def effective_lr(self) -> Tensor:
+        """lr / |w|^2, the learning rate on the unit sphere (arXiv 2010.02916, section 2); lr with its multiplier."""
+        parts = []
+        for lr, slots in _runs(self._lr, self._counts):  # made by kernels: a copy from the host would wait
+            if isinstance(lr, Tensor):
+                parts.append(lr.double().view(1).expand(slots))
+            else:
+                parts.append(torch.full((slots,), lr, dtype=torch.float64, device=self._table.device))
+        return torch.cat(parts) / self.weight_sq if parts else self.weight_sq.clone()
+
+    def to_dict(self) -> dict[str, dict[str, float | list[float]]]:
+        """Plain numbers for a logger: name -> quantity -> number (a list for ``stats="row"``). Synchronises."""
+        columns = {q: getattr(self, q).tolist() for q in (*SUMS, *_DERIVED)}
+        return {
+            name: {q: column[s] if count != 1 else column[s.start] for q, column in columns.items()}
+            for (name, s), count in zip(self.slots.items(), self._counts, strict=True)
+        }
+
+    def __repr__(self) -> str:
+        return f"StepStats({len(self.names)} parameters, {self._table.shape[0]} slots)"
+
+
+def _runs(lr: list[float | Tensor], counts: list[int]) -> list[tuple[float | Tensor, int]]:
+    """(learning rate, slots that have it), one after another."""
+    runs: list[tuple[float | Tensor, int]] = []
+    for x, count in zip(lr, counts, strict=True):
+        if runs and (x is runs[-1][0] or (isinstance(x, float) and x == runs[-1][0])):
+            runs[-1] = (x, runs[-1][1] + count)
+        else:
+            runs.append((x, count))
+    return runs
+
+
+_DERIVED = (
+    "weight_norm",
+    "grad_norm",
+    "update_norm",
+    "cosine",
+    "next_weight_sq",
+    "angular_update",
+    "effective_lr",
+)

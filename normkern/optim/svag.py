@@ -1,0 +1,434 @@
+"""`SVAG`: steps from two gradients, one pass, and the gradient noise for free."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.nn.utils import get_total_norm
+from torch.optim.optimizer import ParamsT
+
+from .. import ops
+from ..noise.pairs import Noise, NoiseAverage
+from .dtensor import is_dtensor, sum_over_shards
+from .group_step import GroupStep, Pair
+from .low_precision import PRECISION
+from .options import number
+from .sgd import SGD
+
+_SCALINGS = ("fixed", "continuous")
+
+
+class SVAG(SGD):
+    r"""Stochastic Variance Amplified Gradient: SGD whose noise and step are scaled towards the stochastic differential
+    equation, :class:`normkern.SGD` in all else.
+
+    .. math::
+        g = \tfrac12 (g_1 + g_2) + \tfrac12\sqrt{2l-1}\,(g_1 - g_2), \qquad w' = w - \tfrac{\eta}{l}\,(g + \lambda w)
+
+    with the gradients :math:`g_1, g_2` of two independent batches of one size: the mean of either and l times its
+    covariance. l times as many steps make the same time; as l grows the run approaches the SDE with error O(1/l).
+    The combination is formed in the step's own pass and never written.
+
+    A step is ``loss_a.backward(); opt.hold(); loss_b.backward(); opt.step()``, after an ``opt.zero_grad()``, or
+    ``opt.step(closure_a, closure_b)``. Each half has its own forward pass, so batch normalisation sees batches of the
+    size it always sees; its running statistics see both. `halves` splits a loader's batch, `SvagSchedule` runs a
+    schedule l times slower.
+
+    Args:
+        params, lr, momentum, ...: as in `SGD`. ``group["lr"]`` stays the user's; the kernel's is lr/l.
+        l: real, at least 1/2, which is one step with a doubled batch and a doubled learning rate; 1 is SGD. Also a
+            group key; may change between steps.
+        momentum_scaling: "fixed" keeps the momentum as l grows; "continuous" keeps the time it averages over:
+            :math:`1-\mu_l = (1-\mu)/l` with :math:`\eta/l^2` in the kernel. Also a group key.
+        noise_decay: of the averages that `noise` speaks of, per step.
+
+    Weight decay is not scaled: a step decays by lr/l times it. `stats()` is of the combined gradient and of lr as the
+    kernel has it. With l = 1 one backward is enough, held or not, and the step is SGD's to the bit; of two gradients
+    the first is used. Under a GradScaler both sets are unscaled and checked; after ``scaler.unscale_(opt)``, which sees
+    ``.grad`` alone, the step needs ``hold(scale=scaler.get_scale())``.
+
+    Raises, at a step, before anything is written:
+        RuntimeError: l is not 1 and nothing is held; `hold` was called twice; a parameter has only one of its two
+            gradients; both share memory (as with DDP's ``gradient_as_bucket_view=True``: ``hold(copy=True)``).
+        ValueError: l < 1/2, momentum_scaling is unknown or gives a negative momentum; as `SGD`.
+
+    Reference: Li, Malladi and Arora, arXiv 2102.12470, section 4; momentum is not in the paper.
+
+    >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+    >>> opt = SVAG([w], lr=0.4, l=5)
+    >>> w.grad = torch.tensor([1.0])
+    >>> opt.hold()
+    >>> w.grad = torch.tensor([3.0])
+    >>> opt.step()  # g = 2 + 3/2 (1 - 3) = -1, lr = 0.08
+    >>> w.detach()
+    tensor([1.0800])
+    >>> opt.noise().trace_sigma.item()
+    2.0
+    """
+
+    _own_options = ("stats", "decay", *PRECISION, "l", "momentum_scaling")
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        l: float = 1.0,
+        *,
+        momentum_scaling: str = "fixed",
+        noise_decay: float = 0.99,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float | Tensor = 0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        stats: ops.Stats = None,
+        decay: str = "coupled",
+        state_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
+        master_weights: bool = False,
+    ) -> None:
+        ops.check_l(l, "SVAG")
+        _check_scaling(momentum_scaling, "SVAG")
+        self._check_decay_of_noise(noise_decay)
+        self._options_of_svag = {"l": l, "momentum_scaling": momentum_scaling}
+        super().__init__(
+            params,
+            lr,
+            momentum,
+            dampening,
+            weight_decay,
+            nesterov,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+            stats=stats,
+            decay=decay,
+            state_dtype=state_dtype,
+            stochastic_rounding=stochastic_rounding,
+            rounding_seed=rounding_seed,
+            master_weights=master_weights,
+        )
+        self._noise_decay = noise_decay
+        self._start()
+
+    def _start(self) -> None:
+        self._held: _Held | None = None
+        self._noise: NoiseAverage = NoiseAverage(self._noise_decay)
+        self._noise_offsets: tuple[int, ...] = ()
+        # The scaler hands us its scale instead of unscaling `.grad`, which is only half of what there is.
+        self._step_supports_amp_scaling = True
+
+    @staticmethod
+    def _check_decay_of_noise(decay: object) -> None:
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
+            raise ValueError(f"SVAG: noise_decay expected a number of at least 0 and less than 1, got {decay!r}")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in `SGD`; `l` and `momentum_scaling` may be keys of the group."""
+        self._own_defaults.update(self._options_of_svag)
+        if isinstance(param_group, dict):
+            _check_own({**self._options_of_svag, **param_group}, f"SVAG: param_groups[{len(self.param_groups)}]")
+        super().add_param_group(param_group)
+
+    @_disable_dynamo  # what it keeps and clears are attributes of objects, no values of a graph
+    def hold(self, copy: bool = False, *, scale: float | None = None) -> None:
+        """Takes the accumulated gradients as the first of each pair, and leaves ``.grad`` None for the second.
+
+        Args:
+            copy: of copies; needed where the next backward writes into the same memory.
+            scale: what the loss was multiplied with, where ``scaler.unscale_`` will only reach the second set.
+
+        A second call before a step takes nothing, and makes the step raise; `release` undoes both. `zero_grad` leaves
+        the held gradients alone.
+
+        Raises:
+            RuntimeError: there is no gradient. ValueError: scale is not a positive number.
+        """
+        if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
+            raise ValueError(f"SVAG.hold: scale expected a positive number, got {scale!r}")
+        if self._held is not None:
+            self._held.twice = True
+            return
+        params = [p for group in self.param_groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        if all(g is None for g in grads):
+            raise RuntimeError("SVAG.hold: expected a backward before it, but no parameter has a gradient")
+        if copy:
+            grads = [None if g is None else g.clone() for g in grads]
+        self._held = _Held(params, grads, scale)
+        for p in params:
+            p.grad = None
+
+    def release(self) -> None:
+        """Forgets the held gradients."""
+        self._held = None
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        closure_b: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | Tensor | None = None,
+    ) -> Any:
+        """One step.
+
+        Args:
+            closure: without `closure_b`, gives the gradients of the batch that is not held; with it, of the first.
+            closure_b: gives those of the second. Each clears the gradients, and returns its loss.
+            max_norm: as in `SGD.step`, for the combined gradient.
+
+        Returns:
+            The closure's loss; with two of them a tuple of both; else None. With `max_norm` (that, norm), or the norm.
+        """
+        limit = None if max_norm is None else ops.check_max_norm(max_norm, "SVAG.step")
+        result = None
+        if closure_b is not None:
+            if closure is None:
+                raise ValueError("SVAG.step: closure_b expected a closure before it, got None")
+            if self._held is not None:
+                raise RuntimeError("SVAG.step: expected nothing held before two closures, but hold() was called")
+            with torch.enable_grad():
+                first = closure()
+            self.hold()
+            try:
+                with torch.enable_grad():
+                    result = (first, closure_b())
+                norm = self._step_locked(limit)
+            finally:
+                self._held = None
+            return result if norm is None else (result, norm)
+        if closure is not None:
+            self._check_order()
+            with torch.enable_grad():
+                result = closure()
+        norm = self._step_locked(limit)
+        if norm is None:
+            return result
+        return norm if closure is None else (result, norm)
+
+    @_disable_dynamo
+    def _step_locked(self, max_norm: float | None) -> Tensor | None:
+        with self._lock:
+            return self._step_now(max_norm)
+
+    def noise(self) -> Noise:
+        """Signal and noise of the batch gradient, averaged over the steps so far; see `Noise`.
+
+        Averages are not part of the state_dict; they begin anew when the parameters change.
+
+        Raises:
+            RuntimeError: no step has had a pair of gradients yet.
+        """
+        if self._noise.count == 0:
+            raise RuntimeError("SVAG.noise: expected a step from two gradients before it, but none has been taken yet")
+        names: list[str] = []
+        for index, group in enumerate(self.param_groups):
+            given = group.get("param_names")
+            names += list(given) if given else [f"{index}.{i}" for i in range(len(group["params"]))]
+        ends = (*self._noise_offsets[1:], self._noise.slots)
+        slots = {n: slice(a, b) for n, a, b in zip(names, self._noise_offsets, ends, strict=False)}
+        return self._noise.result(list(slots), slots)
+
+    def _check_order(self) -> None:
+        """Of backward, hold, backward, step."""
+        held = self._held
+        if held is None and not self.state and not any(float(g["lr"]) for g in self.param_groups):
+            return  # torch.distributed.checkpoint's way to have the state made: it moves nothing
+        if held is not None and held.twice:
+            raise RuntimeError(
+                "SVAG.step: hold() was called twice; expected backward, hold, backward, step "
+                "(release() forgets what is held)"
+            )
+        if held is None:
+            for index, group in enumerate(self.param_groups):
+                if group["l"] != 1:
+                    raise RuntimeError(
+                        f"{self._place(index)}: l is {group['l']!r} but nothing is held; "
+                        "expected hold() between two backwards"
+                    )
+
+    @staticmethod
+    def _place(index: int) -> str:
+        return f"SVAG.step: param_groups[{index}]"
+
+    def _skips(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> bool:
+        self._check_order()
+        held = self._held
+        if found_inf is None or held is None:
+            return super()._skips(found_inf, grad_scale)
+        if grad_scale is None and held.scale is None:
+            raise RuntimeError(
+                "SVAG.step: the scaler has unscaled .grad but not the held gradients; "
+                "expected hold(scale=scaler.get_scale())"
+            )
+        skips = super()._skips(found_inf, grad_scale)
+        if skips:
+            self._held = None
+        return skips
+
+    @property
+    def found_inf(self) -> Tensor:
+        """What a GradScaler has found in ``.grad``, and we in what is held; there only during its step."""
+        try:
+            found: Tensor = self.__dict__["_found_inf"]
+        except KeyError:
+            raise AttributeError("found_inf") from None
+        return found
+
+    @found_inf.setter
+    def found_inf(self, found: Tensor) -> None:
+        # The scaler looks at `.grad` alone, has no way to be told of more, and hands us copies of what it found. Its
+        # own findings, from which it will choose the next scale, lie in the frame that sets this attribute.
+        held = self._held
+        if held is not None and not held.is_finite():
+            findings = sys._getframe(1).f_locals.get("optimizer_state", {}).get("found_inf_per_device", {})
+            for device_found in findings.values():
+                device_found.fill_(1.0)
+            found = torch.ones_like(found)
+        self.__dict__["_found_inf"] = found
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        self.__dict__.pop("_found_inf", None)
+
+    def _kernel_may_skip(self, found_inf: Tensor) -> bool:
+        return False  # what is held is let go of then
+
+    def _groups(self, inverse_scale: float, scaler: tuple[Tensor | None, Tensor] | None) -> list[GroupStep]:
+        groups = []
+        for i, group in enumerate(self.param_groups):
+            options, pair = self._kernel_options(i, group), self._pair(i, group, inverse_scale)
+            groups.append(GroupStep(self._step_plan, self.state, i, options, inverse_scale, pair))
+        return groups
+
+    def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
+        """The group as SGD must see it: lr and momentum as they are in the kernel, and always measured."""
+        _check_own(group, self._place(index))
+        l, lr = group["l"], number(group["lr"], "lr", index)
+        momentum = number(group["momentum"], "momentum", index)
+        if group["momentum_scaling"] == "continuous":
+            lr, momentum = lr / l**2, _continuous_momentum(momentum, l, self._place(index))
+        else:
+            lr = lr / l
+        return {**group, "lr": lr, "momentum": momentum, "stats": group["stats"] or "tensor"}
+
+    def _pair(self, index: int, group: dict[str, Any], inverse_scale: float) -> Pair | None:
+        held, l = self._held, group["l"]
+        if held is None:
+            return None
+        params = group["params"]
+        first: list[Any] = [held.grads.get(id(p)) for p in params]
+        grads: list[Any] = [p.grad for p in params]
+        for i, (a, b) in enumerate(zip(first, grads, strict=True)):
+            if a is not None and b is not None:
+                continue
+            if l == 1:
+                first[i], grads[i] = None, a  # the first batch's, if it has one
+                continue
+            if (a is None) != (b is None):
+                which, other = ("held", "new") if a is None else ("new", "held")
+                raise RuntimeError(
+                    f"{self._place(index)}: params[{i}] has a {other} gradient but no {which} one; "
+                    "expected both or neither"
+                )
+        of_first = inverse_scale if held.scale is None else 1 / held.scale
+        return Pair(first, grads, l, of_first, inverse_scale)
+
+    def _stepped(self, table: Tensor | None) -> None:
+        self._held = None
+        if table is None or table.shape[1] == len(ops.SUMS):
+            return
+        if not self._noise.fits(len(table)):
+            self._noise = NoiseAverage(self._noise_decay)
+        self._noise_offsets = self._step_plan.slot_offsets
+        # NaN is no pair, or one that holds a NaN: then the step has one too, in a parameter that was a number before.
+        weight_sq, grad_sq, pair_dot = table[:, 0], table[:, 1], table[:, len(ops.SUMS)]
+        seen = ~pair_dot.isnan() | (grad_sq.isnan() & ~weight_sq.isnan())
+        self._noise.add(table[:, len(ops.SUMS) :], seen)
+
+    def _check_group(self, group: dict[str, Any], where: str) -> None:
+        super()._check_group(group, where)
+        _check_own(group, where)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._options_of_svag = {key: self.defaults[key] for key in ("l", "momentum_scaling")}
+        self.__dict__.setdefault("_noise_decay", 0.99)
+        if "_held" not in self.__dict__:
+            self._start()
+
+
+class _Held:
+    """The first gradients of a step's pairs."""
+
+    __slots__ = ("grads", "params", "scale", "twice")
+
+    def __init__(self, params: list[Tensor], grads: list[Any], scale: float | None) -> None:
+        # By id: hashing a tensor is a call of Python. The list keeps the ids from being used again.
+        self.params, self.grads = params, dict(zip(map(id, params), grads, strict=True))
+        self.scale, self.twice = scale, False
+
+    def is_finite(self) -> bool:
+        """Whether every coordinate is a number."""
+        grads = [g for g in self.grads.values() if g is not None]
+        values = [g.to_local() if is_dtensor(g) else g if g.layout == torch.strided else g.to_dense() for g in grads]
+        total = get_total_norm([x for x in values if x.numel()], math.inf)
+        table = (~torch.isfinite(total)).double().expand(len(grads)).reshape(-1, 1).clone()
+        sum_over_shards(table, [(slice(i, i + 1), g) for i, g in enumerate(grads)])  # of one rank's shard all must hear
+        return not bool(table.any())
+
+
+def _check_own(group: dict[str, Any], where: str) -> None:
+    ops.check_l(group["l"], where)
+    _check_scaling(group["momentum_scaling"], where)
+
+
+def _check_scaling(scaling: object, where: str) -> None:
+    if scaling not in _SCALINGS:
+        raise ValueError(f'{where}: momentum_scaling expected "fixed" or "continuous", got {scaling!r}')
+
+
+def _continuous_momentum(momentum: float, l: float, where: str) -> float:
+    scaled = 1 - (1 - momentum) / l
+    if scaled < 0:
+        raise ValueError(
+            f'{where}: momentum_scaling="continuous" expected 1 - (1 - momentum)/l of at least 0, '
+            f"got {scaled:.6g} from momentum {momentum!r} and l {l!r}"
+        )
+    return scaled if l != 1 else momentum
+
+
+def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], l: float) -> None:
+    r"""SVAG's combination alone, in place into `grads_a`, for any other optimizer; see `ops.svag_combine_`.
+
+    Tensors that no kernel can take (other devices, sparse, complex, subclasses) are combined by torch. The optimizer's
+    learning rate is to be divided by l.
+
+    Raises:
+        ValueError: lengths or shapes differ, l < 1/2. TypeError: dtypes differ, only one of two is None. Nothing is
+            written.
+
+    >>> a, b = torch.tensor([1.0]), torch.tensor([3.0])
+    >>> svag_combine_([a], [b], l=5)
+    >>> a
+    tensor([-1.])
+    """
+    a, b = list(grads_a), list(grads_b)
+    if ops.kernels_take((*a, *b)):
+        return ops.svag_combine_(a, b, l)
+    from .. import reference
+
+    ops.check_l(l, "svag_combine_")
+    ops.check_pairs("svag_combine_", a, b)
+    reference.svag_combine_(a, b, l)

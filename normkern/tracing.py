@@ -1,0 +1,82 @@
+"""Whether torch traces, watches or fakes a tensor; `force_eager` runs compiled code as Python wrote it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_excluded, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.compiler import is_dynamo_compiling
+
+
+def is_materialized(x: Tensor) -> bool:
+    """Not a meta or fake tensor, and nobody looks on: there is something to measure."""
+    return (
+        not x.is_meta
+        and not in_dispatch_mode()
+        and not isinstance_if_imported(x, "torch._subclasses.fake_tensor", "FakeTensor")
+    )
+
+
+def in_dispatch_mode() -> bool:
+    """A dispatch mode (make_fx, FakeTensorMode) or a torch.func transform wants to see every operation on a tensor."""
+    return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
+
+
+def is_traced() -> bool:
+    """torch.compile, or a dispatch mode, wants ops as such: it cannot see what their kernels do to memory."""
+    return is_dynamo_compiling() or (
+        _len_torch_dispatch_stack() > 0 and not _dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python)
+    )
+
+
+def isinstance_if_imported(x: Any, module: str, name: str) -> bool:
+    """isinstance, without an import: where nobody imported the module there are no such objects."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(x, getattr(loaded, name))
+
+
+_lock = threading.Lock()
+_inside = 0
+_stance: Any = None
+
+
+@contextmanager
+def force_eager() -> Iterator[None]:
+    """torch.compile's stance "force_eager", which is the process's: from when the first thread is inside to the last.
+
+    Raises:
+        RuntimeError: the caller is compiled itself.
+    """
+    if "torch._dynamo" not in sys.modules:  # without it nothing is compiled
+        yield
+        return
+    _enter()
+    try:
+        yield
+    finally:
+        _leave()
+
+
+def _enter() -> None:
+    global _inside, _stance
+    with _lock:
+        if _inside == 0:
+            _stance = torch.compiler.set_stance("force_eager")
+            _stance.__enter__()
+        _inside += 1
+
+
+def _leave() -> None:
+    global _inside, _stance
+    with _lock:
+        _inside -= 1
+        if _inside == 0:
+            _stance.__exit__(None, None, None)
+            _stance = None

@@ -1,0 +1,64 @@
+"""DistributedDataParallel in two gloo processes: the result of one process that has the whole batch."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from support.gloo import leave, start
+from torch import nn
+
+import normkern
+
+from .budgets import BUDGET, SCALARS, assert_says
+from .measuring import problem_of, told_of
+
+TIERS = ("nsr", "norms", "variance")
+
+
+def parallel(rank, world, rendezvous, name, options):
+    start(rank, world, rendezvous)
+    problem = problem_of(name)
+    each = problem.samples // world
+    mine = slice(rank * each, (rank + 1) * each)
+    part, told = problem.sample(mine.start, mine.stop), told_of(problem)
+    # Of all processes' samples, but for the numbers per sample: everybody has those of its own.
+    of_mine = {name: norms[mine] for name, norms in told.sq_norms_per_param.items()}
+    told = replace(told, sq_norms=told.sq_norms[mine], sq_norms_per_param=of_mine)
+    wrapped = nn.parallel.DistributedDataParallel(part.model, **options)
+    noise = normkern.GradientNoise(wrapped, TIERS, check=True)
+    for _ in range(3):
+        wrapped.zero_grad()
+        with noise:
+            part.loss(wrapped(*part.inputs), part.target).backward()
+        result = noise.result()
+        assert result.batch_size == problem.samples
+        named = dict(part.model.named_parameters())
+        assert list(result.per_param) == [f"module.{n}" for n in named]  # the wrapped model's names
+        assert_says(bare(result), told, TIERS, BUDGET[torch.float64])
+        for n, p in named.items():
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            torch.testing.assert_close(grad, told.mean[n], rtol=1e-9, atol=1e-12)
+    leave()
+
+
+def bare(result):
+    """A result with the names of the model inside."""
+    fields = {f: getattr(result, f) for f in ("batch_size", "sq_norms", *SCALARS)}
+    for f in ("mean", "variance", "sq_norms_per_param", "per_param"):
+        fields[f] = {name.removeprefix("module."): x for name, x in getattr(result, f).items()}
+    return SimpleNamespace(**fields)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("gpt_tied_by_module", {}),
+        ("resnet", {"gradient_as_bucket_view": True}),
+        ("two_losses_of_six", {"find_unused_parameters": True}),
+    ],
+)
+def test_parallel(name, options, tmp_path):
+    mp.spawn(parallel, (2, str(tmp_path / "rendezvous"), name, options), nprocs=2)
