@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import normkern
 from normkern import invariance
-from normkern.optim.sgd.halves import halves
+from normkern.optim.halves import halves
 from normkern.schedules import SvagSchedule
 from normkern.theory import svag_steps
 

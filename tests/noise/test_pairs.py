@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from normkern.noise.pairs.pairs import NoiseAverage, _Average, noise_from_pair, pair_sums_of
 
 import normkern
 from normkern import ops
+from normkern.noise.pairs import NoiseAverage, _Average, noise_from_pair, pair_sums_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(40, 3, 3, 3), (7,), (5, ops.CHUNK + 3), (), (2, 3), (0, 4)]

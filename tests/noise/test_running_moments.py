@@ -4,12 +4,12 @@ import itertools
 
 import pytest
 import torch
-from normkern.noise.pairs.pairs import noise_from_pair
-from normkern.noise.pairs.running_moments import RunningMoments
 from support.memory import same_bits
 from torch import nn
 
 from normkern import ops, reference
+from normkern.noise.pairs import noise_from_pair
+from normkern.noise.running_moments import RunningMoments
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(40, 3, 3, 3), (7,), (5, ops.CHUNK + 3), (), (2, 3), (0, 4), (1,)]

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import normkern
 from normkern import ops
-from normkern.optim.sgd import group_step
+from normkern.optim import group_step
 
 pytestmark = pytest.mark.usefixtures("device")
 

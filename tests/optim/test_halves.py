@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from normkern.optim.sgd.halves import halves
 from torch import nn
+
+from normkern.optim.halves import halves
 
 Pair = namedtuple("Pair", "x y")
 Fold = enum.Enum("Fold", "TRAIN TEST")

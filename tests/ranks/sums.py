@@ -6,7 +6,6 @@ import pytest
 import script
 import torch
 import torch.distributed as dist
-from normkern.optim.sgd.dtensor import sum_over_shards
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -15,6 +14,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import normkern
 from normkern.ops import SUMS
+from normkern.optim.dtensor import sum_over_shards
 
 DERIVED = ("cosine", "next_weight_sq", "effective_lr")
 #: Even, uneven, empty on some ranks, of no dimension, a row each.

@@ -6,10 +6,10 @@ import weakref
 
 import pytest
 import torch
-from normkern.noise.pairs.per_sample.contributions import Outer
 from torch import nn
 
 import normkern
+from normkern.noise.per_sample.contributions import Outer
 
 from .budgets import SCALARS, close
 from .case import numbers

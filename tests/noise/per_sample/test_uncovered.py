@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from normkern.noise.pairs.per_sample import random_signs as signs
 from torch import nn
 
 import normkern
+from normkern.noise.per_sample import random_signs as signs
 
 from .budgets import BUDGET, SCALARS, assert_says, close
 from .case import numbers
