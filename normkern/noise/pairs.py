@@ -1,4 +1,4 @@
-"""Gradient noise from pairs: what two independent batch gradients say, once or averaged over many steps."""
+"""Gradient noise from pairs of independent batch gradients, once or averaged over many steps."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Noise:
     r"""Signal and noise of a batch gradient g, with mean :math:`\nabla L` and covariance :math:`\Sigma`.
 
     float64 tensors of no dimension, or of shape (slots,). Estimates without bias can be negative, and are not clipped.
-    ``nan`` in a standard error: one observation says nothing of its own spread.
+    A standard error is ``nan`` after one observation.
 
     Attributes:
-        grad_sq_norm_unbiased: of :math:`|\nabla L|^2`.
-        trace_sigma: of :math:`\mathrm{tr}\,\Sigma`, the covariance of the batch gradient.
+        grad_sq_norm_unbiased: estimate of :math:`|\nabla L|^2`.
+        trace_sigma: estimate of :math:`\mathrm{tr}\,\Sigma`, the covariance of the batch gradient.
         nsr_batch: trace_sigma / grad_sq_norm_unbiased, the noise-to-signal ratio of the batch gradient.
         grad_sq_norm_unbiased_stderr, trace_sigma_stderr, nsr_batch_stderr: standard errors over the steps, as if those
-            were independent; of the ratio by the delta method.
-        names, slots: of the parameters and where their slots are, as in `StepStats`.
+            were independent; that of the ratio by the delta method.
+        names, slots: names of the parameters and where their slots are, as in `StepStats`.
         slot_grad_sq_norm_unbiased, slot_trace_sigma, slot_nsr_batch: the same per slot; NaN where there was no pair.
-        count: steps, or pairs, that went in.
+        count: number of steps, or pairs.
     """
 
     grad_sq_norm_unbiased: Tensor
@@ -58,9 +58,12 @@ class NoiseAverage:
         self._all = _Average(decay)
 
     def add(self, pair_sums: Tensor, seen: Tensor | None = None) -> None:
-        """One step's sums, (slots, 4) in the order of `ops.PAIR_SUMS`; NaN rows, or those not `seen`, have no pair."""
-        x = pair_sums[:, :2] * pair_sums.new_tensor([1.0, 0.5])
-        seen = ~pair_sums[:, 2:].isnan().all(1, keepdim=True) if seen is None else seen.view(-1, 1)
+        """Add one step's sums, a column for each of `ops.PAIR_SUMS`; NaN rows, or those not `seen`, have no pair."""
+        sums = dict(zip(ops.PAIR_SUMS, pair_sums.unbind(1), strict=True))
+        x = torch.stack([sums["pair_dot"], 0.5 * sums["pair_difference_sq"]], dim=1)
+        if seen is None:
+            seen = ~(sums["first_sq"].isnan() & sums["second_sq"].isnan())
+        seen = seen.view(-1, 1)
         if self.count == 0:
             self._weight, self._mean = x.new_zeros(len(x), 1), x.new_zeros(x.shape)
         self.count += 1
@@ -71,15 +74,15 @@ class NoiseAverage:
 
     @property
     def slots(self) -> int:
-        """How many."""
+        """The number of slots; 0 before the first step."""
         return 0 if self.count == 0 else len(self._mean)
 
     def fits(self, slots: int) -> bool:
-        """Whether sums of so many slots can be added."""
+        """Return whether sums of so many slots can be added."""
         return self.count == 0 or self.slots == slots
 
     def result(self, names: list[str], slots: dict[str, slice]) -> Noise:
-        """What is known now."""
+        """Return the averages so far."""
         signal, noise = torch.where(self._weight > 0, self._mean, torch.nan).unbind(1)
         a, b, c = (self._mean.new_tensor(x) for x in self._all.estimates())
         d, e, f = (self._mean.new_tensor(x) for x in self._all.standard_errors())
@@ -108,11 +111,14 @@ class _Average:
         self.squares = keep**2 * self.squares + share**2
 
     def estimates(self) -> tuple[float, float, float]:
-        """Signal, noise and their ratio."""
+        """Return signal, noise and their ratio."""
         return self.signal, self.noise, _ratio(self.noise, self.signal)
 
     def standard_errors(self) -> tuple[float, float, float]:
-        """Of the same: the variance of a weighted mean is that of one observation times its weights' sum of squares."""
+        """Return the standard errors of the estimates.
+
+        The variance of a weighted mean is that of one observation times the sum of squares of its weights.
+        """
         if self.squares >= 1:  # one observation
             return math.nan, math.nan, math.nan
         spread = self.squares / (1 - self.squares)  # the division makes the variance unbiased
@@ -123,7 +129,7 @@ class _Average:
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b as floating point has it, also for b = 0."""
+    """Return a / b as floating-point hardware does, also for b = 0."""
     return a / b if b != 0 else math.copysign(math.inf, a) if a else math.nan
 
 
@@ -133,12 +139,11 @@ def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor |
     .. math::
         \widehat{|\nabla L|^2} = \langle a, b\rangle, \qquad \widehat{\mathrm{tr}\,\Sigma} = \tfrac12 |a - b|^2
 
-    Both without bias; one pair is a noisy witness: average them separately over many (as `SVAG.noise` does), then
-    divide.
+    Both are unbiased, but one pair is noisy: average them separately over many (as `SVAG.noise` does), then divide.
 
     Args:
         grads_a, grads_b: lists of equal shapes, dtypes and devices; an entry may be None if its partner is.
-            What no kernel can take is read by torch.
+            Tensors that no kernel takes fall back to torch.
 
     Returns:
         `Noise`; names are the positions in the lists, standard errors NaN.
@@ -161,7 +166,7 @@ def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor |
 
 
 def pair_sums_of(a: list[Tensor | None], b: list[Tensor | None]) -> Tensor:
-    """`ops.pair_sums`, or its eager twin for tensors that no kernel can take."""
+    """Return `ops.pair_sums`, or those of `reference` for tensors that no kernel takes."""
     if ops.kernels_take((*a, *b)):
         return ops.pair_sums(a, b)
     from .. import reference
