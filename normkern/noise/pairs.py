@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,20 +57,29 @@ class NoiseAverage:
         self.count = 0
         self._all = _Average(decay)
 
-    def add(self, pair_sums: Tensor, seen: Tensor | None = None) -> None:
-        """Add one step's sums, a column for each of `ops.PAIR_SUMS`; NaN rows, or those not `seen`, have no pair."""
-        sums = dict(zip(ops.PAIR_SUMS, pair_sums.unbind(1), strict=True))
-        x = torch.stack([sums["pair_dot"], 0.5 * sums["pair_difference_sq"]], dim=1)
-        if seen is None:
-            seen = ~(sums["first_sq"].isnan() & sums["second_sq"].isnan())
-        seen = seen.view(-1, 1)
+    def add(self, pair_sums: Tensor, seen: Callable[[], Tensor] | None = None) -> None:
+        """Add one step's sums, a column for each of `ops.PAIR_SUMS`; NaN in rows without a pair. Synchronises.
+
+        `seen` returns which rows have a pair, as a pair may hold a NaN; it is called only if there is one. Without it
+        rows whose norms are NaN have none.
+        """
         if self.count == 0:
-            self._weight, self._mean = x.new_zeros(len(x), 1), x.new_zeros(x.shape)
+            names = [ops.PAIR_SUMS.index(name) for name in ("pair_dot", "pair_difference_sq")]
+            self._columns = torch.tensor(names, device=pair_sums.device)
+            self._weight = pair_sums.new_zeros(len(pair_sums), 1)
+            self._mean = pair_sums.new_zeros(len(pair_sums), len(names))
         self.count += 1
-        self._weight = torch.where(seen, self.decay * self._weight + 1, self._weight)
-        self._mean = torch.where(seen, self._mean + (x - self._mean) / self._weight, self._mean)
-        signal, noise = torch.where(seen, x, 0.0).sum(0).tolist()  # a pair with NaN is seen, and shows
-        self._all.add(signal, noise)
+        x = pair_sums.index_select(1, self._columns)
+        dot, difference_sq = x.sum(0).tolist()
+        if math.isnan(dot) or math.isnan(difference_sq):
+            rows = (_has_norms(pair_sums) if seen is None else seen()).view(-1, 1)
+            dot, difference_sq = torch.where(rows, x, 0.0).sum(0).tolist()
+            self._weight = torch.where(rows, self.decay * self._weight + 1, self._weight)
+            self._mean = torch.where(rows, self._mean + (x - self._mean) / self._weight, self._mean)
+        else:
+            self._weight.mul_(self.decay).add_(1)
+            self._mean.add_((x - self._mean).div_(self._weight))
+        self._all.add(dot, 0.5 * difference_sq)
 
     @property
     def slots(self) -> int:
@@ -83,10 +92,16 @@ class NoiseAverage:
 
     def result(self, names: list[str], slots: dict[str, slice]) -> Noise:
         """Return the averages so far."""
-        signal, noise = torch.where(self._weight > 0, self._mean, torch.nan).unbind(1)
+        signal, difference_sq = torch.where(self._weight > 0, self._mean, torch.nan).unbind(1)
+        noise = 0.5 * difference_sq
         a, b, c = (self._mean.new_tensor(x) for x in self._all.estimates())
         d, e, f = (self._mean.new_tensor(x) for x in self._all.standard_errors())
         return Noise(a, b, c, d, e, f, names, slots, signal, noise, noise / signal, self.count)
+
+
+def _has_norms(pair_sums: Tensor) -> Tensor:
+    first_sq, second_sq = (ops.column(pair_sums, name, ops.PAIR_SUMS) for name in ("first_sq", "second_sq"))
+    return ~(first_sq.isnan() & second_sq.isnan())
 
 
 class _Average:
@@ -160,7 +175,7 @@ def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor |
     a, b = list(grads_a), list(grads_b)
     sums = pair_sums_of(a, b)
     average = NoiseAverage(0.0)
-    average.add(sums, torch.tensor([x is not None for x in a], dtype=torch.bool, device=sums.device))
+    average.add(sums, lambda: torch.tensor([x is not None for x in a], dtype=torch.bool, device=sums.device))
     names = [str(i) for i in range(len(sums))]
     return average.result(names, {name: slice(i, i + 1) for i, name in enumerate(names)})
 

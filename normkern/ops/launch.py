@@ -11,10 +11,12 @@ from torch import Tensor
 from ._binary import Pass
 from .types import SUMS
 
+_CPU = torch.device("cpu")
+
 
 def new_table(slots: int, columns: int = len(SUMS), like: Tensor | None = None) -> Tensor:
     """Return an unwritten table of sums, (slots, columns) float64 on the device of `like`, or the CPU."""
-    return torch.empty((slots, columns), dtype=torch.float64, device="cpu" if like is None else like.device)
+    return torch.empty(slots, columns, dtype=torch.float64, device=_CPU if like is None else like.device)
 
 
 def new_scratch(step: Pass) -> Tensor | None:

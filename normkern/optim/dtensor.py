@@ -8,6 +8,7 @@ sums.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,12 @@ from ..tracing import isinstance_if_imported
 def is_dtensor(x: Any) -> bool:
     """Return whether x is a DTensor, without importing the module: until it is imported there are none."""
     return isinstance_if_imported(x, "torch.distributed.tensor", "DTensor")
+
+
+def has_dtensors(tensors: Iterable[Any]) -> bool:
+    """Return whether one of them is a DTensor, asking each type once: cheap enough for every step."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and any(issubclass(kind, loaded.DTensor) for kind in set(map(type, tensors)))
 
 
 def shard(x: Any, like: Any) -> Tensor:

@@ -27,6 +27,7 @@ class Pair(NamedTuple):
 
     held: list[Any]  # the first ones; None: no pair, the only gradient is in `grads`
     grads: list[Any]
+    has_own_grads: bool  # `grads` are the parameters' own, each of a pair
     l: float
     first_inverse_scale: float
     second_inverse_scale: float
@@ -142,7 +143,7 @@ class GroupStep:
         """Add the group parameter by parameter, where it cannot go as a whole. `state`: None without momentum."""
         plan, params, pair, precision = self.plan, self.params, self.pair, self.precision
         self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
-        if pair is not None:
+        if pair is not None and not pair.has_own_grads:
             self.grads = pair.grads
             pairs = enumerate(zip(pair.grads, self.buffers, strict=True))
             missing = [i for i, (g, b) in pairs if g is not None and b is None] if state is not None else []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,7 +19,7 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 from .. import ops
 from ..tracing import in_dispatch_mode
 from .clipping import clip
-from .dtensor import sum_step_over_shards
+from .dtensor import has_dtensors, sum_step_over_shards
 from .exponential_decay import norm_buffers, warn_of_norms
 from .fallback import step_with_torch, with_torch_sums
 from .group_step import GroupStep
@@ -236,9 +235,20 @@ class SGD(torch.optim.SGD):
         Raises:
             TypeError: `max_norm` is no number. ValueError: it is negative. Nothing is written, no closure called.
         """
-        # torch wraps every step into hooks and a profiler range, which cost as much as a whole step of twenty small
-        # tensors. This step is marked as wrapped already, and goes through torch's wrapper when there are hooks or a
-        # profiler.
+        if self._needs_torchs_wrapper(SGD.step):
+            given: dict[str, Any] = {} if max_norm is None else {"max_norm": max_norm}
+            return self._watched_step(**given) if closure is None else self._watched_step(closure, **given)
+        return self._plain_step(closure, max_norm=max_norm)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _needs_torchs_wrapper(self, step: Callable[..., Any]) -> bool:
+        """Return whether `step`, of one of our classes, is to run inside torch's wrapper.
+
+        torch wraps every step into hooks and a profiler range, which cost as much as a whole step of twenty small
+        tensors. Our steps are marked as wrapped already, and use the wrapper only where there are hooks or a profiler.
+        torch has wrapped the step of a subclass that overrides it.
+        """
         watched = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -246,12 +256,7 @@ class SGD(torch.optim.SGD):
             or _global_optimizer_post_hooks
             or _profiler_enabled()
         )
-        if watched and type(self).step is SGD.step:  # torch has wrapped the step of a subclass that has its own
-            given: dict[str, Any] = {} if max_norm is None else {"max_norm": max_norm}
-            return self._watched_step(**given) if closure is None else self._watched_step(closure, **given)
-        return self._plain_step(closure, max_norm=max_norm)
-
-    step.hooked = True  # type: ignore[attr-defined]
+        return bool(watched) and type(self).step is step
 
     def _plain_step(
         self, closure: Callable[[], float] | None = None, *, max_norm: float | Tensor | None = None
@@ -317,16 +322,32 @@ class SGD(torch.optim.SGD):
             self._dlpack_refs = [to_dlpack(t) for t in written if not t.requires_grad]
         norms_lag = self._commit(groups)
         if table is not None:
-            table = with_torch_sums(table, groups)
-            self._sum_over_shards(table, groups)
-            measured = [(group.index, group.lr_now(), len(group.params)) for group in groups if group.stats]
-            multipliers = {group.index: group.multipliers for group in groups if group.multipliers is not None}
-            self._measured = Measured(table, step.slot_offsets, measured, multipliers, coef)
+            table = self._measure(table, groups, coef)
         self._stepped(table)
         if norms_lag and not self._warned:  # last: a warning may be an error
             self._warned = True
             warn_of_norms()
         return norm
+
+    def _measure(self, table: Tensor, groups: list[GroupStep], clip_coef: Tensor | None) -> Tensor:
+        """Complete the table of a step's sums, keep it for `stats`, and return it."""
+        measured: list[tuple[int, float | Tensor, int]] = []
+        multipliers: dict[int, ops.LrMultipliers] = {}
+        fell_back = has_shards = False
+        for group in groups:
+            if group.stats is not None:
+                measured.append((group.index, group.lr_now(), len(group.params)))
+            if group.multipliers is not None:
+                multipliers[group.index] = group.multipliers
+            fell_back = fell_back or bool(group.torch_sums)
+            has_shards = has_shards or has_dtensors(group.params)
+        offsets = self._step_plan.slot_offsets
+        if fell_back:
+            table = with_torch_sums(table, groups)
+        if has_shards:
+            self._sum_over_shards(table, groups, offsets)
+        self._measured = Measured(table, offsets, measured, multipliers, clip_coef)
+        return table
 
     def _commit(self, groups: list[GroupStep]) -> bool:
         """Write what the step has made into the state; return whether unnamed norms should follow the weights."""
@@ -348,12 +369,11 @@ class SGD(torch.optim.SGD):
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         return torch.full((), torch.nan, dtype=torch.float64, device=device)
 
-    def _sum_over_shards(self, table: Tensor, groups: list[GroupStep]) -> None:
+    def _sum_over_shards(self, table: Tensor, groups: list[GroupStep], offsets: tuple[int, ...]) -> None:
         # Here and not in `stats`, which one rank may ask for alone: a step is what every rank takes.
-        wanted = table.shape[1] > len(ops.SUMS) or any(group["stats"] for group in self.param_groups)
-        if wanted and "torch.distributed.tensor" in sys.modules:
-            offsets = iter(self._step_plan.slot_offsets)
-            sum_step_over_shards(table, [entry for group in groups for entry in group.measured(offsets)])
+        if table.shape[1] > len(ops.SUMS) or any(group["stats"] for group in self.param_groups):
+            begins = iter(offsets)
+            sum_step_over_shards(table, [entry for group in groups for entry in group.measured(begins)])
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         check_options(group, where)

@@ -191,6 +191,21 @@ class SVAG(SGD):
         Returns:
             The closure's loss; with two of them a tuple of both; else None. With `max_norm` (that, norm), or the norm.
         """
+        if self._needs_torchs_wrapper(SVAG.step):
+            given: dict[str, Any] = {"closure_b": closure_b, "max_norm": max_norm}
+            given = {name: x for name, x in given.items() if x is not None}
+            return self._watched_step(**given) if closure is None else self._watched_step(closure, **given)
+        return self._plain_step(closure, closure_b, max_norm=max_norm)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _plain_step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        closure_b: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | Tensor | None = None,
+    ) -> Any:
         limit = None if max_norm is None else ops.check_max_norm(max_norm, "SVAG.step")
         result = None
         if closure_b is not None:
@@ -217,7 +232,8 @@ class SVAG(SGD):
             return result
         return norm if closure is None else (result, norm)
 
-    @_disable_dynamo
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)  # type: ignore[arg-type]
+
     def _step_locked(self, max_norm: float | None) -> Tensor | None:
         with self._lock:
             return self._step_now(max_norm)
@@ -328,8 +344,11 @@ class SVAG(SGD):
         if held is None:
             return None
         params = group["params"]
-        first: list[Any] = [held.grads.get(id(p)) for p in params]
+        first = held.grads_of(params)
         grads: list[Any] = [p.grad for p in params]
+        of_first = inverse_scale if held.scale is None else 1 / held.scale
+        if not _has_none(first) and not _has_none(grads):
+            return Pair(first, grads, True, l, of_first, inverse_scale)
         for i, (a, b) in enumerate(zip(first, grads, strict=True)):
             if a is not None and b is not None:
                 continue
@@ -342,8 +361,7 @@ class SVAG(SGD):
                     f"{self._place(index)}: params[{i}] has a {other} gradient but no {which} one; "
                     "expected both or neither"
                 )
-        of_first = inverse_scale if held.scale is None else 1 / held.scale
-        return Pair(first, grads, l, of_first, inverse_scale)
+        return Pair(first, grads, False, l, of_first, inverse_scale)
 
     def _stepped(self, table: Tensor | None) -> None:
         self._held = None
@@ -351,10 +369,14 @@ class SVAG(SGD):
             return
         if not self._noise.fits(len(table)):
             self._noise = NoiseAverage(self._noise_decay)
-        self._noise_offsets = self._step_plan.slot_offsets
-        # NaN means no pair, or a pair that holds a NaN: then the step has a NaN in a parameter that had none before.
-        weight_sq, grad_sq, pair_dot = (ops.column(table, name) for name in ("weight_sq", "grad_sq", "pair_dot"))
-        seen = ~pair_dot.isnan() | (grad_sq.isnan() & ~weight_sq.isnan())
+        assert self._measured is not None
+        self._noise_offsets = self._measured.offsets
+
+        def seen() -> Tensor:
+            # NaN means no pair, or a pair that holds a NaN: then the step has one in a parameter that had none before.
+            weight_sq, grad_sq, pair_dot = (ops.column(table, name) for name in ("weight_sq", "grad_sq", "pair_dot"))
+            return ~pair_dot.isnan() | (grad_sq.isnan() & ~weight_sq.isnan())
+
         self._noise.add(table[:, len(ops.SUMS) :], seen)
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
@@ -379,6 +401,10 @@ class _Held:
         self.params, self.grads = params, dict(zip(map(id, params), grads, strict=True))
         self.scale, self.twice = scale, False
 
+    def grads_of(self, params: list[Tensor]) -> list[Any]:
+        """Return the held gradient of each parameter; None for one without."""
+        return list(map(self.grads.get, map(id, params)))
+
     def is_finite(self) -> bool:
         """Return whether every coordinate is finite."""
         grads = [g for g in self.grads.values() if g is not None]
@@ -387,6 +413,10 @@ class _Held:
         table = (~torch.isfinite(total)).double().expand(len(grads)).reshape(-1, 1).clone()
         sum_over_shards(table, [(slice(i, i + 1), g) for i, g in enumerate(grads)])  # all ranks must know
         return not bool(table.any())
+
+
+def _has_none(entries: list[Any]) -> bool:
+    return type(None) in set(map(type, entries))
 
 
 def _check_own(group: dict[str, Any], where: str) -> None:
