@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 import normkern
 
 from .nets import NETS
-from .report import digits, scaled, table_head, table_row, write_between_marks
+from .report import scaled, table_head, table_row, write_between_marks
+from .results import digits
 
 MARKS = "<!-- bench-ddp:begin -->", "<!-- bench-ddp:end -->"
 PLAIN, HOOK, OURS = "DDP", "DDP, torch's hook", "DDP, DDPNoise"

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .results import Results, Row, load, short_reason
+from .results import Results, Row, digits, load, short_reason
 
 MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
 SVAG_MARKS = "<!-- bench-svag:begin -->", "<!-- bench-svag:end -->"
@@ -54,11 +54,6 @@ NOISE_COLUMNS = {
     "Opacus hooks": "Opacus hooks, both",
     "torch.func": "torch.func, both",
 }
-
-
-def digits(x: float) -> str:
-    """Three of them, which is more than any run is worth: 0.440, 7.80, 318, 1290."""
-    return f"{x:#.3g}".rstrip(".") if 0 < x < 999.5 else f"{x:.0f}"
 
 
 def scaled(seconds: float) -> str:

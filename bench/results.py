@@ -93,6 +93,11 @@ def read_row(entry: dict[str, Any]) -> Row:
     )
 
 
+def digits(x: float) -> str:
+    """Return x with three significant digits, which is as exact as any run: 0.440, 7.80, 318, 1290."""
+    return f"{x:#.3g}".rstrip(".") if 0 < x < 999.5 else f"{x:.0f}"
+
+
 def short_reason(reason: str) -> str:
-    """ "wrong", "fails" or "not installed": what a table's cell has room for."""
+    """Return the reason's first words, for a table's cell: "wrong", "fails" or "not installed"."""
     return reason.split(":")[0]

@@ -36,9 +36,8 @@ from bench.peers import (
     torch_pairs,
     torch_step,
 )
-from bench.results import load
+from bench.results import digits, load
 from bench.tape import Tape
-from experiments import low_precision
 
 JOB_OF = {peer.name: peer.job for peer in (*PEERS, *NOISE_PEERS)}
 LITTLE = Case("little", ((8, 8), (3,)))
@@ -508,33 +507,4 @@ def test_plot_is_drawn(tmp_path):
     ("x", "text"), [(0.44, "0.440"), (7.8, "7.80"), (318.4, "318"), (999.7, "1000"), (1290, "1290")]
 )
 def test_digits(x, text):
-    assert report.digits(x) == text
-
-
-# --- weights of 16 bits -----------------------------------------------------------------------------------------------
-
-
-def test_table_of_low_precision():
-    results = {
-        "variants": {"float32": [[(0.5, 9.0), (0.9, 2.0)], [(0.5, 9.0), (0.8, 4.0)]], "master weights": [[(1.0, 3.0)]]}
-    }
-    lines = low_precision.readme_table(results).splitlines()
-    assert lines[2:] == [
-        "| float32 | 85.00 ± 7.07 | 3.0 ± 1.4 |",
-        "| bfloat16, master weights | 100.00 ± 0.00 | 3.0 ± 0.0 |",
-    ]
-
-
-@pytest.mark.slow
-def test_run_of_low_precision(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text("\n".join(low_precision.MARKS))
-    files = {"--json": tmp_path / "a.json", "--plot": tmp_path / "a.png", "--readme": readme}
-    arguments = ["--seeds", "1", "--epochs", "1", *(str(x) for pair in files.items() for x in pair)]
-    monkeypatch.setattr("sys.argv", ["low_precision", *arguments])
-    low_precision.main()
-    ends = {name: runs[0][-1] for name, runs in json.loads(files["--json"].read_text())["variants"].items()}
-    assert ends.keys() == low_precision.VARIANTS.keys()
-    assert ends["master weights"][1] == pytest.approx(ends["float32"][1], rel=0.01)
-    assert files["--plot"].stat().st_size > 10000
-    assert readme.read_text().count("|") > 20
+    assert digits(x) == text

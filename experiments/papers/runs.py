@@ -165,14 +165,17 @@ def _leave_with(parent: int) -> None:
 
 
 def source_digest(function: Callable[..., Any]) -> str:
-    """Of the function's source, and of everything of this package that it uses, directly or not."""
+    """Return a digest of the function's source, and of everything of this package that it uses, directly or not.
+
+    It does not depend on what the package is called.
+    """
     parts: dict[str, str] = {}
     _collect(function, parts)
     return hashlib.sha256("".join(parts[name] for name in sorted(parts)).encode()).hexdigest()[:12]
 
 
 def _collect(x: Any, parts: dict[str, str]) -> None:
-    name = f"{x.__module__}.{x.__qualname__}"
+    name = f"{_module(x)}.{x.__qualname__}"
     if name in parts:
         return
     parts[name] = inspect.getsource(x)
@@ -184,7 +187,12 @@ def _collect(x: Any, parts: dict[str, str]) -> None:
                 if value.__module__.startswith(PACKAGE):
                     _collect(value, parts)
             elif isinstance(value, (int, float, str, tuple, list, dict)):
-                parts[f"{f.__module__}.{used}"] = f"{used} = {value!r}"
+                parts[f"{_module(f)}.{used}"] = f"{used} = {value!r}"
+
+
+def _module(x: Any) -> str:
+    """Return the name of x's module, relative to this package if it lies in it: then it begins with a dot."""
+    return str(x.__module__).removeprefix(PACKAGE)
 
 
 def _names(code: CodeType) -> set[str]:
