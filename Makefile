@@ -39,7 +39,7 @@ bench-compare: .venv/bench-ready ## list what became slower between two results 
 papers: .venv/ready ## test the claims of four papers (QUICK=1: two minutes, into build/; DATA=folder: on CIFAR-10)
 	$(BIN)/python -m experiments.papers $(if $(QUICK),--quick) $(if $(DATA),--data "$(DATA)")
 
-lint: ## check style and types (ONLY=python, cpp, texts or stubs: a part; ONLY=tidy: clang-tidy, FILES=a.cpp)
+lint: ## check style and types (ONLY=python, cpp, texts, stubs; ONLY=tidy FILES=a.cpp: clang-tidy)
 lint: $(addprefix lint-,$(or $(ONLY),python cpp texts stubs))
 
 format: .venv/ready ## format Python and C++, and apply ruff's fixes
