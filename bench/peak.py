@@ -34,15 +34,15 @@ def peak_megabytes(net: str, peer: str, threads: int, timeout: float = 300.0) ->
     child.start()
     end.close()
     try:
-        told = answer.recv() if answer.poll(timeout) else f"no answer after {timeout:.0f} s"
+        sent = answer.recv() if answer.poll(timeout) else f"no answer after {timeout:.0f} s"
     except EOFError:
-        told = "it died"
+        sent = "it died"
     finally:
         child.kill()
         child.join()
-    if isinstance(told, str):
-        raise RuntimeError(f"{peer} on {net}: {told}")
-    return float(told)
+    if isinstance(sent, str):
+        raise RuntimeError(f"{peer} on {net}: {sent}")
+    return float(sent)
 
 
 def _megabytes(field: str) -> float:
