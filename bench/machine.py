@@ -70,7 +70,7 @@ def _version(package: str) -> str | None:
 
 
 def build_numbers() -> dict[str, float]:
-    """Return the seconds of a clean build, the megabytes of its wheel, and the milliseconds of the import after torch's."""
+    """Return seconds of a clean build, megabytes of its wheel, and milliseconds of the import after torch's."""
     root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The table of peers for gradient noise: which package does a job on a network. A maker takes a `Task` and returns `Watched`.
+"""The table of peers for gradient noise: which package does a job on a network. A maker turns a `Task` into `Watched`.
 
 Each does a forward and a backward with statistics of the per-sample gradients; no optimizer steps. Where a package
 returns the per-sample gradients, torch's sums of them are part of its time.

@@ -86,7 +86,7 @@ def sgd_statistics_fault(maker: Maker, dtype: torch.dtype) -> str:
 
 
 def svag_fault(maker: Maker, dtype: torch.dtype) -> str:
-    """Return what is wrong with the weights of an SVAG step, or its sums of the combined gradient and the pair, or ""."""
+    """Return what is wrong with the weights of an SVAG step, or its sums (combined gradient, pair), or ""."""
     step, given, exact, before = run(maker, dtype, pairs=True)
     if fault := _weights_fault(given, exact, dtype):
         return fault
