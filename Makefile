@@ -143,7 +143,8 @@ bench-ddp: .venv/bench-ready
 	touch $@
 
 # A preset of CMakePresets.json: a binary of its own in build/, beside the installed one.
-build/%/ready: .venv/ready .venv/cmake-ready CMakePresets.json tests/fuzz/edges.cpp
+$(patsubst %,build/%/ready,cuda sanitize-address sanitize-thread): build/%/ready: .venv/ready .venv/cmake-ready \
+  CMakePresets.json tests/fuzz/edges.cpp
 	$(BIN)/cmake --preset $* -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/$*
