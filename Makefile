@@ -137,14 +137,14 @@ bench-ddp: .venv/bench-ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench-peers]" || echo "bench: going on without some peers"
 	touch $@
 
-# tidy, dist, docs: the dependency groups of pyproject.toml.
+# tidy, dist, docs, cmake: the dependency groups of pyproject.toml.
 .venv/%-ready: pyproject.toml constraints.txt | .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group $*
 	touch $@
 
 # A preset of CMakePresets.json: a binary of its own in build/, beside the installed one.
-build/%/ready: .venv/ready CMakePresets.json tests/fuzz/edges.cpp
-	$(BIN)/python -m pip install --quiet cmake ninja "pybind11>=3.0"
+$(patsubst %,build/%/ready,cuda sanitize-address sanitize-thread): build/%/ready: .venv/ready .venv/cmake-ready \
+  CMakePresets.json tests/fuzz/edges.cpp
 	$(BIN)/cmake --preset $* -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
 	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
 	$(BIN)/cmake --build build/$*
