@@ -1,5 +1,7 @@
 """Typed, documented functions, one per bound op, and what their callers share.
 
+Tensors are of a dtype in ``DTYPES``: float64, float32, bfloat16 or float16.
+
 ``_binary`` loads the binary; ``types``, ``checks`` and ``launch`` are what the families of ops share (``sgd``,
 ``pairs``, ``clipping``, ``gauge``, ``per_sample``, ``sample_moments``); ``schemas`` registers the ops with torch.
 """

@@ -1,7 +1,7 @@
-"""What each op of ``torch.normkern`` returns, and refuses, from shapes alone: for tensors that have no values.
+"""Fake implementations of the ops of ``torch.ops.normkern``: results and refusals from shapes, without values.
 
-Shapes may be symbolic. Where `ops` checks in Python, its checks are these; where the binary does, the same sentences
-are written here once more, for it reads no shape that is a symbol.
+Shapes may be symbolic. Checks that `ops` makes in Python are shared with it. Those that the binary makes are written
+here once more, with the same sentences, as the binary cannot read a symbolic shape.
 """
 
 from __future__ import annotations

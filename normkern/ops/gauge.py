@@ -46,6 +46,7 @@ def gauge_step(
     Reference: Li and Arora, arXiv 1910.07454, for constant hyperparameters; the extension to
     any schedule, and to nesterov, is derived here.
 
+    >>> from normkern.ops import NEW_GAUGE
     >>> step = gauge_step(NEW_GAUGE, 0.5, 0.0, 0.0, 0.8, buffers=Buffers.NONE)  # w' = w - 0.5 (g + 0.8 w)
     >>> step.keep, step.grad_to_weight  # ws' = (w - g 0.5/0.6) / 2, which stands for 1.2 ws'
     (0.5, 0.4166666666666667)

@@ -1,4 +1,4 @@
-"""What every op does to run: allocate what a pass writes, run it, or hand the call to torch's dispatcher."""
+"""Launching: allocates what a pass writes, runs it, or hands a call to torch's dispatcher."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of SGD, and of SVAG, on a list of tensors."""
+"""A step of SGD or SVAG on a list of tensors: `sgd_` and its arguments."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def sgd_(
             updated in place. With `stats` all are on one device.
         grads: same shapes, dtypes and devices; None skips the parameter. Read only.
         momentum_buffers: one per parameter, updated in place; None entries are created and put into the list.
-            Needed if `momentum` is not 0. Of their parameter's dtype or, unless that is float64, float32 or bfloat16.
+            Needed if `momentum` is not 0. Their dtype is the parameter's or, unless it is float64, float32 or bfloat16.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`. lr and weight_decay may be
             CUDA tensors of one float32 or float64 number beside the parameters: read when the kernel runs.
         grad_scale: what the gradients were multiplied with; a CUDA tensor of one float32 number is read then too, but

@@ -1,4 +1,4 @@
-"""What ops take and return besides tensors: dtypes, statistics and their columns, gauges, how values are stored."""
+"""Types of arguments and results: dtypes, statistics and their columns, gauges, low-precision storage."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def precision(state_dtype: torch.dtype | None, rounding: Rounding | None, first:
 
 
 class Buffers(IntEnum):
-    """What a param group has of momentum buffers when a step begins."""
+    """The state of a param group's momentum buffers when a step begins."""
 
     NONE = 0  #: none, and momentum is 0
     FIRST = 1  #: none yet: the step makes them

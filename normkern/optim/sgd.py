@@ -301,12 +301,13 @@ class SGD(torch.optim.SGD):
             step.begin()  # lets go of the gradients
             raise
         # Nothing has been written so far, and from here on only torch's own loop can fail: it goes first.
+        measures = False
         for group in groups:
+            measures = measures or group.stats is not None
             if group.left_to_torch:
                 step_with_torch(group, grad_scale, coef)
-        measures = any(group.stats for group in groups) and not in_dispatch_mode()
         table = scratch = None
-        if measures:
+        if measures and not in_dispatch_mode():
             table = ops.new_table(step.slots, step.columns, step.like)
             if step.like is not None:
                 scratch = ops.new_scratch(step)
