@@ -29,7 +29,9 @@ from torch.func import functional_call
 
 import normkern
 from bench.report import table_head, table_row, write_between_marks
-from normkern.demo import training as train
+from normkern.demo.data import digits, shifted
+from normkern.demo.model import ResNet, find_groups
+from normkern.demo.settings import BATCH_SIZE
 
 #: lr * weight_decay / (1 - momentum) is 1.8e-3 a step; half of what bfloat16 tells apart is 2^-9 to 2^-8 of a weight.
 LR, WEIGHT_DECAY, MOMENTUM = 0.05, 3.6e-3, 0.9
@@ -64,12 +66,12 @@ class Stored:
 
 def run(variant: str, seed: int, epochs: int) -> Iterator[tuple[float, float]]:
     """After every epoch: the share of test images that it gets right, and |w| of all convolutions."""
-    images, labels, test_images, test_labels = train.digits()
+    images, labels, test_images, test_labels = digits()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = train.ResNet()
+    model = ResNet()
     dtype, options = VARIANTS[variant]
-    groups = train.find_groups(model, images, labels, options.get("decay", "coupled"))
+    groups = find_groups(model, images, labels, options.get("decay", "coupled"))
     names = [name for name, _ in groups[0]["params"]]
     with torch.no_grad():
         for name in names:
@@ -84,8 +86,8 @@ def run(variant: str, seed: int, epochs: int) -> Iterator[tuple[float, float]]:
             for group in optimizer.param_groups:
                 group["lr"] = LR / 10
         model.train()
-        for batch in torch.split(torch.randperm(len(images), generator=generator), train.BATCH_SIZE):
-            loss = F.cross_entropy(stored(train.shifted(images[batch], generator)), labels[batch])
+        for batch in torch.split(torch.randperm(len(images), generator=generator), BATCH_SIZE):
+            loss = F.cross_entropy(stored(shifted(images[batch], generator)), labels[batch])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -46,11 +46,16 @@ try:
     from .optim.svag import SVAG, svag_combine_
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
 except Exception as _error:
-    # `python -m normkern` imports the package before its command line can handle errors: it gets a sentence, not a
-    # traceback. While Python looks for the module, sys.argv[0] is "-m" and the rest is what follows the module's name.
+    # `python -m normkern` imports the package before its command line can print anything: a sentence is more useful
+    # there than a traceback. While Python looks for the module, sys.argv[0] is "-m" and the rest is what follows the
+    # module's name.
     if _sys.argv[:1] != ["-m"] or _sys.orig_argv[-len(_sys.argv)] != "normkern":
         raise
-    _cure = "" if type(_error) is ImportError else ". Install it anew: pip install --force-reinstall normkern"
+    _cure = ""
+    if isinstance(_error, ModuleNotFoundError) and (_error.name or "").partition(".")[0] == "torch":
+        _cure = f". Install it: pip install 'torch>={'.'.join(map(str, TORCH_FLOOR))}'"
+    elif type(_error) is not ImportError:
+        _cure = ". Install it anew: `pip install --force-reinstall --no-deps .` in normkern's source folder"
     _sys.exit(f"python -m normkern: {_error}{_cure}")
 
 __all__ = [

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from normkern.demo import training as train
+from normkern.demo.data import digits, shifted
 
 CLASSES = 10
 #: Images that are looked at between steps, at most: statistics and accuracies of CIFAR-10 need no more.
@@ -46,7 +46,7 @@ class Data(NamedTuple):
 def load(folder: str | None) -> Data:
     """CIFAR-10 where a folder in torchvision's layout is given (``cifar-10-batches-py`` in it), else the digits."""
     if folder is None:
-        images, labels, test_images, test_labels = train.digits()
+        images, labels, test_images, test_labels = digits()
         name = "scikit-learn's digits, 8 x 8"
     else:
         images, labels = _cifar(folder, [f"data_batch_{i}" for i in range(1, 6)])
@@ -88,7 +88,7 @@ def batches(
         chosen = torch.randint(len(data.images), (size * members,), generator=generator)
         images, labels = data.images[chosen], data.labels[chosen]
         if shift:
-            images = train.shifted(images, generator)
+            images = shifted(images, generator)
         if wrong:
             replaced = torch.rand(len(labels), generator=generator) < wrong
             labels = torch.where(replaced, torch.randint(CLASSES, labels.shape, generator=generator), labels)

@@ -25,7 +25,9 @@ from torch import Tensor
 
 import normkern
 from normkern import EquilibriumMonitor
-from normkern.demo import training as train
+from normkern.demo.data import digits, shifted
+from normkern.demo.model import ResNet, find_groups
+from normkern.demo.settings import BATCH_SIZE
 
 LR, WEIGHT_DECAY, MOMENTUM = 0.1, 0.01, 0.9
 #: Of labels that are wrong: a network that fits everything has no gradient left to balance the decay.
@@ -35,19 +37,19 @@ WRONG = 0.1
 def batches(images: Tensor, labels: Tensor, generator: torch.Generator) -> Any:
     """Without end: shifted images, and labels some of which are wrong, each time others."""
     for _ in count():
-        chosen = torch.randint(len(images), (train.BATCH_SIZE,), generator=generator)
-        wrong = torch.rand(train.BATCH_SIZE, generator=generator) < WRONG
-        random = torch.randint(10, (train.BATCH_SIZE,), generator=generator)
-        yield train.shifted(images[chosen], generator), torch.where(wrong, random, labels[chosen])
+        chosen = torch.randint(len(images), (BATCH_SIZE,), generator=generator)
+        wrong = torch.rand(BATCH_SIZE, generator=generator) < WRONG
+        random = torch.randint(10, (BATCH_SIZE,), generator=generator)
+        yield shifted(images[chosen], generator), torch.where(wrong, random, labels[chosen])
 
 
 def run(seed: int, steps: int) -> tuple[EquilibriumMonitor, list[str]]:
     """The monitor after so many steps, and the names of the scale-invariant weights."""
-    images, labels, _, _ = train.digits()
+    images, labels, _, _ = digits()
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    model = train.ResNet()
-    groups = train.find_groups(model, images, labels)
+    model = ResNet()
+    groups = find_groups(model, images, labels)
     names = [name for name, _ in groups[0]["params"]]
     groups[0]["weight_decay"] = WEIGHT_DECAY
     for group in groups[1:]:

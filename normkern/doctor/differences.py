@@ -1,4 +1,4 @@
-"""How far what an op wrote is from the reference, in roundings."""
+"""The distance between what an op wrote and the reference, in roundings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SUMS_OFF = 1e-13  # sums in float64 of products that float64 holds, relative to 
 
 @dataclass(frozen=True)
 class Written:
-    """What an op left behind: the tensors it wrote, flat and one after the other; its table of sums; any trespass."""
+    """What an op wrote: the tensors, flat and one after the other; its table of sums; any `trespass`."""
 
     tensors: dict[str, Tensor]
     sums: Tensor
@@ -27,27 +27,27 @@ class Written:
 
     @property
     def bits(self) -> list[Tensor]:
-        """Of all of it, to be compared."""
+        """The bits of tensors and sums, for comparison."""
         return [*map(bits, self.tensors.values()), bits(self.sums)]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """From the reference: the largest number of roundings in any coordinate, and a sentence if that is too many."""
+    """The largest number of roundings in any coordinate, and a sentence if that is too many."""
 
     roundings: float
     fault: str | None
 
 
 def roundings_allowed(isa: str, dtype: torch.dtype) -> float:
-    """Roundings of arithmetic precision on the way to a stored value; the reference's own are added in float64."""
+    """Return how many roundings an op may have on the way to a stored value; in float64 the reference has some too."""
     return (7.0 if isa in NO_FMA else 4.0) + (7.0 if dtype == torch.float64 else 0.0)
 
 
 def difference(name: str, got: Tensor, exact: Tensor, size: Tensor, allowed: float) -> Difference:
-    """`got` against `exact`; `size`: the largest intermediate result, half a unit of which is one rounding.
+    """Compare `got` with `exact`; `size`: the largest intermediate result, half a unit of which is one rounding.
 
-    The one rounding to a narrow storage type is free.
+    The one rounding to a narrow storage type does not count.
     """
     error = (got.double() - exact).abs()
     if got.dtype not in (torch.float64, torch.float32):
@@ -59,7 +59,7 @@ def difference(name: str, got: Tensor, exact: Tensor, size: Tensor, allowed: flo
     worst = max(0.0, float(roundings.max()))
     if worst <= allowed:
         return Difference(worst, None)
-    # Numbers tell more of what went wrong than an infinity that became NaN.
+    # A wrong number is a better hint than an infinity that became NaN.
     finite = torch.where(roundings.isfinite(), roundings, 0)
     i = int((finite if finite.max() > allowed else roundings).argmax())
     ends = list(accumulate(SIZES))
@@ -73,12 +73,12 @@ def difference(name: str, got: Tensor, exact: Tensor, size: Tensor, allowed: flo
 
 
 def same(a: Tensor, b: Tensor) -> Tensor:
-    """Where two tensors are equal, NaN like infinity and zero."""
+    """Return where two tensors are equal; NaN equals NaN."""
     return (a == b) | (a.isnan() & b.isnan())
 
 
 def sums_difference(names: Sequence[str], got: Tensor, exact: Tensor, allowed: Tensor) -> Difference:
-    """A table of sums against the exact one, both (tensors, names); `allowed`: how far off each may be."""
+    """Compare a table of sums with the exact one, both (tensors, names); `allowed`: the error that each may have."""
     wrong = ~((got - exact).abs() <= allowed) & ~same(got, exact)
     if not wrong.any():
         return Difference(0.0, None)
@@ -88,5 +88,5 @@ def sums_difference(names: Sequence[str], got: Tensor, exact: Tensor, allowed: T
 
 
 def worst(found: Sequence[Difference]) -> Difference:
-    """The first fault, or else the largest difference."""
+    """Return the first difference with a fault, or else the largest one."""
     return next((x for x in found if x.fault), max(found, key=lambda x: x.roundings))

@@ -1,4 +1,4 @@
-"""What a shared library asks of the machine it is loaded on, read from its ELF dynamic section."""
+"""What a shared library needs on the machine that loads it, read from its ELF dynamic section."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class _Segment:
 
 
 def _offset(segments: list[_Segment], address: int) -> int:
-    """Where in the file the byte is that will be loaded at `address`."""
+    """Return the offset in the file of the byte that is loaded at `address`."""
     home = next(s for s in segments if s.kind == _LOAD and s.address <= address < s.address + s.size)
     return address - home.address + home.offset
 

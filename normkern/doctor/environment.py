@@ -1,8 +1,9 @@
-"""Does what was installed fit together: versions, binary, OpenMP runtimes, devices, and torch's own kernels."""
+"""Checks of the installation: versions, binary, OpenMP runtimes and devices fit together."""
 
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import sys
@@ -14,22 +15,22 @@ import torch
 import normkern
 
 from .. import ops
+from ..ops._load import REINSTALL, is_source_tree
 from . import gpu, machine
 from .finding import Check, Finding, failed, note, ok, skipped
 from .info import dlpack_version
 
 _DLPACK_MAJOR = 1  # what csrc/dlpack.h declares
-_REINSTALL = "pip install --force-reinstall --no-deps normkern"
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The first two of a version: 2.13.0+cpu -> (2, 13)."""
+    """Return the first two numbers of a version: 2.13.0+cpu -> (2, 13)."""
     found = re.match(r"(\d+)\.(\d+)", version)
     return tuple(map(int, found.groups())) if found else ()
 
 
 def versions() -> Finding:
-    """torch and Python are new enough, and torch speaks the DLPack that the binary reads."""
+    """Check that torch and Python are new enough, and that torch has the DLPack version that the binary reads."""
     floor = ".".join(map(str, normkern.TORCH_FLOOR))
     if _numbers(torch.__version__) < normkern.TORCH_FLOOR:
         return failed(f"torch {torch.__version__}, expected >= {floor}", f"pip install 'torch>={floor}'")
@@ -38,7 +39,7 @@ def versions() -> Finding:
         found = "no DLPack exchange API" if dlpack is None else f"DLPack {dlpack[0]}.{dlpack[1]}"
         return failed(
             f"torch {torch.__version__} has {found}, expected DLPack {_DLPACK_MAJOR}.x",
-            "install a normkern made for this torch: pip install --upgrade normkern",
+            f"get normkern's sources of a version for this torch, and install them: {REINSTALL}",
         )
     python, python_floor = sys.version_info[:2], _python_floor()
     if python < python_floor:
@@ -54,7 +55,7 @@ def versions() -> Finding:
 
 
 def _python_floor() -> tuple[int, ...]:
-    """From the metadata of the installed package; (0, 0) where it was not installed but found on a path."""
+    """Return the oldest Python from the metadata of the installed package; (0, 0) where pip did not install it."""
     try:
         return _numbers(metadata.metadata("normkern")["Requires-Python"].lstrip(">= "))
     except (metadata.PackageNotFoundError, KeyError):
@@ -62,24 +63,34 @@ def _python_floor() -> tuple[int, ...]:
 
 
 def binary() -> Finding:
-    """The binary has everything that the Python sources know of, and was installed with them."""
-    stub = Path(normkern.__file__).with_name("_C.pyi")
+    """Check that the binary has everything that the Python files use, and was installed with them."""
+    folder = Path(normkern.__file__).resolve().parent
+    stub = folder / "_C.pyi"
     if not stub.exists():
         return skipped(f"{stub.name} is not installed")
     missing = [name for name in _declared(stub) if not _has(ops.binary, name)]
     if missing:
-        return failed(f"the binary lacks {', '.join(missing)}: older than the Python files", _REINSTALL)
+        return failed(f"the binary lacks {', '.join(missing)}: older than the Python files", REINSTALL)
     try:
         installed = metadata.version("normkern")
     except metadata.PackageNotFoundError:
         return note(f"has all of {stub.name}; normkern {normkern.__version__} was not installed by pip")
     if installed != normkern.__version__:
-        return failed(f"normkern {normkern.__version__} over an installed {installed}", _REINSTALL)
+        return failed(f"normkern {normkern.__version__} over an installed {installed}", REINSTALL)
+    binary = Path(ops.binary.__file__ or "").resolve()
+    if is_source_tree(folder) and not _is_editable() and binary.parent != folder:
+        return note(f"normkern {installed}: the Python files of {folder} with the binary {binary}")
     return ok(f"normkern {installed}; the binary has all of {stub.name}")
 
 
+def _is_editable() -> bool:
+    """Whether pip installed normkern in editable mode, so that the Python files and the binary lie apart."""
+    origin = metadata.distribution("normkern").read_text("direct_url.json")
+    return bool(origin and json.loads(origin).get("dir_info", {}).get("editable"))
+
+
 def _declared(stub: Path) -> list[str]:
-    """Names of a stub file, those of a class's members as "Class.member"."""
+    """Return the names of a stub file, those of a class's members as "Class.member"."""
     names = []
     for node in ast.parse(stub.read_text()).body:
         if isinstance(node, ast.FunctionDef):
@@ -100,7 +111,7 @@ def _has(thing: object, name: str) -> bool:
 
 
 def level() -> Finding:
-    """The best instruction-set level that runs here is the one that runs."""
+    """Check that the best instruction-set level that this machine can run is selected."""
     chosen, best = ops.isa(), ops.supported_isas()[0]
     if chosen == best:
         return ok(f"{chosen}, the best of {', '.join(ops.supported_isas())}")
@@ -109,18 +120,18 @@ def level() -> Finding:
 
 
 def openmp(brought_by: dict[str, str]) -> Finding:
-    """One OpenMP runtime in this process; `brought_by`: file -> the module whose import loaded it, where known.
+    """Check that this process has one OpenMP runtime; `brought_by`: file -> the module that loaded it, if known.
 
-    Two of them are a failure: each keeps its own threads, which wait for work on the same CPUs, and some pairs (Intel's
-    with LLVM's) stop the process.
+    Two runtimes are a failure: each keeps its own threads, which wait for work on the same CPUs, and some pairs
+    (Intel's with LLVM's) stop the process.
     """
     files = machine.openmp_runtimes()
     if files is None:
-        return skipped("this system does not tell what is loaded")
+        return skipped("this system does not list the loaded libraries")
     if len(files) < 2:
         return ok(f"one: {Path(files[0]).name}, of {_owner(files[0])}" if files else "none is loaded")
     preloaded = {os.path.realpath(part) for part in re.split(r"[ :]", os.environ.get("LD_PRELOAD", "")) if part}
-    # The kernels run on torch's; of the others one is named, as one cure at a time is enough.
+    # The kernels run on torch's runtime. The sentence names one of the others: one cure at a time is enough.
     other = max(files, key=lambda f: (f in brought_by, f in preloaded, _owner(f) != "torch"))
     named = " and ".join(f"{Path(f).name} of {_owner(f)}" for f in files)
     if other in preloaded:
@@ -134,27 +145,13 @@ def openmp(brought_by: dict[str, str]) -> Finding:
 
 
 def _owner(file: str) -> str:
-    """The installed package that a library lies in: ".../site-packages/torch/lib/libgomp.so.1" -> "torch"."""
+    """Return the installed package that a library lies in: ".../site-packages/torch/lib/libgomp.so.1" -> "torch"."""
     found = re.search(r"/(?:site|dist)-packages/([^/]+?)(?:\.libs)?/", file)
     return found[1] if found else "the system"
 
 
-def torchs_own() -> Finding:
-    """What torch's fused SGD makes of bfloat16 and float16 on this CPU. Not our failure, but a reason to know."""
-    wrong = []
-    for dtype in (torch.bfloat16, torch.float16):
-        p = torch.nn.Parameter(torch.ones(1003, dtype=dtype))
-        p.grad = torch.ones_like(p)
-        torch.optim.SGD([p], lr=0.5, fused=True).step()
-        if not torch.equal(p, torch.full_like(p, 0.5)):
-            wrong.append(str(dtype).removeprefix("torch."))
-    if wrong:
-        return note(f"torch's own fused SGD is wrong in {' and '.join(wrong)} here; normkern's is not affected")
-    return ok("torch's own fused SGD is right in bfloat16 and float16 here")
-
-
 def checks(brought_by: dict[str, str]) -> list[Check]:
-    """The lines of the table that are about the installation."""
+    """Return the checks of the installation."""
     return [
         Check("versions", versions),
         Check("binary", binary),
@@ -162,5 +159,4 @@ def checks(brought_by: dict[str, str]) -> list[Check]:
         Check("OpenMP runtimes", lambda: openmp(brought_by)),
         Check("devices", gpu.devices),
         Check("GPU kernels", gpu.same_as_cpu),
-        Check("torch's fused SGD", torchs_own),
     ]

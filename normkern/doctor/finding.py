@@ -11,7 +11,7 @@ Verdict = Literal["ok", "note", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`measured` says what was found; a failure has a `cure`, one sentence. A note is worth reading and no failure."""
+    """`measured` describes what was found; a failure also has a `cure`, one sentence. A note is no failure."""
 
     verdict: Verdict
     measured: str
@@ -20,27 +20,28 @@ class Finding:
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the doctor's table. `examine` may raise: that is a failure too."""
+    """One check. `examine` may raise: that is a failure too. The checks of a `group` share a line, unless verbose."""
 
     name: str
     examine: Callable[[], Finding]
+    group: str | None = None
 
 
 def ok(measured: str) -> Finding:
-    """As it should be."""
+    """Report that all is as it should be."""
     return Finding("ok", measured)
 
 
 def note(measured: str) -> Finding:
-    """Nothing is broken, but the user should know."""
+    """Report what the user should know, though nothing is broken."""
     return Finding("note", measured)
 
 
 def skipped(reason: str) -> Finding:
-    """Could not be looked at here."""
+    """Report that the check cannot run here."""
     return Finding("skipped", reason)
 
 
 def failed(measured: str, cure: str) -> Finding:
-    """Broken, and what to do about it."""
+    """Report what is broken, and what to do about it."""
     return Finding("failed", measured, cure)

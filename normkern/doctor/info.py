@@ -1,4 +1,4 @@
-"""What was built and what it runs on: `python -m normkern info`."""
+"""The build and the machine that it runs on: `python -m normkern info`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -16,9 +16,6 @@ import normkern
 from .. import ops
 from . import elf, machine
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 _X86, _ARM = ["v4", "v3", "v2"], ["neon"]
 #: The levels that the binary is compiled for, per processor: CMakeLists.txt's list.
 _LEVELS = {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}
@@ -26,9 +23,9 @@ _VARIABLES = ("NORMKERN_ISA", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "LD_PRELOAD"
 
 
 def info() -> dict[str, Any]:
-    """Versions, binary, processor, threads, GPUs: plain strings, numbers, lists and dicts, ready for JSON.
+    """Return versions, binary, processor, threads and GPUs as strings, numbers, lists and dicts, ready for JSON.
 
-    The keys stay the same from machine to machine; what a machine does not tell is None.
+    The keys are the same on every machine; what is not known there is None.
     """
     file = Path(ops.binary.__file__ or "")
     needs = elf.needs(file)
@@ -65,7 +62,7 @@ def info() -> dict[str, Any]:
 
 
 def dlpack_version() -> tuple[int, int] | None:
-    """Major and minor version of torch's DLPack exchange API; None where torch has none."""
+    """Return the version (major, minor) of torch's DLPack exchange API; None where torch has none."""
     capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         return None
@@ -77,33 +74,19 @@ def dlpack_version() -> tuple[int, int] | None:
 
 
 def show(as_json: bool) -> None:
-    """Print `info`: a table, or JSON, which needs no rich."""
+    """Print `info` as a table or as JSON."""
     facts = info()
     if as_json:
         print(json.dumps(facts, indent=2))
         return
-    from rich.table import Table
-
-    table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, text in _lines(facts):
-        table.add_row(name, text)
-    console().print(table)
-
-
-def console() -> Console:
-    """A console for plain tables. Where there is no window to fit, every line stays in one piece."""
-    from rich.console import Console
-
-    it = Console(highlight=False, markup=False)
-    if not it.is_terminal:
-        it.width = 10_000
-    return it
+    lines = _lines(facts)
+    width = max(len(name) for name, _ in lines)
+    for name, text in lines:
+        print(f"{name:{width}}  {text}")
 
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """What `show` prints: name, text."""
+    """Return the lines that `show` prints: name, text."""
     t, b, isa, cpu = (facts[name] for name in ("torch", "binary", "isa", "cpu"))
     quota = "" if cpu["quota"] is None else f", {cpu['quota']:g} by cgroup quota"
     versions = ", ".join(f"{kind} {version}" for kind, version in (b["symbol_versions"] or {}).items())

@@ -1,4 +1,4 @@
-"""What this machine gives this process: CPUs, GPUs, and the OpenMP runtimes that are loaded."""
+"""The CPUs and GPUs that this process can use, and the OpenMP runtimes that it has loaded."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ _OPENMP = re.compile(r"lib(gomp|iomp5|omp)([-.][^/]*)?\.so[.\d]*")
 
 
 def cpu_model() -> str:
-    """The name of the processor, or else its architecture."""
+    """Return the name of the processor, or else its architecture."""
     for line in _lines(_PROC / "cpuinfo"):
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
@@ -35,19 +37,19 @@ class Cpus:
 
     @property
     def usable(self) -> int:
-        """How many threads can run at a time without waiting for each other."""
+        """The number of threads that can run at a time without waiting for each other."""
         return min(self.allowed, math.ceil(self.quota)) if self.quota else self.allowed
 
 
 def cpus() -> Cpus:
-    """The CPUs of this process, now."""
+    """Return the CPUs that this process may use now."""
     present = os.cpu_count() or 1
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
     return Cpus(present, allowed, _quota())
 
 
 def _quota() -> float | None:
-    """The tightest limit of this process's cgroup and the ones around it, versions 1 and 2."""
+    """Return the tightest limit of this process's cgroup and its parents, versions 1 and 2."""
     limits = []
     for line in _lines(_PROC / "self" / "cgroup"):
         _, controllers, path = line.split(":", 2)
@@ -55,7 +57,7 @@ def _quota() -> float | None:
             continue
         root = _CGROUP / controllers
         here = root / path.lstrip("/")
-        # In a container the path may be the host's, of which only the root is mounted.
+        # In a container the path may be the one on the host, where only the root is mounted.
         for folder in (here, *here.parents):
             quota, period = _limit(folder) if controllers == "" else _limit_v1(folder)
             if quota > 0 and period > 0:
@@ -66,7 +68,7 @@ def _quota() -> float | None:
 
 
 def _limit(folder: Path) -> tuple[int, int]:
-    """Microseconds of CPU time per period, and the period; 0 where there is no limit."""
+    """Return microseconds of CPU time per period, and the period; 0 where there is no limit."""
     words = " ".join(_lines(folder / "cpu.max")).split()
     return (int(words[0]), int(words[1])) if len(words) == 2 and words[0] != "max" else (0, 0)
 
@@ -76,8 +78,30 @@ def _limit_v1(folder: Path) -> tuple[int, int]:
     return (int(quota[0]), int(period[0])) if quota and period else (0, 0)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Run the body on so many of torch's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def busy_seconds() -> float | None:
+    """Return the CPU time so far of all programs on the CPUs that this process may use; None where it is not known."""
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    allowed = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+    fields = [line.split() for line in _lines(_PROC / "stat")]
+    # user, nice, system, idle, iowait, irq, softirq, steal
+    busy = [sum(map(int, f[1:4])) + sum(map(int, f[6:9])) for f in fields if f and f[0] in allowed]
+    return sum(busy) / os.sysconf("SC_CLK_TCK") if busy else None
+
+
 def gpus() -> list[dict[str, str]]:
-    """The CUDA devices that torch sees: name and compute capability."""
+    """Return name and compute capability of the CUDA devices that torch sees."""
     if not torch.cuda.is_available():
         return []
     properties = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -85,7 +109,7 @@ def gpus() -> list[dict[str, str]]:
 
 
 def openmp_runtimes() -> list[str] | None:
-    """The files of the OpenMP runtimes mapped into this process, one each; None where /proc does not tell."""
+    """Return the files of the OpenMP runtimes mapped into this process; None where /proc does not list them."""
     maps = _lines(_PROC / "self" / "maps")
     if not maps:
         return None
@@ -95,7 +119,7 @@ def openmp_runtimes() -> list[str] | None:
 
 
 def _lines(file: Path) -> list[str]:
-    """The lines of a file of the system; none if it cannot be read."""
+    """Return the lines of a file of the system; none if it cannot be read."""
     try:
         return file.read_text(errors="replace").splitlines()
     except OSError:

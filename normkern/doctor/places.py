@@ -1,4 +1,4 @@
-"""Tensors at odd places: what the doctor lets every op run on."""
+"""Tensors at odd places in memory, on which the doctor runs every op."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import ops
 
-#: The tensors that ops run on, as (shape, elements from one to the next): on both sides of the width of every vector
+#: The tensors, as (shape, elements from one to the next): on both sides of the width of every vector
 #: and of a chunk; one with gaps; one transposed (-1). The first holds `_SPECIAL` in its first vector and in its last.
 PLACES = (
     *(((n,), 1) for n in (19, 0, 1, 7, 8, 9, 63, 1003, ops.CHUNK - 1, ops.CHUNK + 1, 2 * ops.CHUNK + 5)),
@@ -31,7 +31,7 @@ _FENCE = 17  # NaNs between tensors: odd, so that each has another misalignment
 
 @cache
 def values(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Weights, gradients, momentum buffers and held gradients for all of `PLACES`, flat, over many octaves."""
+    """Return weights, gradients, momentum buffers and held gradients for all of `PLACES`, flat, over many octaves."""
     make = torch.Generator().manual_seed(0)
     size = (4, sum(SIZES))
     octaves = torch.randint(-6, 3, size, generator=make)
@@ -58,21 +58,21 @@ class Laid:
             start = end + _FENCE
 
     def is_fenced(self) -> bool:
-        """Nobody wrote between the tensors. (The tensors themselves are lost.)"""
+        """Whether the memory between the tensors is unchanged. Overwrites the tensors."""
         for x in self.tensors:
             x.fill_(math.nan)
         return bool(self.block.isnan().all())
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All coordinates, tensor after tensor."""
+    """Return all coordinates, tensor after tensor."""
     return torch.cat([x.reshape(-1) for x in tensors])
 
 
 def trespass(written: dict[str, Laid], read: dict[str, tuple[Laid, Tensor]]) -> str | None:
-    """What an op wrote and should not have: what it only reads (name -> laid, values), or memory between tensors.
+    """Return what an op wrote and must not write: what it only reads (name -> laid, values), or memory between tensors.
 
-    The tensors themselves are lost.
+    Overwrites the tensors.
     """
     for name, (laid, was) in read.items():
         if not torch.equal(bits(flat(laid.tensors)), bits(was)):
@@ -82,6 +82,6 @@ def trespass(written: dict[str, Laid], read: dict[str, tuple[Laid, Tensor]]) -> 
 
 
 def bits(x: Tensor) -> Tensor:
-    """Bits that can be compared; which NaN it is does not matter."""
+    """Return the bits as integers that can be compared, with one pattern for every NaN."""
     x = torch.where(x.isnan(), torch.full_like(x, math.nan), x)
     return x.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])

@@ -423,16 +423,16 @@ class _Search:
         self, kinds: dict[str, str], as_is: dict[str, float], blocks: dict[str, tuple[tuple[int, int], ...]]
     ) -> None:
         invariant = [n for n, kind in kinds.items() if kind in ("row", "tensor", "joint")]
-        if not invariant and not blocks:
-            self.notes.append(
-                "No parameter is scale-invariant: the model seems to have no normalisation, or none that follows a "
-                "layer."
-            )
         stored = [
             name or type(module).__name__
             for name, module in self.model.named_modules()
             if getattr(module, "running_var", None) is not None and not module.training
         ]
+        if not invariant and not blocks and not stored:
+            self.notes.append(
+                "No parameter is scale-invariant: the model seems to have no normalisation, or none that follows a "
+                "layer."
+            )
         if stored:
             self.notes.append(
                 f"Norms in eval mode divide by stored statistics, not by those of a batch, so that weights before them "

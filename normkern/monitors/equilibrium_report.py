@@ -12,6 +12,8 @@ from .step_reader import Hyperparameters
 
 #: Root mean square of <w,g>/(|w||g|) above which the loss is not scale-invariant in the weights.
 _COSINE = 1e-2
+#: A length has settled where |w|^4 is as close as this to its value at equilibrium, in relation to that value.
+_SETTLED = 0.1
 #: The averaged columns: balance_sq is the |w|^2 at which |g|^2 and <b,g> of a step would balance, balance_update_sq
 #: the |u|^2 there, balanced_weight_sq the |w|^2 that it is compared with; all are 0 in steps without equilibrium.
 COLUMNS = (
@@ -48,6 +50,9 @@ class Equilibrium(ReportEntry):
             in balance: 0 at equilibrium, above where the norm will grow, below where it will shrink.
         equilibrium_weight_norm: that length, for the hyperparameters of the last step.
         steps_to_equilibrium: steps in which :math:`|w|^4` approaches it by a factor of e; inf without equilibrium.
+        steps_left: about how many more steps |w| takes to settle, if the gradients stay as they are: 0 if |w|^4 is
+            within 10 % of its value at equilibrium; inf where it does not come closer; None where there is no
+            prediction.
         time: the sum of lr * weight_decay over its steps; of order 1 once equilibrium can have been reached.
         correlation: :math:`r = \langle b,g\rangle/|g|^2`, b the momentum buffer before the step, ratio of means: 0
             where noise dominates. The predictions include it (see :mod:`normkern.theory`).
@@ -67,31 +72,64 @@ class Equilibrium(ReportEntry):
     residual: float | None
     equilibrium_weight_norm: float | None
     steps_to_equilibrium: float
+    steps_left: float | None
     time: float
     correlation: float
     cosine: float
     nsr: float | None
     reason: str | None
 
+    @property
+    def verdict(self) -> str | None:
+        """ "settled", or "not yet" and about how many more steps it takes; None where there is no prediction."""
+        if self.steps_left is None:
+            return None
+        return "settled" if self.steps_left == 0 else f"not yet{_more(self.steps_left)}"
+
 
 class EquilibriumReport(Report[Equilibrium]):
     __doc__ = Report.__doc__
 
+    @property
+    def verdict(self) -> str:
+        """Whether the lengths of all parameters that have an equilibrium have settled, and if not, how long it takes.
+
+        A group whose tensors are scale-invariant only together counts as one.
+        """
+        left = []
+        for i, group in self.groups.items():
+            own = [p.steps_left for p in self.parameters.values() if p.group == i and p.steps_left is not None]
+            left += own or [x for x in [group.steps_left] if x is not None]
+        if not left:
+            return "no equilibrium: nothing settles"
+        waiting = [x for x in left if x > 0]
+        if not waiting:
+            return f"settled: {len(left)} of {len(left)}"
+        return f"not settled yet: {len(left) - len(waiting)} of {len(left)}{_more(max(waiting))}"
+
     def __str__(self) -> str:
         lines = [("", "|w|", "|w| at eq.", "residual", "effective lr", "angle", "predicted", "")]
         for i, group in self.groups.items():
-            lines.append((f"group {i}", *_cells(group), group.reason or ""))
+            lines.append((f"group {i}", *_cells(group), group.reason or group.verdict or ""))
             for name, parameter in self.parameters.items():
                 if parameter.group == i:
                     rows = "" if len(self.slots[name]) == 1 else f" ({len(self.slots[name])} rows)"
-                    remark = "" if parameter.reason == group.reason else parameter.reason or ""
+                    remark = parameter.reason or parameter.verdict or ""
+                    remark = "" if remark == group.reason else remark
                     lines.append((f"  {name}{rows}", *_cells(parameter), remark))
         heads = [
             f"group {i}: intrinsic lr {group.intrinsic_lr:.3g}, {group.steps_to_equilibrium:.4g} steps to equilibrium, "
             f"time {group.time:.3g}"
             for i, group in self.groups.items()
         ]
-        return "\n".join([f"after {self.steps} steps", *heads, *table(lines)])
+        return "\n".join([f"after {self.steps} steps: {self.verdict}", *heads, *table(lines)])
+
+
+def _more(steps: float) -> str:
+    """Return how many steps are left, in words, to two digits."""
+    if steps == math.inf:
+        return ", and the weights shrink to zero"
+    return f", about {float(f'{steps:.1e}'):,.0f} more steps"
 
 
 def _why_none(h: Hyperparameters) -> str | None:
@@ -137,7 +175,7 @@ def equilibrium(
         reason = "not measured since there is an equilibrium"
     elif reason is None and cosine > _COSINE:
         reason = f"not scale-invariant by itself: |<w,g>| is {cosine:.2g} |w| |g|"
-    predicted = residual = norm = None
+    predicted = residual = norm = left = None
     correlation = m["buffer_grad_dot"] / m["grad_sq"] if m["grad_sq"] else 0.0
     if reason is None:
         at = balance("equilibrium", *_arguments(h))
@@ -149,6 +187,7 @@ def equilibrium(
             predicted = math.sqrt(m["balance_update_sq"] / m["balance_sq"] if m["balance_sq"] else of_nothing)
             residual = m["balance_sq"] / m["balanced_weight_sq"] - 1
             norm = (length * m["unit_grad_sq"]) ** 0.25
+            left = _steps_left(residual, slow)
     if reason is None and not seen:
         reason = "not measured in the last step: not stepped, or no finite numbers"
     return Equilibrium(
@@ -163,12 +202,21 @@ def equilibrium(
         residual=residual,
         equilibrium_weight_norm=norm,
         steps_to_equilibrium=slow,
+        steps_left=left,
         time=time,
         correlation=correlation,
         cosine=cosine,
         nsr=nsr,
         reason=reason,
     )
+
+
+def _steps_left(residual: float, slow: float) -> float:
+    """Return the steps until |w|^4 is within `_SETTLED` of its value at equilibrium; `slow` bring it e times closer."""
+    if residual <= -1:  # no gradient: the weights shrink to zero
+        return math.inf
+    away = abs(1 / (1 + residual) - 1)
+    return 0.0 if away <= _SETTLED else slow * math.log(away / _SETTLED)
 
 
 def _cells(x: Equilibrium) -> tuple[str, str, str, str, str, str]:

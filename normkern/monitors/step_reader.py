@@ -98,7 +98,11 @@ class StepReader:
 
     def __init__(self, optimizer: Any, who: str) -> None:
         if not isinstance(optimizer, SGD):
-            raise TypeError(f"{who}: optimizer expected a normkern.SGD, got {type(optimizer).__name__}")
+            kind = type(optimizer)
+            got = f"torch.optim.{kind.__name__}" if kind.__module__.startswith("torch.optim") else kind.__name__
+            raise TypeError(
+                f'{who}: optimizer expected a normkern.SGD or SVAG, constructed with stats="tensor" or "row", got {got}'
+            )
         self.optimizer, self._who = optimizer, who
         self._last: object = None
         self._key: object = None
@@ -109,7 +113,8 @@ class StepReader:
         """Check that the optimizer measures something, and has one learning rate for each group."""
         if all(group["stats"] is None for group in self.optimizer.param_groups):
             raise ValueError(
-                f'{self._who}: optimizer expected one with stats="tensor" or "row", got one that measures nothing'
+                f'{self._who}: optimizer expected one with stats="tensor" or "row", got one that measures nothing; '
+                'pass stats="tensor" to the optimizer'
             )
         groups = self.optimizer.param_groups
         self._check_multipliers(i for i, group in enumerate(groups) if group.get(LR_MULTIPLIERS) is not None)

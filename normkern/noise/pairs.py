@@ -173,6 +173,7 @@ def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor |
     (7.0, 2.0)
     """
     a, b = list(grads_a), list(grads_b)
+    ops.check_pairs("noise_from_pair", a, b)
     sums = pair_sums_of(a, b)
     average = NoiseAverage(0.0)
     average.add(sums, lambda: torch.tensor([x is not None for x in a], dtype=torch.bool, device=sums.device))

@@ -8,13 +8,13 @@ import sys
 
 import torch
 
+from ._load import provide_binary, why_missing
+
+provide_binary()
 try:
     import normkern._C as _C
 except ImportError as error:
-    raise ImportError(
-        f"normkern's binary could not be loaded ({error}). Build it for this interpreter "
-        f"(Python {sys.version_info.major}.{sys.version_info.minor}): pip install --force-reinstall --no-deps normkern"
-    ) from error
+    raise ImportError(why_missing(error)) from error
 
 #: The binary, for the other files of this folder and for tools that examine it.
 binary = _C

@@ -12,6 +12,7 @@ from torch._C._functorch import peek_interpreter_stack
 
 from ..tracing import is_traced, isinstance_if_imported
 from ._binary import cuda_architectures, describe, device_index, kernel_takes
+from ._load import REINSTALL_WITH_CUDA
 from .types import DTYPES, one_of
 
 #: Decides whether a kernel takes a tensor: `kernel_takes` (None), or `would_take` where tensors have no values.
@@ -63,7 +64,7 @@ def _where_kernels_run(tensor: Any) -> str:
         return "cpu or cuda"
     if getattr(getattr(tensor, "device", None), "type", None) != "cuda":
         return "cpu"
-    return "cpu: this binary was built without CUDA (NORMKERN_CUDA=ON pip install --no-binary normkern normkern)"
+    return f"cpu: this binary was built without CUDA ({REINSTALL_WITH_CUDA} builds it with CUDA)"
 
 
 def check_l(l: object, where: str) -> float:

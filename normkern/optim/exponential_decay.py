@@ -157,7 +157,8 @@ def check_scale_invariance(
         if w_sq[i] == 0 and p.numel():
             raise ValueError(
                 f'{place(index)}: {_name(options, i)} is all zeros, and decay="exponential" expected weights of which '
-                "only the direction matters; scale_invariant=True in the group overrides"
+                "only the direction matters. normkern.invariance.param_groups puts those into a group of their own; "
+                "scale_invariant=True in the group skips this check"
             )
         if abs(dots[i]) > max(_COSINE, 4 * eps / math.sqrt(p.numel() or 1)) * sizes[i]:
             suspects.append(i)
@@ -165,8 +166,9 @@ def check_scale_invariance(
         i = max(suspects, key=lambda i: abs(dots[i]) / sizes[i])
         raise ValueError(
             f"{place(index)}: {_name(options, i)} is not scale-invariant, and would lose its weight decay: "
-            f'decay="exponential" expected |<w,g>| of at most {_COSINE:g} |w| |g|, got {dots[i] / sizes[i]:.3g}; give '
-            "it a group with coupled decay, or set scale_invariant=True in this one"
+            f'decay="exponential" expected |<w,g>| of at most {_COSINE:g} |w| |g|, got {dots[i] / sizes[i]:.3g}. '
+            "normkern.invariance.param_groups puts the scale-invariant parameters of a model into a group; give the "
+            "others coupled decay"
         )
     return math.isfinite(group_grad) and group_grad > 0
 

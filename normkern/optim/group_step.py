@@ -275,7 +275,7 @@ def _warn_of_gpu() -> None:
     """Warn once that the fallback on a GPU is slow."""
     warnings.warn(
         "normkern: this binary was built for CPUs only, and torch's own loop steps parameters on GPUs. To have kernels "
-        "for them: NORMKERN_CUDA=ON pip install --force-reinstall --no-deps --no-binary normkern normkern",
+        "for them: `NORMKERN_CUDA=ON pip install --force-reinstall --no-deps .` in normkern's source folder",
         UserWarning,
         stacklevel=2,
     )

@@ -89,6 +89,11 @@ def check_checkpoint(loaded: Mapping[str, Any]) -> None:
     for i, group in enumerate(groups):
         if not isinstance(group, Mapping):
             refuse(f"param_groups[{i}]", "a dict", group)
+        if "betas" in group:
+            raise ValueError(
+                f"SGD.load_state_dict: param_groups[{i}] expected the options of SGD, got betas, which Adam and its "
+                "variants have: this checkpoint is of another optimizer, so load the model's only"
+            )
         ids = group.get("params", [])
         if not isinstance(ids, (list, tuple)):
             refuse(f"param_groups[{i}]['params']", "a list", ids)

@@ -33,6 +33,7 @@ from .options import (
     check_decay,
     check_options,
     check_state,
+    number,
 )
 from .step_stats import Measured, StepStats
 
@@ -150,6 +151,7 @@ class SGD(torch.optim.SGD):
             "stats": stats, "decay": decay, **dict(zip(PRECISION, stored, strict=True)),
         }  # fmt: skip
         check_precision(self._own_defaults, "SGD")
+        self._check_arguments(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
         super().__init__(
             params,
             lr,
@@ -168,6 +170,18 @@ class SGD(torch.optim.SGD):
         self._written: tuple[Tensor, ...] | None = None
         self._dlpack_refs: list[object] = []
         self._warned = False
+
+    def _check_arguments(self, params: Any, **numbers: Any) -> None:
+        """Raise for arguments that torch would refuse without their name."""
+        who = type(self).__name__
+        if isinstance(params, torch.nn.Module):
+            raise TypeError(
+                f"{who}: params expected parameters or param groups, got the model, {type(params).__name__}; pass "
+                "model.parameters() or model.named_parameters()"
+            )
+        for name, x in numbers.items():
+            if not isinstance(x, Tensor):  # reading one would wait for its device
+                number(x, name, who)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in `torch.optim.Optimizer`; so may be `stats`, `decay`, `scale_invariant`, `norm_buffers`."""

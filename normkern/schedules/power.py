@@ -48,7 +48,8 @@ class PowerDecayLR(LRScheduler):
         if isinstance(exponent, (list, tuple)):
             if len(exponent) != count:
                 raise ValueError(
-                    f"PowerDecayLR: exponent expected a number or {count}, one per param group, got {len(exponent)}"
+                    f"PowerDecayLR: exponent expected one number, or a list of {count}, one per param group, got a "
+                    f"list of {len(exponent)}"
                 )
             self.exponents = [_exponent(a, f"exponent[{i}]") for i, a in enumerate(exponent)]
         else:

@@ -41,7 +41,8 @@ class SvagSchedule(LRScheduler):
     whose number of original steps is no multiple of 1/l; its error leaves `steps` as it was.
 
     Raises:
-        ValueError: `scheduler` is none, or is a ReduceLROnPlateau; `l` is no number >= 1/2.
+        ValueError: `scheduler` is none, or is a ReduceLROnPlateau; `l` is no number >= 1/2, or another than that of the
+            optimizer, if that is a `normkern.SVAG`.
 
     Reference: Li, Malladi, Arora 2021, arXiv 2102.12470: schedules are indexed by effective steps.
 
@@ -63,13 +64,21 @@ class SvagSchedule(LRScheduler):
 
     def __init__(self, scheduler: LRScheduler, l: float | Fraction) -> None:
         if not isinstance(scheduler, LRScheduler):
-            raise ValueError(f"SvagSchedule: scheduler expected an LRScheduler, got {type(scheduler).__name__}")
+            got = type(scheduler).__name__
+            if isinstance(scheduler, type):
+                got = f"the class {scheduler.__name__}: construct it first, with its optimizer"
+            raise ValueError(f"SvagSchedule: scheduler expected an LRScheduler, got {got}")
         if isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError("SvagSchedule: scheduler expected one that counts steps, got ReduceLROnPlateau")
         try:
             self.l = svag_fraction(l)
         except ValueError as error:
             raise ValueError(str(error).replace("svag_fraction", "SvagSchedule", 1)) from None
+        for i, group in enumerate(scheduler.optimizer.param_groups):
+            if float(group.get("l", l)) != float(l):
+                raise ValueError(
+                    f"SvagSchedule: l expected {group['l']!r}, as the optimizer has it in param_groups[{i}], got {l!r}"
+                )
         self.scheduler = scheduler
         self.optimizer = scheduler.optimizer
         self.steps = self.effective_steps = 0

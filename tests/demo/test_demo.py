@@ -1,6 +1,7 @@
 """The demo does what it says: its data, its results, its errors."""
 
 import copy
+import dataclasses
 import json
 import math
 import sys
@@ -9,8 +10,10 @@ import pytest
 import torch
 
 import normkern
-from normkern.demo import training as train
 from normkern.__main__ import main
+from normkern.demo import data, measurements, output, plots, settings, timing, training
+from normkern.demo.model import ResNet
+from normkern.demo.noise import NOISE, SampleNoise, pair_noise
 
 
 def run(folder, *options):
@@ -25,7 +28,7 @@ def first(tmp_path_factory):
 
 
 def test_split_is_stratified_shuffled_disjoint_and_reproducible():
-    images, labels, test_images, test_labels = train.digits()
+    images, labels, test_images, test_labels = data.digits()
     assert images.shape == (1437, 1, 8, 8)
     assert test_images.shape == (360, 1, 8, 8)
     assert images.dtype == torch.float32
@@ -36,14 +39,14 @@ def test_split_is_stratified_shuffled_disjoint_and_reproducible():
     training = {tuple(x.flatten().tolist()) for x in images}
     assert not training & {tuple(x.flatten().tolist()) for x in test_images}
     assert all(
-        torch.equal(a, b) for a, b in zip(train.digits(), (images, labels, test_images, test_labels), strict=True)
+        torch.equal(a, b) for a, b in zip(data.digits(), (images, labels, test_images, test_labels), strict=True)
     )
 
 
 def test_shifts_move_by_at_most_one_pixel():
     image = torch.zeros(200, 1, 8, 8)
     image[:, 0, 4, 4] = 1
-    moved = train.shifted(image, torch.Generator().manual_seed(0))
+    moved = data.shifted(image, torch.Generator().manual_seed(0))
     at = moved.flatten(1).argmax(1)
     rows, columns = at // 8, at % 8
     assert moved.sum() == 200
@@ -51,7 +54,7 @@ def test_shifts_move_by_at_most_one_pixel():
 
 
 def test_groups_are_found(first):
-    groups, model = first[0]["groups"], train.ResNet()
+    groups, model = first[0]["groups"], ResNet()
     convolutions = [name for name, p in model.named_parameters() if p.ndim == 4]
     norms = [name for name, p in model.named_parameters() if p.ndim == 1]
     assert groups == {"scale_invariant": convolutions, "norm_and_bias": norms, "rest": ["head.weight"]}
@@ -100,15 +103,19 @@ def of_pairs(tmp_path_factory):
     return run(folder, *SVAG, "--epochs", "2"), folder
 
 
-def test_svag_tells_of_the_noise(of_pairs, first):
+def test_svag_measures_the_noise(of_pairs, first):
     result, folder = of_pairs
     assert result["optimizer"] == "svag"
     assert result["hyperparameters"] == {**first[0]["hyperparameters"], "l": 0.5}
     assert [row["epoch"] for row in result["curves"]] == [1, 2]
     for row in result["curves"]:
         assert row["trace_sigma"] > 0
-        assert row["nsr"] == pytest.approx(row["trace_sigma"] / row["grad_sq_norm_unbiased"])
-        assert all(row[key] > 0 for key in ("nsr_stderr", "trace_sigma_stderr", "grad_sq_norm_unbiased_stderr"))
+        assert all(row[key] > 0 for key in ("trace_sigma_stderr", "grad_sq_norm_unbiased_stderr"))
+        if row["grad_sq_norm_unbiased"] <= row["grad_sq_norm_unbiased_stderr"]:
+            assert row["nsr"] is None
+        else:
+            assert row["nsr"] == pytest.approx(row["trace_sigma"] / row["grad_sq_norm_unbiased"])
+            assert row["nsr_stderr"] > 0
         assert row["angular_update"] > 0
     assert result["curves"][1]["loss"] < result["curves"][0]["loss"] < 2.5
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -116,11 +123,11 @@ def test_svag_tells_of_the_noise(of_pairs, first):
 
 
 def test_svag_epoch_is_as_much_time_as_one_of_the_others(of_pairs):
-    steps = -(-1437 // train.BATCH_SIZE)
-    assert of_pairs[0]["curves"][0]["passes"] == pytest.approx(-(-steps // 2) / (1437 // (2 * train.BATCH_SIZE)))
-    assert of_pairs[0]["curves"][1]["passes"] == pytest.approx(steps / (1437 // (2 * train.BATCH_SIZE)))
-    assert [row["lr"] for row in of_pairs[0]["curves"]] == [train.LR, train.LR]
-    assert of_pairs[0]["curves"][0]["predicted_angular_update"] == train.predicted_angle(train.LR / 0.5)
+    steps = -(-1437 // settings.BATCH_SIZE)
+    assert of_pairs[0]["curves"][0]["passes"] == pytest.approx(-(-steps // 2) / (1437 // (2 * settings.BATCH_SIZE)))
+    assert of_pairs[0]["curves"][1]["passes"] == pytest.approx(steps / (1437 // (2 * settings.BATCH_SIZE)))
+    assert [row["lr"] for row in of_pairs[0]["curves"]] == [settings.LR, settings.LR]
+    assert of_pairs[0]["curves"][0]["predicted_angular_update"] == measurements.predicted_angle(settings.LR / 0.5)
 
 
 def test_svag_follows_the_schedule_of_the_original_run(monkeypatch, tmp_path):
@@ -136,12 +143,12 @@ def test_svag_follows_the_schedule_of_the_original_run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(normkern.SVAG, "step", lambda self: None)
     monkeypatch.setattr(normkern.SVAG, "noise", lambda self: normkern.noise_from_pair([torch.ones(1)], [torch.ones(1)]))
-    monkeypatch.setattr(train, "train_pairs", no_training)
-    monkeypatch.setattr(train, "time_steps", lambda model: {"normkern": 1.0})
-    monkeypatch.setattr(train, "plot", lambda *args: None)
-    train.run("svag", 3, 0, tmp_path, l=1.5)
+    monkeypatch.setattr(training, "train_pairs", no_training)
+    monkeypatch.setattr(timing, "time_steps", lambda model, lr: {"normkern": 1.0})
+    monkeypatch.setattr(plots, "plot", lambda *args: None)
+    training.run(settings.Settings("svag", 3, 0, tmp_path, l=1.5))
     factors = [min(1.0, 2 * (1 - (int(k / 1.5) // 45) / 3)) for k in range(203)]
-    assert seen == pytest.approx([train.LR * factor for factor in factors])
+    assert seen == pytest.approx([settings.LR * factor for factor in factors])
 
 
 def test_svag_prints_a_column_more(of_pairs, capsys, tmp_path):
@@ -155,7 +162,7 @@ def test_svag_prints_a_column_more(of_pairs, capsys, tmp_path):
     assert again["curves"][0] == of_pairs[0]["curves"][0], "the same seed, the same run"
 
 
-@pytest.mark.parametrize("optimizer", train.EXPONENTIAL)
+@pytest.mark.parametrize("optimizer", settings.EXPONENTIAL)
 def test_exponential_decay_is_the_same_run(optimizer, first, of_pairs, tmp_path):
     options = SVAG if optimizer == "svag" else ()
     result = run(tmp_path, *options, "--decay", "exponential")
@@ -165,9 +172,9 @@ def test_exponential_decay_is_the_same_run(optimizer, first, of_pairs, tmp_path)
         assert row[key] == pytest.approx(other[key], rel=0.02), key
     # A tenth of it is lost to the first steps, in which the momentum builds up.
     steps = 23 if options else 45
-    lr = train.LR / 0.5 if options else train.LR
-    grown = 2 * steps * lr * train.WEIGHT_DECAY / (1 - train.MOMENTUM)
-    assert 0.6 * grown < math.log(row["exponential_lr"] / train.LR) < grown
+    lr = settings.LR / 0.5 if options else settings.LR
+    grown = 2 * steps * lr * settings.WEIGHT_DECAY / (1 - settings.MOMENTUM)
+    assert 0.6 * grown < math.log(row["exponential_lr"] / settings.LR) < grown
 
 
 def test_exponential_decay_prints_its_learning_rate(capsys, tmp_path):
@@ -190,16 +197,16 @@ def of_samples(tmp_path_factory):
 
 
 def without_noise(row):
-    return {key: x for key, x in row.items() if key not in ("gns", "nsr_batch", *train.SampleNoise.SUMS)}
+    return {key: x for key, x in row.items() if key not in ("gns", "nsr_batch", *SampleNoise.SUMS)}
 
 
-def test_noise_of_samples_is_told(of_samples, first):
+def test_noise_of_samples_is_in_the_results(of_samples, first):
     (row,) = of_samples[0]["curves"]
     assert of_samples[0]["noise_every"] == 20
     assert without_noise(row) == first[0]["curves"][0], "the same run"
     assert row["trace_sigma"] > 0
     assert row["gns"] == pytest.approx(row["trace_sigma"] / row["grad_sq_norm_unbiased"])
-    assert row["nsr_batch"] == pytest.approx(row["trace_sigma"] / train.BATCH_SIZE / row["grad_sq_norm"])
+    assert row["nsr_batch"] == pytest.approx(row["trace_sigma"] / settings.BATCH_SIZE / row["grad_sq_norm"])
     assert (of_samples[1] / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert first[0]["noise_every"] is None
     assert "gns" not in first[0]["curves"][0]
@@ -208,12 +215,12 @@ def test_noise_of_samples_is_told(of_samples, first):
 def few_steps(optimizer_name, every):
     """Everything that five steps leave, the last from a smaller batch."""
     torch.manual_seed(0)
-    images, labels, *_ = (x[: 4 * train.BATCH_SIZE + 5] for x in train.digits())
+    images, labels, *_ = (x[: 4 * settings.BATCH_SIZE + 5] for x in data.digits())
     generator = torch.Generator().manual_seed(0)
-    model = train.ResNet()
-    optimizer = train.make_optimizer(optimizer_name, [{"params": list(model.parameters())}])
-    noise = None if every is None else train.SampleNoise(model, optimizer, every)
-    loss, _ = train.train_epoch(model, optimizer, images, labels, generator, lambda: None, noise)
+    model = ResNet()
+    optimizer = settings.make_optimizer(optimizer_name, [{"params": list(model.parameters())}])
+    noise = None if every is None else SampleNoise(model, optimizer, every)
+    loss, _ = training.train_epoch(model, optimizer, images, labels, generator, lambda: None, noise)
     assert noise is None or len(noise.measured) == 5 // every
     state = [x for of in optimizer.state.values() for x in of.values()]
     grads = [p.grad for p in model.parameters()]
@@ -224,43 +231,43 @@ def few_steps(optimizer_name, every):
 
 
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", settings.OPTIMIZERS)
 def test_noise_of_samples_leaves_the_training_as_it_is_to_the_bit(optimizer, every):
     for a, b in zip(few_steps(optimizer, None), few_steps(optimizer, every), strict=True):
         assert torch.equal(a, b)
 
 
 def test_noise_of_samples_is_that_of_gradient_noise_in_ratios_of_means():
-    images, labels, *_ = train.digits()
+    images, labels, *_ = data.digits()
     torch.manual_seed(0)
-    model = train.ResNet()
+    model = ResNet()
     model(images[:100])  # running statistics that are some
-    optimizer = train.make_optimizer("torch", [{"params": list(model.parameters())}])
-    noise = train.SampleNoise(model, optimizer, 2)
+    optimizer = settings.make_optimizer("torch", [{"params": list(model.parameters())}])
+    noise = SampleNoise(model, optimizer, 2)
     batches = [slice(0, 8), slice(8, 40), slice(40, 50), slice(50, 90)]
     for batch in batches:
         noise.before_step(images[batch], labels[batch])
-    told = noise.told()
+    told = noise.take()
     results = []
     for batch in batches[1::2]:
         other = copy.deepcopy(model).eval()
         with normkern.GradientNoise(other) as of_batch:
             torch.nn.functional.cross_entropy(other(images[batch]), labels[batch]).backward()
         results.append(of_batch.result())
-    mean = {key: sum(getattr(r, key) for r in results) / 2 for key in train.SampleNoise.SUMS}
+    mean = {key: sum(getattr(r, key) for r in results) / 2 for key in SampleNoise.SUMS}
     of_batch = sum(r.trace_sigma / r.batch_size for r in results) / 2
     expected = mean | {
         "gns": mean["trace_sigma"] / mean["grad_sq_norm_unbiased"], "nsr_batch": of_batch / mean["grad_sq_norm"],
     }  # fmt: skip
     assert told == {key: pytest.approx(x.item(), rel=1e-12) for key, x in expected.items()}
     assert all(p.grad is None for p in model.parameters())
-    assert set(noise.told().values()) == {None}, "nothing since"
+    assert set(noise.take().values()) == {None}, "nothing since"
 
 
 def test_noise_of_samples_under_exponential_decay_is_of_the_run_with_weight_decay():
-    images, labels = (x[:32] for x in train.digits()[:2])
+    images, labels = (x[:32] for x in data.digits()[:2])
     torch.manual_seed(0)
-    model = train.ResNet()
+    model = ResNet()
     model(images)
     ours, scale = copy.deepcopy(model), 0.8
     with torch.no_grad():
@@ -273,12 +280,12 @@ def test_noise_of_samples_under_exponential_decay_is_of_the_run_with_weight_deca
     told = []
     for net in (model, ours):
         groups = [{"params": [p for p in net.parameters() if (p.ndim == 4) == convolutions]} for convolutions in (1, 0)]
-        optimizer = train.make_optimizer("normkern", groups)
+        optimizer = settings.make_optimizer("normkern", groups)
         if net is ours:
             optimizer.param_groups[0]["gauge"] = (scale, 0.0, 0)
-        noise = train.SampleNoise(net, optimizer, 1)
+        noise = SampleNoise(net, optimizer, 1)
         noise.before_step(images, labels)
-        told.append(noise.told())
+        told.append(noise.take())
     assert told[1] == pytest.approx(told[0], rel=0.01)
 
 
@@ -306,22 +313,75 @@ def test_noise_of_samples_has_panels(monkeypatch, tmp_path):
     sums = [(9.0, 3.0, 1.0), (None, None, None), (4.0, 1.0, -1.0), (6.0, 3.0, 2.0)]
     scales = (9.0, None, -4.0, 3.0)
     curves = [
-        {"epoch": i, **common, "gns": scale, "nsr_batch": 0.1, **dict(zip(train.SampleNoise.SUMS, of, strict=True))}
+        {"epoch": i, **common, "gns": scale, "nsr_batch": 0.1, **dict(zip(SampleNoise.SUMS, of, strict=True))}
         for i, (scale, of) in enumerate(zip(scales, sums, strict=True), start=1)
     ]
-    train.plot(tmp_path / "curves.png", "title", curves, [], [])
+    plots.plot(tmp_path / "curves.png", "title", curves, [], [])
     panels = {panel.get_title(): panel for panel in saved[0].axes}
     drawn = [line.get_xydata().tolist() for line in panels["Gradient noise scale"].lines]
     assert drawn[0] == [[1, 9], [4, 3]], "what a logarithmic axis can show"
-    assert drawn[1][0][1] == train.BATCH_SIZE
+    assert drawn[1][0][1] == settings.BATCH_SIZE
     noise, signal = (line.get_xydata().tolist() for line in panels["Noise of a sample, and signal"].lines)
     assert noise == [[1, 9], [3, 4], [4, 6]]
     assert signal == [[1, 1], [4, 2]]
 
 
+def noise_of(signal, stderr, trace=4.0):
+    """A `normkern.Noise` with these estimates in all."""
+    x = normkern.noise_from_pair([torch.ones(1)], [torch.ones(1)])
+
+    def number(value):
+        return torch.tensor(value, dtype=torch.float64)
+
+    return dataclasses.replace(
+        x, grad_sq_norm_unbiased=number(signal), grad_sq_norm_unbiased_stderr=number(stderr),
+        trace_sigma=number(trace), nsr_batch=number(trace / signal), nsr_batch_stderr=number(0.1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("signal", "stderr"), [(-2.0, 0.5), (-2.0, math.nan), (1.0, 1.5)])
+def test_ratio_to_a_signal_that_noise_hides_is_unknown(signal, stderr):
+    row = pair_noise(noise_of(signal, stderr))
+    assert row["nsr"] is None
+    assert row["nsr_stderr"] is None
+    assert row["grad_sq_norm_unbiased"] == signal, "the estimate stays in the results"
+    assert pair_noise(noise_of(2.0, 1.0))["nsr"] == 2.0
+    assert pair_noise(noise_of(2.0, math.nan))["nsr"] == 2.0, "one pair has no standard error"
+
+
+def epoch_row(**more):
+    return {
+        "epoch": 3, "loss": 1.0, "test_accuracy": 0.5, "effective_lr": None, "angular_update": None,
+        "predicted_angular_update": 0.1, **more,
+    }  # fmt: skip
+
+
+def test_unknown_ratio_is_printed_with_what_to_do():
+    pairs = epoch_row(passes=8.0, **pair_noise(noise_of(-2.0, 0.5)))
+    assert output.epoch_line(pairs).split()[-2:] == ["unknown", "-"]
+    assert output.advice([pairs]).startswith("nsr unknown, average longer: the noise hides the squared norm")
+    samples = epoch_row(gns=None, nsr_batch=0.5, trace_sigma=4.0, grad_sq_norm=3.0, grad_sq_norm_unbiased=-1.0)
+    assert output.epoch_line(samples).split()[-2:] == ["unknown", "0.5"]
+    assert output.advice([samples]).startswith("gns unknown, average longer: ")
+    assert "--noise-every" in output.advice([samples])
+    nothing = epoch_row(gns=None, nsr_batch=None, trace_sigma=None)
+    assert output.epoch_line(nothing).split()[-2:] == ["-", "-"], "nothing was measured in this epoch"
+    assert output.advice([nothing, epoch_row(gns=9.0, trace_sigma=1.0), epoch_row()]) is None
+
+
+def test_sample_noise_with_a_negative_estimate_has_no_scale():
+    model = ResNet()
+    noise = SampleNoise(model, torch.optim.SGD(model.parameters()), 1)
+    noise.measured.append((32, torch.tensor([4.0, 1.0, -1.0], dtype=torch.float64)))
+    row = noise.take()
+    assert row["gns"] is None
+    assert row["nsr_batch"] == pytest.approx(4.0 / 32)
+    assert row["grad_sq_norm_unbiased"] == -1.0
+
+
 def test_batches_of_pairs_are_whole_and_each_pass_is_another_order():
     images, labels = torch.arange(150.0).view(-1, 1, 1, 1).expand(-1, 1, 8, 8), torch.arange(150)
-    batches = train.batches_of_pairs(images, labels, torch.Generator().manual_seed(0))
+    batches = data.batches_of_pairs(images, labels, torch.Generator().manual_seed(0))
     first, second, third = (next(batches)[1] for _ in range(3))
     assert [len(x) for x in (first, second, third)] == [64, 64, 64]
     assert not set(first.tolist()) & set(second.tolist())
@@ -330,7 +390,7 @@ def test_batches_of_pairs_are_whole_and_each_pass_is_another_order():
 
 def test_noise_that_is_no_number_is_none():
     noise = normkern.noise_from_pair([torch.zeros(3)], [torch.zeros(3)])
-    told = train.told_noise(noise)
+    told = pair_noise(noise)
     assert told["nsr"] is None
     assert told["nsr_stderr"] is None
     assert told["trace_sigma"] == 0.0
@@ -341,16 +401,16 @@ def test_plot_of_noise_that_is_partly_unknown(rows, tmp_path):
     curves = [
         {
             "epoch": i, "loss": 1.0, "lr": 0.1, "test_accuracy": 0.5, "angular_update": None,
-            "predicted_angular_update": 0.1, **dict.fromkeys(train.NOISE), "nsr": nsr, "grad_sq_norm_unbiased": signal,
+            "predicted_angular_update": 0.1, **dict.fromkeys(NOISE), "nsr": nsr, "grad_sq_norm_unbiased": signal,
         }
         for i, (nsr, signal) in enumerate(rows, start=1)
     ]  # fmt: skip
-    train.plot(tmp_path / "curves.png", "title", curves, [], [])
+    plots.plot(tmp_path / "curves.png", "title", curves, [], [])
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_prediction():
-    assert train.predicted_angle(0.1) == pytest.approx((2 * 0.1 * train.WEIGHT_DECAY / 1.9) ** 0.5)
+    assert measurements.predicted_angle(0.1) == pytest.approx((2 * 0.1 * settings.WEIGHT_DECAY / 1.9) ** 0.5)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +434,18 @@ def test_prediction():
             ["--optimizer", "torch", "--decay", "exponential"],
             "argument --decay: exponential expected --optimizer normkern or svag, got --optimizer torch",
         ),
+        (["--lr", "0"], "argument --lr: expected a positive number, got '0'"),
+        (["--lr", "nan"], "argument --lr: expected a positive number, got 'nan'"),
+        (["--lr", "fast"], "argument --lr: expected a positive number, got 'fast'"),
+        (
+            ["--device", "gpu"],
+            "argument --device: expected cpu or a GPU that torch sees, cuda or cuda:<index>, got 'gpu'",
+        ),
+        (
+            ["--device", "meta"],
+            "argument --device: expected cpu or a GPU that torch sees, cuda or cuda:<index>, got 'meta'",
+        ),
+        (["--device", "cuda:99"], "got 'cuda:99', and torch sees "),
         (["--noise-every", "0"], "argument --noise-every: expected a whole number from 1 to"),
         (["--noise-every", "-3"], "argument --noise-every: expected a whole number from 1 to"),
         (["--noise-every", "2.5"], "got '2.5'"),
@@ -393,6 +465,27 @@ def test_bad_arguments(options, sentence, capsys):
     assert sentence in capsys.readouterr().err
 
 
+def test_learning_rate_and_device(tmp_path):
+    result = run(tmp_path, "--lr", "0.02", "--device", "cpu")
+    assert result["hyperparameters"]["lr"] == result["curves"][0]["lr"] == 0.02
+    assert result["curves"][0]["predicted_angular_update"] == measurements.predicted_angle(0.02)
+    assert result["device"].startswith("cpu, ")
+    assert settings.Settings("svag", lr=0.02).options == "--optimizer svag --l 4 --lr 0.02"
+
+
+def test_run_that_diverges_is_one_sentence(tmp_path, capsys):
+    assert main(["train", "--epochs", "1", "--out", str(tmp_path), "--lr", "1e30"]) == 1
+    assert capsys.readouterr().err == "python -m normkern train: the loss of epoch 1 is nan: try an --lr below 1e+30\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"normkern {normkern.__version__}\n"
+
+
 def test_no_command(capsys):
     with pytest.raises(SystemExit) as stop:
         main([])
@@ -400,9 +493,9 @@ def test_no_command(capsys):
     assert "COMMAND" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module", list(train.PACKAGES))
+@pytest.mark.parametrize("module", list(settings.PACKAGES))
 def test_missing_package(module, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, module, None)
     assert main(["train", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert f"{train.PACKAGES[module]} is not installed: pip install 'normkern[demo]'" in error
+    assert error.endswith(f"{settings.PACKAGES[module]} is not installed: pip install {settings.PACKAGES[module]}\n")

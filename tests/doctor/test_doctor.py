@@ -13,12 +13,24 @@ import torch
 import normkern
 from normkern import doctor, ops
 from normkern.__main__ import main
-from normkern.doctor import differences, environment, gpu, machine, numbers, samples, threads
+from normkern.doctor import (
+    differences,
+    environment,
+    examination,
+    gpu,
+    machine,
+    numbers,
+    output,
+    samples,
+    threads,
+    torch_sgd,
+)
 from normkern.doctor.finding import Check, failed, note, ok, skipped
 
 OPS = {op.name: op for op in numbers.OPS}
 SGD = OPS["sgd_"]
 BEST, OTHER = ops.supported_isas()[0], ops.supported_isas()[-1]
+INSTALL = "`pip install --force-reinstall --no-deps .` in normkern's source folder"
 needs_two_levels = pytest.mark.skipif(BEST == OTHER, reason="this machine runs one level; two are needed")
 
 
@@ -27,7 +39,7 @@ def command(*arguments, setup="", tmp_path=None, **env):
     environ = {**os.environ, **env}
     if setup:
         (tmp_path / "sitecustomize.py").write_text(setup)
-        environ["PYTHONPATH"] = str(tmp_path)
+        environ["PYTHONPATH"] = os.pathsep.join([str(tmp_path), environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "normkern", *arguments],
         capture_output=True, text=True, timeout=120, env=environ, check=False,
@@ -58,7 +70,7 @@ def breakage(monkeypatch):
 
 
 def test_every_op_isa_and_dtype_has_a_line():
-    names = [check.name for check in numbers.checks()]
+    names = [check.name for check in [*numbers.checks(), *numbers.bits()]]
     for dtype in ("float64", "float32", "bfloat16", "float16"):
         for op in ("sgd_", "sgd_ of pairs", "sgd_ of gauges", "svag_combine_", "pair_sums", "welford_"):
             assert f"{op} bits {dtype}" in names
@@ -73,8 +85,7 @@ def test_one_wrong_dtype_on_one_level_is_found_and_no_other(breakage):
         params[10][2 * ops.CHUNK + 4] *= 1 + 2**-9  # one unit of float16, in the last of all chunks
 
     breakage(one_coordinate, lambda params: ops.isa() == OTHER and params[0].dtype == torch.float16)
-    lines = [check for check in numbers.checks() if "bits" not in check.name]
-    found = {check.name: f for check, f in doctor.examine(lines) if f.verdict == "failed"}
+    found = {check.name: f for check, f in doctor.examine(numbers.checks()) if f.verdict == "failed"}
     assert list(found) == [f"sgd_ {OTHER} float16"]
     finding = found[f"sgd_ {OTHER} float16"]
     assert f"plain: w[{2 * ops.CHUNK + 4}] of shape ({2 * ops.CHUNK + 5},) is" in finding.measured
@@ -307,7 +318,7 @@ def test_versions(monkeypatch):
         assert_failed(environment.versions(), "expected >= 4.2", "Python >= 4.2")
     for version, text in ((None, "no DLPack exchange API"), ((2, 0), "DLPack 2.0")):
         monkeypatch.setattr(environment, "dlpack_version", lambda version=version: version)
-        assert_failed(environment.versions(), text, "pip install --upgrade normkern")
+        assert_failed(environment.versions(), text, f"and install them: {INSTALL}")
 
 
 def test_python_floor_is_the_packages():
@@ -320,15 +331,13 @@ def test_binary_that_is_older_than_its_sources(monkeypatch):
     old.Pass = SimpleNamespace(begin=None)
     monkeypatch.setattr(ops, "binary", old)
     finding = environment.binary()
-    assert_failed(
-        finding, "the binary lacks Pass.add, Pass.add_difference, ", "pip install --force-reinstall --no-deps normkern"
-    )
+    assert_failed(finding, "the binary lacks Pass.add, Pass.add_difference, ", INSTALL)
     assert "Pass.begin" not in finding.measured
 
 
 def test_binary_of_another_version(monkeypatch):
     monkeypatch.setattr(normkern, "__version__", "99.1")
-    assert_failed(environment.binary(), "normkern 99.1 over an installed ", "pip install --force-reinstall")
+    assert_failed(environment.binary(), "normkern 99.1 over an installed ", INSTALL)
 
 
 @needs_two_levels
@@ -364,7 +373,7 @@ SYSTEMS = "/usr/lib/llvm/libomp.so.5"
 
 
 def test_openmp_runtimes(maps, monkeypatch):
-    assert environment.openmp({}) == skipped("this system does not tell what is loaded")
+    assert environment.openmp({}) == skipped("this system does not list the loaded libraries")
     maps()
     assert environment.openmp({}) == ok("none is loaded")
     maps(TORCHS, TORCHS)
@@ -404,15 +413,53 @@ def test_module_that_cannot_be_imported(tmp_path, monkeypatch, capsys):
 def test_devices(monkeypatch):
     monkeypatch.setattr(machine, "gpus", list)
     monkeypatch.setattr(ops, "cuda_architectures", list)
-    assert gpu.devices() == ok("kernels for CPUs; torch sees no GPU")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert gpu.devices() == ok("kernels for CPUs; this torch was built without CUDA")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert gpu.devices() == ok(
+        "kernels for CPUs; torch sees no GPU (built for CUDA 13.0; `nvidia-smi` prints what the driver runs)"
+    )
     monkeypatch.setattr(machine, "gpus", lambda: [{"name": "Some GPU", "capability": "9.0"}])
     assert gpu.devices() == note(
-        "kernels for CPUs only: tensors on Some GPU are stepped by torch's own loop; "
-        "NORMKERN_CUDA=ON pip install --no-binary normkern normkern builds those for GPUs"
+        "kernels for CPUs only: torch's own loop steps tensors on Some GPU. To have kernels for GPUs: "
+        "`NORMKERN_CUDA=ON pip install --force-reinstall --no-deps .` in normkern's source folder"
     )
     assert gpu.same_as_cpu().verdict == "skipped"
     monkeypatch.setattr(ops, "cuda_architectures", lambda: [80, 90])
     assert gpu.devices() == ok("kernels for CPUs and compute capability 8.0, 9.0; torch sees Some GPU (9.0)")
+
+
+def test_gpu_that_is_older_than_all_kernels(monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "Old GPU", "capability": "7.0"}])
+    monkeypatch.setattr(ops, "cuda_architectures", lambda: [75, 80])
+    assert_failed(
+        gpu.devices(),
+        "kernels for CPUs and compute capability 7.5, 8.0; torch sees Old GPU, which has 7.0",
+        "build the binary on this machine, for the GPU that it has",
+    )
+
+
+@pytest.mark.parametrize(
+    ("error", "cure"),
+    [
+        ("no kernel image is available for execution on the device", "`NORMKERN_CUDA=AUTO pip install"),
+        ("CUDA driver version is insufficient for CUDA runtime version", "update the NVIDIA driver"),
+        ("the provided PTX was compiled with an unsupported toolchain.", "update the NVIDIA driver"),
+        ("an illegal memory access was encountered", "`torch.ones(1, device='cuda') + 1`"),
+    ],
+)
+def test_gpu_on_which_no_kernel_starts(error, cure, monkeypatch):
+    monkeypatch.setattr(machine, "gpus", lambda: [{"name": "Some GPU", "capability": "9.0"}])
+    monkeypatch.setattr(ops, "cuda_architectures", lambda: [80])
+
+    def launch(*arguments, **options):
+        raise RuntimeError(f"sgd_: a kernel could not be launched on cuda:0, for compute capabilities 8.0: {error}")
+
+    monkeypatch.setattr(gpu, "_difference", launch)
+    assert_failed(gpu.same_as_cpu(), error, cure)
+    monkeypatch.setattr(samples, "off", launch)
+    monkeypatch.setattr(samples, "_places", lambda: [("cuda:0", "cuda:0")])
+    assert_failed(samples.against_reference("moments"), error, cure)
 
 
 def test_gpu_kernels_that_are_wrong(monkeypatch):
@@ -458,11 +505,21 @@ def test_sums_over_samples_that_are_wrong(monkeypatch, name):
 
 
 def test_torchs_own_sgd_is_no_failure_of_ours(monkeypatch):
-    assert environment.torchs_own().verdict in ("ok", "note")
+    assert torch_sgd.torchs_own().verdict in ("ok", "note")
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: None)
-    assert environment.torchs_own() == note(
-        "torch's own fused SGD is wrong in bfloat16 and float16 here; normkern's is not affected"
+    finding = torch_sgd.torchs_own()
+    assert finding.verdict == "note"
+    assert (
+        f"of torch {torch.__version__} is wrong in 7 of 7 cases (bfloat16, float16, gradient in an" in finding.measured
     )
+
+
+@pytest.mark.parametrize("case", torch_sgd._CASES)
+def test_cases_of_torchs_sgd_are_right_with_an_optimizer_that_is(case, monkeypatch):
+    monkeypatch.setattr(torch_sgd, "_optimizer", lambda params, **o: normkern.SGD(params, lr=0.5, fused=True, **o))
+    assert torch_sgd._CASES[case]()
+    monkeypatch.setattr(normkern.SGD, "step", lambda self: None)
+    assert not torch_sgd._CASES[case]()
 
 
 # ---- Threads --------------------------------------------------------------------------------------------------------
@@ -478,6 +535,7 @@ def timings(monkeypatch):
         monkeypatch.setattr(machine, "cpus", lambda: machine.Cpus(64, cpus, None))
         left = [{n: [s, 9 * s, s] for n, s in seconds.items()} for seconds in measurements]
         monkeypatch.setattr(threads, "step_times", lambda counts: left.pop(0))
+        monkeypatch.setattr(threads._Load, "of_others", lambda self: 0.0)
         return left
 
     return install
@@ -510,6 +568,29 @@ def test_saturated_bandwidth_is_no_failure(timings):
 def test_slow_threads_on_enough_cpus(timings):
     timings(16, 16, SLOW, SLOW, SLOW, {1: 100e-6, 2: 60e-6, 4: 40e-6, 8: 90e-6})
     assert_failed(threads.scaling(), "16 threads on 16 CPUs", "4 was the fastest count: export OMP_NUM_THREADS=4;")
+
+
+def test_slow_threads_beside_other_programs_are_no_failure(timings, monkeypatch):
+    timings(16, 16, SLOW, SLOW, SLOW)
+    monkeypatch.setattr(threads._Load, "of_others", lambda self: 7.3)
+    finding = threads.scaling()
+    assert finding.verdict == "note"
+    assert "on 1 thread 100 us, while other programs used 7.3 CPUs; export OMP_NUM_THREADS=1" in finding.measured
+
+
+def test_load_of_others_is_without_this_process(monkeypatch):
+    clock = iter([100.0, 110.0])
+    busy = iter([1000.0, 1030.0])
+    own = iter([5.0, 15.0])
+    monkeypatch.setattr(threads.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(threads.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(machine, "busy_seconds", lambda: next(busy))
+    assert threads._Load().of_others() == pytest.approx(2.0)
+
+
+def test_load_of_others_where_the_system_does_not_count_it(monkeypatch):
+    monkeypatch.setattr(machine, "busy_seconds", lambda: None)
+    assert threads._Load().of_others() == 0.0
 
 
 def test_more_threads_than_cpus_that_are_not_slow(timings):
@@ -573,24 +654,88 @@ def test_interrupt_passes():
 
 
 def test_table(monkeypatch, capsys):
-    monkeypatch.setattr(doctor, "checks", lambda brought_by: LINES)
+    monkeypatch.setattr(examination, "checks", lambda brought_by: LINES)
     assert main(["doctor"]) == 1
     printed = capsys.readouterr().out
     lines = [line.rstrip() for line in printed.splitlines()]
     assert "good    ok       as it should be" in lines
     assert "bad     failed   very [bold]wrong" in lines
     assert "else    skipped  not here" in lines
-    assert "bad, worse: take a " + "very " * 40 + "long rest" in lines, "a cure is one line, and said once"
-    assert lines[-1].startswith("1 ok, 1 skipped, 3 failed, in ")
+    assert "bad, worse: take a " + "very " * 40 + "long rest" in lines, "a cure is one line, and printed once"
+    assert lines[-1].startswith("5 checks: 1 ok, 1 skipped, 3 failed, in ")
     assert "\x1b" not in printed
-    monkeypatch.setattr(doctor, "checks", lambda brought_by: LINES[:1])
+    monkeypatch.setattr(examination, "checks", lambda brought_by: LINES[:1])
     assert main(["doctor"]) == 0
 
 
+def of_a_group(*findings):
+    return [Check(f"part {i}", lambda f=f: f, "whole") for i, f in enumerate(findings)]
+
+
+def test_checks_of_a_group_share_a_line_unless_verbose(monkeypatch, capsys):
+    lines = [LINES[0], *of_a_group(ok("a"), ok("b"), ok("c"))]
+    monkeypatch.setattr(examination, "checks", lambda brought_by: lines)
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["good   ok       as it should be", "whole  ok       all 3 checks are right"]
+    assert printed[-1].startswith("4 checks: 4 ok, in ")
+    for option in ("-v", "--verbose"):
+        assert main(["doctor", option]) == 0
+        printed = capsys.readouterr().out.splitlines()
+        assert printed[1:4] == ["part 0  ok       a", "part 1  ok       b", "part 2  ok       c"]
+
+
+def test_what_failed_in_a_group_has_its_own_line(monkeypatch, capsys):
+    lines = of_a_group(ok("a"), failed("wrong", "rest"), note("odd"))
+    monkeypatch.setattr(examination, "checks", lambda brought_by: lines)
+    assert main(["doctor"]) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:3] == [
+        "whole  failed   1 of 3 checks are right",
+        "  part 1  failed   wrong",
+        "  part 2  note     odd",
+    ]
+    assert "part 1: rest" in printed
+
+
+def test_groups_are_skipped_when_time_is_out(monkeypatch, capsys):
+    lines = [LINES[0], *of_a_group(ok("a"), ok("b"), ok("c"))]
+    monkeypatch.setattr(examination, "checks", lambda brought_by: lines)
+    monkeypatch.setattr(output, "_SECONDS", -1.0)
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "good   ok       as it should be", "a check with its own line is never skipped"
+    assert printed[1].startswith("whole  skipped  0 of 3 checks are right, 3 skipped because the machine is busy (-v ")
+    assert main(["doctor", "-v"]) == 0
+    assert "4 checks: 4 ok" in capsys.readouterr().out
+
+
+def test_lines_are_printed_as_the_checks_finish(monkeypatch, capsys):
+    seen = []
+    lines = [Check(name, lambda: ok(str(seen.append(capsys.readouterr().out)))) for name in ("one", "two")]
+    monkeypatch.setattr(examination, "checks", lambda brought_by: lines)
+    main(["doctor"])
+    assert seen == ["one  ", "ok       None\ntwo  "]
+
+
+def test_terminal_has_colours_and_whole_words(monkeypatch, capsys):
+    monkeypatch.setattr(examination, "checks", lambda brought_by: [Check("good", lambda: ok("word " * 30))])
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    main(["doctor"])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first.startswith("good  \x1b[32mok     \x1b[0m  word word")
+    assert len(first) <= 80 + len("\x1b[32m\x1b[0m")
+    assert second.startswith(" " * 15 + "word word")
+    monkeypatch.setenv("NO_COLOR", "1")
+    main(["doctor"])
+    assert "\x1b" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("lines", "status"), [(LINES, 1), (LINES[:1], 0)])
-def test_json_needs_no_rich(lines, status, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    monkeypatch.setattr(doctor, "checks", lambda brought_by: lines)
+def test_json(lines, status, monkeypatch, capsys):
+    monkeypatch.setattr(examination, "checks", lambda brought_by: lines)
     assert main(["doctor", "--json"]) == status
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"passed", "seconds", "checks", "info"}
@@ -599,10 +744,39 @@ def test_json_needs_no_rich(lines, status, monkeypatch, capsys):
     assert result["info"]["normkern"] == normkern.__version__
 
 
-def test_missing_rich(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert main(["doctor"]) == 1
-    assert "python -m normkern doctor: rich is not installed: pip install 'normkern[demo]'" in capsys.readouterr().err
+#: Of all that `pip install ".[demo]"` brings, an environment with torch alone has nothing.
+BARE = "import sys; sys.modules.update(dict.fromkeys(('rich', 'numpy', 'scipy', 'sklearn', 'matplotlib')))"
+
+
+@pytest.mark.parametrize(
+    "command_line", [("doctor",), ("doctor", "--json"), ("info",), ("--version",), ("train", "-h")]
+)
+def test_torch_alone_is_enough(command_line, tmp_path):
+    done = command(*command_line, setup=BARE, tmp_path=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if command_line == ("doctor",):
+        *lines, _, count = done.stdout.splitlines()
+        assert 6 <= len(lines) <= 10
+        assert re.fullmatch(r"\d+ checks: \d+ ok, .* in [\d.]+ s \(-v prints every check\)", count)
+
+
+def test_demo_says_what_to_install(tmp_path):
+    done = command("train", "--out", str(tmp_path / "out"), setup=BARE, tmp_path=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (  # torch warns of the missing NumPy before
+        "python -m normkern train: scikit-learn, matplotlib, rich are not installed: "
+        "pip install scikit-learn matplotlib rich"
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupted_command_has_no_traceback(monkeypatch):
+    def interrupt(brought_by):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(examination, "checks", interrupt)
+    assert main(["doctor"]) == 130
 
 
 def test_all_is_well_here():
@@ -622,15 +796,15 @@ def test_all_is_well_here():
         (
             "import sys; sys.modules['normkern._C'] = None",
             "normkern's binary could not be loaded",
-            "pip install --force-reinstall --no-deps normkern",
+            "`pip install -e .`",
         ),
         (
             "import sys, types; sys.modules['normkern._C'] = types.ModuleType('normkern._C')",
             "has no attribute 'CHUNK'",
-            "pip install --force-reinstall normkern",
+            INSTALL,
         ),
         ("import torch; torch.__version__ = '2.9.1'", "found torch 2.9.1", "pip install 'torch>=2.10'"),
-        ("import sys; sys.modules['torch'] = None", "torch", "pip install --force-reinstall normkern"),
+        ("import sys; sys.modules['torch'] = None", "torch", "pip install 'torch>=2.10'"),
     ],
     ids=["no binary", "stale binary", "old torch", "no torch"],
 )
@@ -651,7 +825,7 @@ def test_other_programs_get_the_exception(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['normkern._C'] = None")
     done = subprocess.run(
         [sys.executable, "-m", "mine", "normkern"],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}, check=False,
     )  # fmt: skip
     assert "Traceback" in done.stderr
     assert "ImportError: normkern's binary could not be loaded" in done.stderr

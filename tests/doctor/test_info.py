@@ -31,8 +31,7 @@ KEYS = {
 BINARY = Path(ops.binary.__file__)
 
 
-def test_json_has_these_keys_and_needs_no_rich(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
+def test_json_has_these_keys(capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert {k: set(v) if isinstance(v, dict) else None for k, v in facts.items()} == KEYS
@@ -74,14 +73,6 @@ def test_table_has_a_line_each_and_cuts_nothing(monkeypatch, capsys):
         assert text in printed
     assert "…" not in printed
     assert "\x1b" not in printed
-
-
-def test_missing_rich(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "rich", None)
-    assert main(["info"]) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err == "python -m normkern info: rich is not installed: pip install 'normkern[demo]'\n"
 
 
 def test_import_of_normkern_brings_neither_info_nor_doctor():
@@ -175,6 +166,22 @@ def test_usable_cpus():
     assert machine.Cpus(64, 8, 2.5).usable == 3
     assert machine.Cpus(64, 2, 16.0).usable == 2
     assert machine.Cpus(64, 2, 0.5).usable == 1
+
+
+def test_busy_seconds_are_of_the_cpus_that_are_allowed(system, monkeypatch):
+    assert machine.busy_seconds() is None
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda pid: {0, 2}, raising=False)
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: 100)
+    stat = ["cpu 9 9 9 9 9 9 9 9 9 9", "cpu0 100 20 3 9000 9000 4 5 6 50 50", "cpu1 7 7 7 7 7 7 7 7 7 7"]
+    system("proc/stat", "\n".join([*stat, "cpu2 200 0 0 9000 0 0 0 0 0 0", "intr 5", ""]))
+    assert machine.busy_seconds() == pytest.approx(1.38 + 2.0)
+
+
+def test_threads_are_put_back():
+    before = torch.get_num_threads()
+    with machine.threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
 
 
 def test_cpu_model(system):

@@ -805,3 +805,15 @@ def test_a_loss_without_finite_neighbours():
 def test_public():
     assert normkern.invariance.find is find
     assert "invariance" in normkern.__all__
+
+
+def test_batch_norms_in_eval_mode_have_a_note():
+    model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
+    batches = [(torch.randn(9, 5), torch.randint(3, (9,))) for _ in range(2)]
+    trained = find(model, nn.functional.cross_entropy, batches)
+    assert not any("eval mode" in note for note in trained.notes)
+    found = find(model.eval(), nn.functional.cross_entropy, batches)
+    assert found.granularity["0.weight"] == "none"
+    (note,) = found.notes
+    assert note.startswith("Norms in eval mode divide by stored statistics")
+    assert "model.train() shows what holds in training" in str(found), "and not that there is no normalisation"

@@ -289,7 +289,9 @@ def test_steps_text_and_plain_numbers():
 
 def test_refusals():
     params = [nn.Parameter(torch.ones(2))]
-    with pytest.raises(TypeError, match="AutoRateMonitor: optimizer expected a normkern.SGD, got SGD"):
+    with pytest.raises(
+        TypeError, match="AutoRateMonitor: optimizer expected a normkern.SGD or SVAG, .* got torch.optim.SGD"
+    ):
         AutoRateMonitor(torch.optim.SGD(params))
     with pytest.raises(ValueError, match="AutoRateMonitor: optimizer expected one with stats="):
         AutoRateMonitor(normkern.SGD(params))
@@ -394,7 +396,7 @@ def test_power_decay_at_the_pace_of_svag_and_of_tensors():
         (math.inf, "exponent expected a finite number >= 0, got inf"),
         (True, "exponent expected a finite number >= 0, got True"),
         ("0.5", "exponent expected a finite number >= 0, got '0.5'"),
-        ([0.5], "exponent expected a number or 2, one per param group, got 1"),
+        ([0.5], "exponent expected one number, or a list of 2, one per param group, got a list of 1"),
         ([0.5, None], "exponent[1] expected a finite number >= 0, got None"),
     ],
 )

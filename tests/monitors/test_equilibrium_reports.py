@@ -1,5 +1,8 @@
 """What EquilibriumMonitor tells and draws, and a real network."""
 
+import dataclasses
+import math
+import re
 import subprocess
 import sys
 
@@ -9,6 +12,8 @@ from torch import nn
 
 import normkern
 from normkern import EquilibriumMonitor
+from normkern.monitors import equilibrium_report
+from normkern.monitors.step_reader import Hyperparameters
 
 from .equilibrium_runs import net, net_step, train, weights
 
@@ -24,7 +29,11 @@ def test_text_and_plain_numbers():
         monitor.update()
     text = str(monitor.report())
     assert text == str(monitor)
-    assert text.startswith("after 3 steps\ngroup 0: intrinsic lr 0.002, 125 steps to equilibrium, time 0.006\n")
+    assert re.match(
+        r"after 3 steps: not settled yet: \d of 2, about [\d,]+ more steps\n"
+        r"group 0: intrinsic lr 0\.002, 125 steps to equilibrium, time 0\.006\n",
+        text,
+    )
     lines = text.splitlines()
     assert len(lines) == 3 + 1 + 2 + 4
     assert [line.split()[0] for line in lines[4:]] == ["group", "0.weight", "3.weight", "group", "6.weight", "6.bias"]
@@ -43,6 +52,60 @@ def test_text_and_plain_numbers():
         return all(map(plain, x)) if isinstance(x, list) else x is None or type(x) in (int, float, str)
 
     assert plain(told)
+
+
+def entry(residual):
+    """What a monitor reports where |w|^4 is 1 / (1 + residual) of that at equilibrium, which 100 steps bring e closer."""
+    h = Hyperparameters(lr=0.1, momentum=0.0, dampening=0.0, weight_decay=0.025, nesterov=False)
+    means = dict.fromkeys(equilibrium_report.COLUMNS, 1.0) | {"cosine_sq": 0.0, "buffer_grad_dot": 0.0}
+    means |= {"balance_sq": 1.0 + residual, "grad_sq": 0.0 if residual == -1 else 1.0}
+    return equilibrium_report.equilibrium(0, h, list(means.values()), 5, True, 1.0, None)
+
+
+@pytest.mark.parametrize("residual", [0.0, 0.05, -0.05, 0.11, -0.09])
+def test_length_close_to_equilibrium_is_settled(residual):
+    assert entry(residual).steps_left == 0
+    assert entry(residual).verdict == "settled"
+
+
+@pytest.mark.parametrize("residual", [0.2, 3.0, 1e4, -0.2, -0.9])
+def test_length_away_from_equilibrium_says_how_many_more_steps(residual):
+    found = entry(residual)
+    away = abs(1 / (1 + residual) - 1)
+    assert found.steps_to_equilibrium == pytest.approx(100, rel=0.01)
+    assert away * math.exp(-found.steps_left / found.steps_to_equilibrium) == pytest.approx(0.1)
+    assert re.fullmatch(r"not yet, about [\d,]+ more steps", found.verdict)
+    assert found.to_dict()["steps_left"] == found.steps_left
+
+
+def test_weights_without_gradient_never_settle():
+    assert entry(-1.0).steps_left == math.inf
+    assert entry(-1.0).verdict == "not yet, and the weights shrink to zero"
+
+
+def test_verdict_of_the_report_is_that_of_the_slowest():
+    def report(**parameters):
+        nothing = dataclasses.replace(entry(0.0), steps_left=None, residual=None)
+        return equilibrium_report.EquilibriumReport(
+            9, {0: nothing}, parameters, {n: [p] for n, p in parameters.items()}
+        )
+
+    assert report(a=entry(0.0), b=entry(0.01)).verdict == "settled: 2 of 2"
+    slow = report(a=entry(0.0), b=entry(-0.9), c=entry(-0.5))
+    assert slow.verdict == f"not settled yet: 1 of 3, {entry(-0.9).verdict.removeprefix('not yet, ')}"
+    assert str(slow).splitlines()[0] == f"after 9 steps: {slow.verdict}"
+    assert report().verdict == "no equilibrium: nothing settles"
+
+
+def test_relaxing_weights_become_settled():
+    params = weights(count=1, norm=6.0)
+    opt = normkern.SGD(params, lr=0.1, weight_decay=0.2, stats="tensor")
+    monitor = EquilibriumMonitor(opt, ema=0.9)
+    train(opt, params, monitor, 5)
+    (first,) = monitor.report().parameters.values()
+    assert first.verdict.startswith("not yet, about ")
+    train(opt, params, monitor, int(first.steps_left * 1.5) + 100)
+    assert monitor.report().verdict == "settled: 1 of 1"
 
 
 def test_pictures(tmp_path):

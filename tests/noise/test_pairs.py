@@ -372,3 +372,8 @@ def test_fits():
 
 def test_public():
     assert normkern.noise_from_pair is noise_from_pair
+
+
+def test_pair_of_unequal_lengths_names_the_function_that_was_called():
+    with pytest.raises(ValueError, match="^noise_from_pair: grads_b has 2 entries but grads_a has 1$"):
+        noise_from_pair([torch.ones(1)], [torch.ones(1)] * 2)

@@ -195,7 +195,7 @@ def test_a_group_that_would_lose_its_decay(names):
     params[1].grad = params[1].grad + 0.01 * params[1].detach()
     opt = exponential([(f"layer.{i}", p) for i, p in enumerate(params)] if names else params)
     name = r"params\[1\] \('layer.1'\)" if names else r"params\[1\]"
-    text = rf"param_groups\[0\]: {name} is not scale-invariant, and would lose its weight decay.*got 0\.\d+; give it"
+    text = rf"param_groups\[0\]: {name} is not scale-invariant, and would lose its weight decay.*got 0\.\d+\. normkern\.invariance\.param_groups puts"
     with Unchanged(opt), pytest.raises(ValueError, match=text):
         opt.step()
     opt.param_groups[0]["scale_invariant"] = False

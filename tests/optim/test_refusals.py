@@ -107,3 +107,33 @@ def test_momentum_buffer_of_another_shape_in_the_state():
     with pytest.raises(ValueError, match=r"momentum_buffers\[0\] has shape \(4,\) but params\[0\] has shape \(3,\)"):
         opt.step()
     assert w.detach().tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("construct", [normkern.SGD, normkern.SVAG])
+@pytest.mark.parametrize("option", ["lr", "momentum", "dampening", "weight_decay"])
+def test_text_in_place_of_a_number(construct, option):
+    with pytest.raises(ValueError) as caught:
+        construct([nn.Parameter(torch.ones(2))], **{option: "0.1"})
+    assert str(caught.value) == f"{construct.__name__}: {option} expected a number, got '0.1'"
+
+
+@pytest.mark.parametrize("model", [nn.Linear(2, 3), nn.Sequential(nn.Linear(2, 3))])
+def test_model_in_place_of_its_parameters(model):
+    with pytest.raises(TypeError) as caught:
+        normkern.SGD(model, lr=0.1)
+    assert str(caught.value) == (
+        f"SGD: params expected parameters or param groups, got the model, {type(model).__name__}; pass "
+        "model.parameters() or model.named_parameters()"
+    )
+
+
+def test_checkpoint_of_adamw_is_refused():
+    p = nn.Parameter(torch.ones(2))
+    other, opt = torch.optim.AdamW([p], lr=0.3), normkern.SGD([p], lr=0.1)
+    p.grad = torch.ones(2)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"param_groups\[0\] expected the options of SGD, got betas, which Adam"):
+            opt.load_state_dict(other.state_dict())
+        assert opt.param_groups[0]["lr"] == 0.1
+        assert not opt.state
+        other.step()

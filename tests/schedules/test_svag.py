@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler as lrs
 
+import normkern
 from normkern.schedules import SvagSchedule
 from normkern.theory import svag_steps
 
@@ -204,9 +205,19 @@ def test_l_is_checked(l):
     assert str(caught.value) == f"SvagSchedule: l expected a finite number >= 1/2, got {l!r}"
 
 
+def test_l_is_that_of_the_optimizer():
+    opt = normkern.SVAG([torch.nn.Parameter(torch.zeros(1))], lr=0.1, l=4)
+    assert SvagSchedule(lrs.StepLR(opt, 1), 4.0).l == 4
+    with pytest.raises(ValueError) as caught:
+        SvagSchedule(lrs.StepLR(opt, 1), 2)
+    assert str(caught.value) == "SvagSchedule: l expected 4, as the optimizer has it in param_groups[0], got 2"
+
+
 def test_scheduler_is_checked():
     with pytest.raises(ValueError, match="SvagSchedule: scheduler expected an LRScheduler, got SGD"):
         SvagSchedule(optimizer(), 2)
+    with pytest.raises(ValueError, match="got the class StepLR: construct it first, with its optimizer"):
+        SvagSchedule(lrs.StepLR, 2)
     with pytest.raises(ValueError, match="expected one that counts steps, got ReduceLROnPlateau"):
         SvagSchedule(lrs.ReduceLROnPlateau(optimizer()), 2)
     with pytest.raises(ValueError, match="SvagSchedule.step: epoch expected None, got 3"):
