@@ -1,4 +1,4 @@
-"""python -m instructions [--write] [--json FILE]: fails where a step of a hot path costs 5 % more than it may.
+"""python -m instructions [--write] [--json FILE]: fails where a step of a hot path costs 5 % more than it may, or has a new loop.
 
 Compared with budgets.json, or, where it has none for this Python, torch and compiler, with a build of the parent commit.
 """
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     found = baseline(now)
     print(compare.table(now, found and found[0]))
-    findings = compare.too_much(now, *found) if found else []
+    findings = [*compare.too_much(now, *found), *compare.loops(now, *found)] if found else []
     for finding in findings:
         print(f"\n{finding}", file=sys.stderr)
     if findings:

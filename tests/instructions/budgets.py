@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from .counts import Counts, PathCounts
 from .paths import YARDSTICK
 
 FILE = Path(__file__).with_name("budgets.json")
-#: Functions of less than this part of a path are left out of the file.
-SMALL = 0.005
 #: By how much the interpreter itself may differ: more is another build of the same version of Python.
 SAME_INTERPRETER = 0.02
-
-
-def _large(counts: dict[str, int]) -> dict[str, int]:
-    least = SMALL * sum(counts.values())
-    return {name: n for name, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if n >= least}
 
 
 def read(build: str, file: Path = FILE) -> Counts | None:
@@ -29,10 +23,7 @@ def read(build: str, file: Path = FILE) -> Counts | None:
 def write(counts: Counts, file: Path = FILE) -> None:
     """Replace the budget of one build; those of others stay. Each path is a line, so that a change of one is seen."""
     all_ = json.loads(file.read_text()) if file.exists() else {}
-    all_[counts.build] = {
-        path: {"instructions": c.instructions, "bytecodes": _large(c.bytecodes), "functions": _large(c.functions)}
-        for path, c in counts.paths.items()
-    }
+    all_[counts.build] = {path: asdict(c.folded()) for path, c in counts.paths.items()}
     builds = (
         f"{json.dumps(build)}: {{\n" + ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in paths.items()) + "\n}"
         for build, paths in sorted(all_.items())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .counts import Counts, PathCounts
-from .paths import YARDSTICK
+from .paths import KINDS, SIZES, YARDSTICK, name_of
 
 #: By which part a step may grow.
 ALLOWED = 0.05
@@ -37,6 +37,7 @@ def _lines(what: str, now: dict[str, int], then: dict[str, int]) -> list[str]:
 def explain(path: str, now: PathCounts, then: PathCounts, against: str) -> str:
     """Return the sentences about a path that costs too much."""
     part = now.instructions / then.instructions - 1
+    now, then = now.folded(), then.folded()
     return "\n".join(
         [
             f"{path}: {now.instructions:,} instructions a step, {then.instructions:,} {against}: {part:+.1%}, "
@@ -66,3 +67,33 @@ def too_much(now: Counts, then: Counts, against: str) -> list[str]:
         and path in then.paths
         and counts.instructions > (1 + ALLOWED) * then.paths[path].instructions
     ]
+
+
+def per_tensor(counts: Counts, kind: str) -> dict[str, float] | None:
+    """Return the bytecodes that each Python function executes for one more tensor; None where not both sizes are counted."""
+    few, many = (counts.paths.get(name_of(kind, n)) for n in SIZES)
+    if few is None or many is None:
+        return None
+    less, more = few.bytecodes, many.bytecodes
+    return {name: (more.get(name, 0) - less.get(name, 0)) / (SIZES[1] - SIZES[0]) for name in {*less, *more}}
+
+
+def loops(now: Counts, then: Counts, against: str) -> list[str]:
+    """Return what to say of each kind of step in which Python does more for each tensor.
+
+    Bytecodes repeat exactly, so that a loop is seen here even where its cost is less than what a step may grow by.
+    """
+    found = []
+    for kind in KINDS:
+        here, before = per_tensor(now, kind), per_tensor(then, kind)
+        if here is None or before is None:
+            continue
+        n, allowed = sum(here.values()), (1 + ALLOWED) * sum(before.values())
+        if n <= allowed + 1e-9:
+            continue
+        name = max(here, key=lambda name: here[name] - before.get(name, 0))
+        found.append(
+            f"{kind}: Python executes {n:.1f} bytecodes for each tensor, {sum(before.values()):.1f} {against}: a loop over "
+            f"the parameters?\n  {here[name] - before.get(name, 0):+.1f}  {name}"
+        )
+    return found

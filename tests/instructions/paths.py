@@ -22,6 +22,11 @@ SIZES = (20, 161)
 YARDSTICK = "interpreter alone"
 
 
+def name_of(kind: str, count: int) -> str:
+    """Return the name of one kind of step of so many tensors."""
+    return f"{kind}, {count} tensors"
+
+
 def assign(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     for p, g in zip(params, grads, strict=True):
         p.grad = g
@@ -96,19 +101,22 @@ def yardstick() -> Step:
     return lambda counted: counted(inside)
 
 
+#: Steps of a list of tensors.
+KINDS: dict[str, Callable[[int], Step]] = {
+    "plain": sgd,
+    "tensor": lambda n: sgd(n, stats="tensor"),
+    "row": lambda n: sgd(n, stats="row"),
+    "svag": svag,
+    "exponential": lambda n: sgd(n, decay="exponential"),
+    "clipped": lambda n: sgd(n, step={"max_norm": 0.5}),
+    "master weights": lambda n: sgd(n, dtype=torch.bfloat16, master_weights=True),
+}
+
+
 def paths() -> dict[str, Callable[[], Step]]:
-    """Every path by its name; calling one makes its tensors."""
-    kinds: dict[str, Callable[[int], Step]] = {
-        "plain": sgd,
-        "tensor": lambda n: sgd(n, stats="tensor"),
-        "row": lambda n: sgd(n, stats="row"),
-        "svag": svag,
-        "exponential": lambda n: sgd(n, decay="exponential"),
-        "clipped": lambda n: sgd(n, step={"max_norm": 0.5}),
-        "master weights": lambda n: sgd(n, dtype=torch.bfloat16, master_weights=True),
-    }
+    """Return every path by its name; calling one makes its tensors."""
     found: dict[str, Callable[[], Step]] = {
-        f"{kind}, {n} tensors": lambda make=make, n=n: make(n) for kind, make in kinds.items() for n in SIZES
+        name_of(kind, n): lambda make=make, n=n: make(n) for kind, make in KINDS.items() for n in SIZES
     }
     found[YARDSTICK] = yardstick
     return found | {f"noise, {name}": lambda make=make: gradient_noise(make) for name, make in NETS.items()}

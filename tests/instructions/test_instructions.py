@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from normkern import ops
 
 from . import __main__ as gate
 from . import budgets, bytecodes, callgrind, compare, parent
-from .counts import TESTS, Counts, PathCounts, count
-from .paths import YARDSTICK, paths
+from .counts import TESTS, THE_REST, Counts, PathCounts, count
+from .paths import SIZES, YARDSTICK, name_of, paths
 
 PROFILE = """# callgrind format
 desc: Trigger: Client Request: plain, 20 tensors
@@ -131,6 +132,25 @@ def test_new_path_and_yardstick_are_not_compared():
     assert compare.too_much(counts(5000), Counts(then.build, {YARDSTICK: then.paths[YARDSTICK]}), "in abc") == []
 
 
+def steps(few, many):
+    """Bytecodes of a plain step of 20 tensors and of 161."""
+    return Counts("", {f"plain, {n} tensors": PathCounts(1, {}, python) for n, python in ((20, few), (161, many))})
+
+
+def test_loop_that_costs_less_than_the_allowance_fails_and_is_named():
+    then = steps({"a.py:f": 700}, {"a.py:f": 700})
+    now = steps({"a.py:f": 700, "b.py:g": 20}, {"a.py:f": 700, "b.py:g": 161})
+    assert compare.loops(then, then, "in abc") == []
+    assert compare.loops(now, then, "in abc") == [
+        "plain: Python executes 1.0 bytecodes for each tensor, 0.0 in abc: a loop over the parameters?\n  +1.0  b.py:g"
+    ]
+
+
+def test_bytecodes_of_the_step_itself_are_no_loop():
+    then = steps({"a.py:f": 700}, {"a.py:f": 700})
+    assert compare.loops(steps({"a.py:f": 800}, {"a.py:f": 800}), then, "in abc") == []
+
+
 # ---- Budgets --------------------------------------------------------------------------------------------------------
 
 
@@ -144,9 +164,10 @@ def test_budget_of_one_build_is_replaced_and_others_stay(tmp_path):
     assert budgets.read("unknown", file) is None
 
 
-def test_small_functions_are_left_out_of_the_file(tmp_path):
+def test_small_functions_are_counted_together_in_the_file(tmp_path):
     budgets.write(counts(1000, {"eval": 997, "small": 3}), tmp_path / "budgets.json")
-    assert budgets.read("Python 3.99, torch 9", tmp_path / "budgets.json").paths["plain"].functions == {"eval": 997}
+    found = budgets.read("Python 3.99, torch 9", tmp_path / "budgets.json").paths["plain"].functions
+    assert found == {"eval": 997, THE_REST: 3}
 
 
 def test_budget_of_another_interpreter_is_not_used():
@@ -277,26 +298,28 @@ def plant(package):
     """Put a loop over the parameters at the beginning of the step, and nothing else."""
     file = package / PLANTED_FILE
     before = file.read_text()
-    loop = "        for group in self.param_groups:\n            for p in group['params']:\n                p is None\n"
+    loop = "        for group in self.param_groups:\n            for p in group['params']:\n                p.grad is None\n"
     after = re.sub(rf"( {{4}}{re.escape(PLANTED_IN)}.*?:\n)", lambda found: found[1] + loop, before, count=1)
     assert after != before
     file.write_text(after)
 
 
 @pytest.mark.slow
-def test_loop_over_the_parameters_fails_and_is_named(tmp_path):
+def test_planted_loop_over_the_parameters_fails_and_is_named(tmp_path):
     if reason := callgrind.missing():
         pytest.skip(reason)
-    package = tmp_path / "normkern"
-    shutil.copytree(Path(normkern.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ops.binary.__file__, package)
-    only = ["plain, 161 tensors", YARDSTICK]
-    before = count(tmp_path, only)
-    assert compare.too_much(count(tmp_path, only), before, "before") == []
-    plant(package)
-    (text,) = compare.too_much(count(tmp_path, only), before, "before")
-    print(text)
-    assert text.startswith("plain, 161 tensors: ")
-    first = text.splitlines()[2]
-    assert re.fullmatch(r" +\+[\d,]+  normkern/optim/sgd\.py:SGD\._step_now \([\d,]+ -> [\d,]+\)", first), text
-    assert "_PyEval_EvalFrame" in text
+    trees = [tmp_path / "before", tmp_path / "planted"]
+    for tree in trees:
+        shutil.copytree(Path(normkern.__file__).parent, tree / "normkern", ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ops.binary.__file__, tree / "normkern")
+    plant(trees[1] / "normkern")
+    with ThreadPoolExecutor() as pool:
+        before, now = pool.map(lambda tree: count(tree, [name_of("plain", n) for n in SIZES]), trees)
+    found = compare.too_much(now, before, "before")
+    print("\n\n".join([compare.table(now, before), *found, *compare.loops(now, before, "before")]))
+    for text in found:
+        assert re.match(r" +\+[\d,]+  normkern/optim/sgd\.py:(SGD\.)?_step_now ", text.splitlines()[2]), text
+        assert "_PyEval_EvalFrame" in text
+    assert found[-1].startswith("plain, 161 tensors: ")
+    (text,) = compare.loops(now, before, "before")
+    assert re.search(r"\n  \+\d+\.\d  normkern/optim/sgd\.py:(SGD\.)?_step_now$", text), text
