@@ -30,7 +30,8 @@ def baseline(now: Counts) -> tuple[Counts, str] | None:
         print(f"instructions: skipped the comparison: {reason}, and no parent commit: {why}")
         return None
     print(f"instructions: {reason}; building the parent commit {revision[:12]}", flush=True)
-    with parent.built(revision) as tree:
+    named = all(callgrind.has_names(counts.functions) for counts in now.paths.values())
+    with parent.built(revision, named) as tree:
         return count(tree), f"in {revision[:12]}"
 
 

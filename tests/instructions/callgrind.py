@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pathlib import Path
 _TRIGGER = re.compile(r"^desc: Trigger: Client Request: (.*)$")
 #: callgrind marks a function that calls itself: name'2.
 _RECURSION = re.compile(r"'\d+$")
+_NAMELESS = "functions without a name in"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def parse(text: str) -> Profile | None:
         elif line.startswith("fn="):
             name = _RECURSION.sub("", line[3:])
             if name.startswith("0x"):  # an address: the binary has no names
-                name = f"functions without a name in {binary}"
+                name = f"{_NAMELESS} {binary}"
         elif line.startswith("calls="):
             inclusive = True  # the next line is what the callee cost
         elif line[:1].isdigit():
@@ -88,6 +90,11 @@ def parse(text: str) -> Profile | None:
                 functions[name] += int(line.split()[1])
             inclusive = False
     return None if path is None else Profile(path, dict(functions))
+
+
+def has_names(functions: Iterable[str]) -> bool:
+    """Return whether normkern's binary has kept the names of its functions."""
+    return not any(name.startswith(f"{_NAMELESS} _C.") for name in functions)
 
 
 def least(profiles: list[Profile]) -> dict[str, Profile]:

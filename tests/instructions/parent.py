@@ -13,6 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+#: Settings of a build that is the default one, but that the names of functions stay in the binary.
+NAMED = ("cmake.build-type=RelWithDebInfo", "cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-DNDEBUG")
+
+
 class NoParent(Exception):
     """There is no commit to compare with; the text says why."""
 
@@ -43,12 +47,15 @@ def commit(root: Path = ROOT) -> str:
 
 
 @contextlib.contextmanager
-def built(revision: str, root: Path = ROOT) -> Iterator[Path]:
+def built(revision: str, named: bool, root: Path = ROOT) -> Iterator[Path]:
     """Give a folder with the package of a commit, built with the compiler that is here; it is removed at the end.
+
+    named: whether its binary keeps the names of functions, as the one does that it is compared with.
 
     Raises:
         RuntimeError: the build failed.
     """
+    settings = NAMED if named else ()
     with tempfile.TemporaryDirectory() as name:
         tree, into = Path(name) / "tree", Path(name) / "package"
         git("worktree", "add", "--quiet", "--detach", str(tree), revision, root=root)
@@ -56,8 +63,7 @@ def built(revision: str, root: Path = ROOT) -> Iterator[Path]:
             done = subprocess.run(
                 [
                     sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(into),
-                    "--config-settings=cmake.build-type=RelWithDebInfo",  # keeps the names of functions
-                    "--config-settings=cmake.define.CMAKE_CXX_FLAGS_RELWITHDEBINFO=-DNDEBUG", str(tree),
+                    *(f"--config-settings={setting}" for setting in settings), str(tree),
                 ],
                 env={**os.environ, "NORMKERN_CUDA": "OFF"}, capture_output=True, text=True, check=False,
             )  # fmt: skip

@@ -63,6 +63,11 @@ def test_profile_has_own_instructions_of_each_function():
     assert profile.instructions == 40
 
 
+def test_binary_without_names_is_noticed():
+    assert callgrind.has_names(["eval", "functions without a name in libmkl.so"])
+    assert not callgrind.has_names(callgrind.parse(PROFILE.replace("_C.so", "_C.cpython-311.so")).functions)
+
+
 def test_profile_of_the_end_of_the_process_is_no_step():
     assert callgrind.parse(PROFILE.replace("desc: Trigger", "desc: Nothing")) is None
 
@@ -240,8 +245,8 @@ def test_unknown_build_is_compared_with_the_parent_commit(counted, monkeypatch, 
     seen = []
 
     class Built:
-        def __init__(self, revision):
-            seen.append(revision)
+        def __init__(self, revision, named):
+            seen.append((revision, named))
 
         def __enter__(self):
             return tmp_path
@@ -256,7 +261,7 @@ def test_unknown_build_is_compared_with_the_parent_commit(counted, monkeypatch, 
     said = capsys.readouterr()
     assert f"no budget for Python 3.99, torch 9; building the parent commit {first[:12]}" in said.out
     assert f"1,000 in {first[:12]}: +10.0%" in said.err
-    assert seen == [first]
+    assert seen == [(first, True)]
 
 
 def test_parent_of_a_changed_tree_is_its_commit(tmp_path):
