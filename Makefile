@@ -15,7 +15,7 @@ KERNEL_TESTS := tests/ops --ignore=tests/ops/test_schemas.py \
 
 CUDA_PYTEST = CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow bench bench-compare papers lint format stubs docs dist cuda sanitize fuzz clean \
+.PHONY: help demo test test-slow instructions bench bench-compare papers lint format stubs docs dist cuda sanitize fuzz clean \
   bench-all bench-noise bench-ddp lint-python lint-cpp lint-texts lint-stubs lint-tidy
 
 help: ## print this list
@@ -29,6 +29,9 @@ test: .venv/ready ## run the tests (WORKERS=n: in n processes; SLOW=1: the long 
 
 test-slow: ## the same as make test SLOW=1
 	$(MAKE) test SLOW=1
+
+instructions: .venv/ready ## count the instructions of hot paths; more than 5 % over the budgets fails (WRITE=1: write budgets)
+	cd tests && $(abspath $(BIN)/python) -m instructions $(if $(WRITE),--write,--json ../build/instructions.json)
 
 bench: ## measure speed; fill the tables of README (QUICK=1: a minute, into build/; ONLY=noise, ddp)
 bench: bench-$(or $(ONLY),all)
