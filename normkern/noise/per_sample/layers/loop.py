@@ -33,7 +33,7 @@ class LoopOverSamples(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, use: Use, run: Callable[..., Tensor], cut: Callable[[Tensor, int, int], Tensor],
                 *tensors: Tensor) -> Tensor:  # fmt: skip
-        """Run `run(data…, parameters…)`; `cut(tensor, i, b)` cuts sample b out of the i-th data, or of the result (-1)."""
+        """Run `run(data…, parameters…)`; `cut(tensor, i, b)` cuts sample b out of the i-th data, or the result (-1)."""
         ctx.use, ctx.run, ctx.cut = use, run, cut
         ctx.save_for_backward(*tensors)
         with without_modes():
