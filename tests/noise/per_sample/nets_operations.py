@@ -1,6 +1,7 @@
 """Nets with operations whose rule is easily forgotten or wrong: empty slices, complex numbers, norms, transforms."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .case import Cases, Problem, numbers, squares
@@ -104,3 +105,58 @@ def baddbmm_by_keywords():
     mask = torch.ones(4, 5)
     mask[1, 3:] = 0
     return Problem(Alibi(), (torch.randn(4, 5, 6),), torch.randn(4, 1), squares, keywords={"mask": mask})
+
+
+class LanguageModel(nn.Module):
+    """Returns its loss, of labels that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.hidden, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+
+    def forward(self, ids, labels):
+        scores = self.head(torch.tanh(self.hidden(self.words(ids))))
+        return F.cross_entropy(scores[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+@OPERATIONS()
+def labels_that_are_the_inputs():
+    """model(ids, labels=ids): one tensor twice."""
+    ids = torch.randint(9, (4, 6))
+    return Problem(LanguageModel(), (ids,), None, lambda out, target: out, keywords={"labels": ids})
+
+
+class TwoInputs(nn.Module):
+    """One body for two inputs, of which only the first is sure to be a batch, and a loss that takes both."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.body, self.loss = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)), loss
+
+    def forward(self, x, y):
+        return self.loss(self.body(x), self.body(y))
+
+
+@OPERATIONS()
+def two_inputs_and_a_fused_loss():
+    """F.mse_loss, which reduces in one operation."""
+    return Problem(
+        TwoInputs(F.mse_loss), (torch.randn(6, 5), torch.randn(6, 5)), None, lambda out, target: out
+    )  # fmt: skip
+
+
+class LabelsFirst(nn.Module):
+    """The batch, which comes first, has no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3))
+
+    def forward(self, labels, x):
+        return F.cross_entropy(self.body(x), labels)
+
+
+@OPERATIONS()
+def labels_first():
+    """model(labels, x) with the loss inside."""
+    return Problem(LabelsFirst(), (torch.randint(3, (6,)), torch.randn(6, 5)), None, lambda out, target: out)

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import normkern
@@ -250,3 +251,22 @@ def test_result_after_the_step(mlp, to_none):
     else:
         for name, x in means.items():
             close(name, x, told.mean[name], float(x.abs().max()), 1e-11)
+
+
+class TwoOrders(nn.Module):
+    """A batch, and a second input whose samples lie in its second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 3)
+
+    def forward(self, x, y):
+        return F.mse_loss(self.body(x).expand(6, 6, 3), self.body(y))
+
+
+def test_second_input_in_another_order_is_refused():
+    """It is taken for a batch in front, which the loss shows to be wrong."""
+    model = TwoOrders()
+    sentence = r"mse_loss joins a tensor of shape \(6, 6, 3\) with samples that lie along another dimension"
+    with refuses(sentence), normkern.GradientNoise(model):
+        model(torch.randn(6, 5), torch.randn(6, 6, 5)).backward()
