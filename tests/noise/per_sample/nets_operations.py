@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .case import Cases, Problem, numbers, squares
 
@@ -160,3 +161,36 @@ class LabelsFirst(nn.Module):
 def labels_first():
     """model(labels, x) with the loss inside."""
     return Problem(LabelsFirst(), (torch.randint(3, (6,)), torch.randn(6, 5)), None, lambda out, target: out)
+
+
+class Recomputed(nn.Module):
+    """A block that non-reentrant checkpointing runs again in the backward."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.into, self.block, self.head = nn.Linear(6, 8), block, nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(checkpoint(self.block, self.into(x), use_reentrant=False))
+
+
+class RootMeanSquare(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+
+
+@OPERATIONS()
+def recomputed_attention():
+    """A TransformerEncoderLayer."""
+    return numbers(Recomputed(nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True)), 4, 5, 6)
+
+
+@OPERATIONS()
+def recomputed_norms():
+    """LayerNorm, an RMSNorm written by hand, a convolution."""
+    block = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), RootMeanSquare(), nn.Conv1d(5, 5, 3, padding=1))
+    return numbers(Recomputed(block), 4, 5, 6)
