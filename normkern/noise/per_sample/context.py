@@ -201,7 +201,7 @@ class GradientNoise:
             accumulator.new_call(bool(new and new[0]))
             for i, t in enumerate(given):  # the first is the batch; others yield where they do not fit
                 if new[i] and accumulator.batch is not None and t.shape[0] == accumulator.batch and t.numel():
-                    tensors.mark(t, sample_layout.leading(t.shape, accumulator.batch, certain=i == 0))
+                    tensors.mark(t, sample_layout.leading(t.shape, accumulator.batch, certain=t is given[0]))
 
     def _batch_of(self, x: Tensor) -> int:
         """Return B, the leading dimension of the first tensor that the model is given."""

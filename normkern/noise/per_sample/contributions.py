@@ -47,6 +47,10 @@ class Contribution:
         on = on.double()
         return torch.stack([(self.sample(b).double() * on).sum() for b in range(self.batch)])
 
+    def size(self) -> float:
+        """Return the norm of all contributions, for the rounding of their sum."""
+        return self.sums(False).sq_norms.sum().sqrt().item()
+
     def merge(self, others: Sequence[Contribution]) -> Self | None:
         """Return one contribution that is the sum of this and others to the same tensor; None: it has no such form."""
         return None

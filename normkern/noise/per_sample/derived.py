@@ -152,6 +152,10 @@ class Through(Contribution):
     def sample(self, b: int) -> Tensor:
         return self.derived.back(self.root, self.contribution.sample(b))
 
+    def size(self) -> float:
+        """Return the norm of the terms whose sums are the contributions: many may cancel on the way back."""
+        return self.contribution.size() * max(1.0, self.derived.value.numel() / self.derived.leaves[self.root].numel())
+
     def matrix(self) -> Tensor | None:
         rows = self.contribution.matrix()
         return None if rows is None else self.derived.back_rows(self.root, rows)

@@ -41,14 +41,15 @@ MOVES = frozenset(
 #: Reduce a `dim`, which may be the samples'.
 REDUCES = frozenset(
     """sum nansum mean nanmean prod max min amax amin median nanmedian mode argmax argmin any all norm std var
-    std_mean var_mean logsumexp count_nonzero quantile nanquantile vector_norm kthvalue aminmax
-    cosine_similarity""".split()
+    std_mean var_mean logsumexp count_nonzero quantile nanquantile vector_norm linalg_norm linalg_vector_norm
+    linalg_matrix_norm kthvalue aminmax cosine_similarity""".split()
 )
 #: Mix elements along a `dim`; it is the last one unless given.
 MIXES = frozenset(
     """softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort argsort topk normalize renorm
     msort gumbel_softmax cross layer_norm rms_norm glu index_add index_copy index_fill scatter scatter_add
-    scatter_reduce diff fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft""".split()
+    scatter_reduce diff fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2
+    fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn fft_irfftn""".split()
 )
 #: Repeat a tensor, perhaps once for every sample.
 WIDENS = frozenset("expand expand_as broadcast_to repeat tile".split())
@@ -87,10 +88,13 @@ ON_LAST: dict[str, int] = {
     **{f"{kind}_pool{n}d_with_indices": n for n in (1, 2, 3) for kind in ("max", "adaptive_max")},
     **{f"fractional_max_pool{n}d": n for n in (2, 3)},
     **dict.fromkeys(("linear", "bilinear", "pairwise_distance"), 1),
-    **dict.fromkeys(("scaled_dot_product_attention", "cdist", "fft_fft2", "fft_ifft2", "fft_rfft2", "fft_irfft2"), 2),
-    **dict.fromkeys(("linalg_inv", "linalg_solve", "linalg_cholesky", "linalg_matrix_exp", "linalg_det", "inverse"), 2),
+    **dict.fromkeys(("scaled_dot_product_attention", "cdist"), 2),
+    **dict.fromkeys(("linalg_inv", "inverse", "linalg_cholesky", "linalg_matrix_exp", "linalg_det"), 2),
+    **dict.fromkeys(("linalg_solve", "linalg_solve_triangular"), 2),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), 3),
 }
+#: Of these, the ones that broadcast the dimensions before: an operand with fewer has them elsewhere in the result.
+BROADCAST_BATCHES = frozenset("scaled_dot_product_attention cdist linalg_solve linalg_solve_triangular".split())
 #: Expect the samples in the first dimension.
 ON_FIRST = frozenset(
     """group_norm instance_norm batch_norm local_response_norm grid_sample affine_grid fold im2col embedding_bag
@@ -212,10 +216,24 @@ def _is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
     fft = op.name.startswith("fft_")
     at = 2 if fft else {"topk": 2, "gumbel_softmax": 4, "normalize": 2, "renorm": 2, "diff": 2}.get(op.name, 1)
     dims = dims_of(op, x.dim(), at)
+    if dims is None and fft and op.name[-1] in "2n":
+        dims = _dims_of_fft(op, x.dim())
     if dims is None:
         default = {"normalize": 1, "msort": 0}
         dims = [default.get(op.name, x.dim() - 1) % max(x.dim(), 1)]
     return dim not in dims
+
+
+def _dims_of_fft(op: Operation, ndim: int) -> list[int]:
+    """Return the dimensions of a transform of several that was not given them."""
+    sizes = op.argument(1, "s")
+    count = 2 if op.name[-1] == "2" else ndim if sizes is None else len(sizes)
+    return list(range(ndim - count, ndim))
+
+
+def _is_before_last(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
+    aligned = op.name not in BROADCAST_BATCHES or out.dim() == x.dim()
+    return aligned and dim < x.dim() - ON_LAST[op.name]
 
 
 def _is_not_padded(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
@@ -224,18 +242,25 @@ def _is_not_padded(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
 
 
 stays(*MIXES, where=_is_not_mixed)
-stays(*ON_LAST, where=lambda op, x, dim, out: dim < x.dim() - ON_LAST[op.name])
+stays(*ON_LAST, where=_is_before_last)
 stays(*ON_FIRST, where=lambda op, x, dim, out: dim == 0)
 stays("pad", where=_is_not_padded)
 
 
-@propagates("embedding", "one_hot")
+@propagates("embedding", "one_hot", "view_as_complex", "view_as_real")
 def lookup(op: Operation, results: list[Tensor], batch: int) -> list[State]:
-    """Replace each number by a row."""
-    return [
-        _agree([SampleLayout(r.block * (y.numel() // t.numel()), r.certain) for t, r in op.samples], op.name)
-        for y in results
-    ]
+    """Replace each number by a row, or a row by a number."""
+    return [_resized(op, y) for y in results]
+
+
+def _resized(op: Operation, out: Tensor) -> State:
+    states: list[State] = []
+    for t, layout in op.samples:
+        block, rest = divmod(layout.block * out.numel(), max(t.numel(), 1))
+        if rest or not block:
+            return Mixed(f"{op.name} goes over the samples")
+        states.append(SampleLayout(block, layout.certain))
+    return _agree(states, op.name)
 
 
 @propagates(*RECURRENT)
@@ -295,7 +320,7 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
             out = op.func(numbers, *args[1:], **others)
     except (RuntimeError, TypeError, NotImplementedError):  # torch.nn.functional.unfold, for one
         return RULES["im2col"](op, results, batch) if name == "unfold" else _unknown(op, results, batch)
-    blocks = [sample_layout.block_of(y, batch) for y in tensors_in((out,))]
+    blocks = [sample_layout.block_of(y, batch) if y.numel() else 0 for y in tensors_in((out,))]
     if key is not None:
         if len(_moved) >= _MOST_MOVES:
             _moved.clear()
@@ -304,7 +329,9 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
 
 
 def _states(blocks: list[int | None], certain: bool, name: str) -> list[State]:
-    return [Mixed(f"{name} took samples apart") if b is None else SampleLayout(b, certain) for b in blocks]
+    """Return the states of blocks; a tensor without elements, of block 0, has no samples."""
+    apart = Mixed(f"{name} took samples apart")
+    return [apart if b is None else SampleLayout(b, certain) if b else None for b in blocks]
 
 
 def _values(args: Sequence[Any]) -> Iterator[Any]:
@@ -331,7 +358,12 @@ def _key(x: Any) -> Any:
 
 # ---- Reductions -----------------------------------------------------------------------------------------------------
 
-_DIM_AT = {"norm": 2, "quantile": 2, "nanquantile": 2, "vector_norm": 2, "kthvalue": 2, "cosine_similarity": 2}
+#: The position of `dim` where it is not 1.
+_DIM_AT = dict.fromkeys(
+    "norm quantile nanquantile vector_norm linalg_norm linalg_vector_norm linalg_matrix_norm kthvalue "
+    "cosine_similarity".split(), 2,
+)  # fmt: skip
+_DEFAULT_DIMS = {"cosine_similarity": (1,), "kthvalue": (-1,), "linalg_matrix_norm": (-2, -1)}
 
 
 @propagates(*REDUCES)
@@ -342,8 +374,8 @@ def reduces(op: Operation, results: list[Tensor], batch: int) -> list[State]:
         return pointwise(op, results, batch)
     x = op.samples[0][0]
     dims = dims_of(op, x.dim(), _DIM_AT.get(op.name, 1))
-    if dims is None and op.name in ("cosine_similarity", "kthvalue"):
-        dims = [1 if op.name == "cosine_similarity" else x.dim() - 1]
+    if dims is None and op.name in _DEFAULT_DIMS:
+        dims = [d % max(x.dim(), 1) for d in _DEFAULT_DIMS[op.name]]
     return [_reduced(op, dims, x.dim(), y, batch) for y in results]
 
 
@@ -362,13 +394,25 @@ def _reduced(op: Operation, dims: list[int] | None, ndim: int, out: Tensor, batc
 # ---- Products -------------------------------------------------------------------------------------------------------
 
 
+#: The names of their first arguments: what is added, and what is multiplied.
+_ADDS = {"addmm": ("input", "mat1", "mat2"), "baddbmm": ("input", "batch1", "batch2")}
+
+
 @propagates(*PRODUCTS)
 def product(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Multiply matrices, which may not sum over the samples."""
-    pair = list(op.args[1:3] if op.name in ("addmm", "baddbmm") else op.args[:2])
+    y = results[0]
+    if op.name in _ADDS:
+        added, *pair = (op.argument(at, name) for at, name in enumerate(_ADDS[op.name]))
+        samples = [(t, layout) for t, layout in op.samples if any(t is p for p in pair)]
+        states = [_product(op.name, pair, samples, y, batch)] if samples else []
+        if len(samples) < len(op.samples) or any(added is p for p in pair):
+            states.append(_broadcast(op.name, [(t, r) for t, r in op.samples if t is added], y, batch))
+        return [next((s for s in states if isinstance(s, Mixed)), None) or _agree(states, op.name)]
+    pair = [op.argument(0, "input"), op.argument(1, "other", op.kwargs.get("mat2", op.kwargs.get("vec")))]
     if op.name == "__rmatmul__":
         pair.reverse()
-    return [_product(op.name, pair, op.samples, results[0], batch)]
+    return [_product(op.name, pair, op.samples, y, batch)]
 
 
 def _product(name: str, pair: list[Tensor], samples: Samples, out: Tensor, batch: int) -> State:

@@ -33,6 +33,7 @@ class ParameterRecord:
     #: The current backward:
     expected: int = 0  #: uses in the forward
     pending: list[Contribution] = field(default_factory=list)  #: contributions that wait for others
+    settled: list[Contribution] = field(default_factory=list)  #: those in `sums`, until they are compared
     sums: Sums | None = None
     projections: Tensor | None = None
     incoming: Tensor | None = None  #: the gradient that arrived while contributions were still to come
@@ -131,7 +132,7 @@ class ParameterRecord:
 
     def drop_backward(self) -> None:
         """Forget the current backward."""
-        self.expected, self.pending, self.sums, self.projections = 0, [], None, None
+        self.expected, self.pending, self.settled, self.sums, self.projections = 0, [], [], None, None
         self.incoming, self.signed, self.arrived, self.fresh, self.sq_now = None, None, False, False, None
 
 

@@ -143,7 +143,13 @@ class TensorState:
 
     def is_parameter(self, t: Tensor) -> bool:
         """Return whether this is a parameter, or was made of parameters alone."""
-        return self.accumulator.knows(t) or self.derived(t) is not None or self.opaque(t) is not None
+        if self.accumulator.knows(t):
+            return True
+        for table in (self._derived, self._opaque):
+            entry = table.get(id(t))
+            if entry is not None and entry[0]() is t:
+                return True
+        return False
 
     def derived(self, t: Tensor) -> Derived | None:
         """Return what a tensor was derived from; None: not from parameters alone."""

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from . import errors
+from . import errors, sample_layout
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
 from .layers.registry import CHECKS, find
-from .operation import Operation, name_of, tensors_in
+from .operation import Operation, Samples, name_of, tensors_in
 from .propagation import POINTWISE, REDUCES, LayoutRules
 from .sample_layout import Mixed, SampleLayout, without_guesses
 from .tensor_state import TensorState
@@ -164,12 +164,20 @@ class Tracer(TorchFunctionMode):
                 samples = sure
                 states = rules.after(op.of(samples), out)
         if len(samples) > 1 and any(isinstance(s, Mixed) for s in states) and op.name not in REDUCES:
-            for t, layout in samples:
-                if not layout.certain and t.requires_grad and tensors.known(t):
-                    raise errors.wrong_guess(op.name, tuple(t.shape), self.accumulator.batch)
+            self._check_guesses(op, samples, results)
         for x, state in zip(results, states, strict=True):
             is_harmless = isinstance(state, Mixed) and x.dim() == 0 and not x.requires_grad
             tensors.mark(x, None if is_harmless else state)
+
+    def _check_guesses(self, op: Operation, samples: Samples, results: list[Tensor]) -> None:
+        """Refuse an operation that mixes samples of a guess with others, but for a loss that takes them in parallel."""
+        batch = self.tensors.rules.batch
+        axes = {sample_layout.axis(t.shape, layout.block, batch) for t, layout in samples}
+        if len(axes) == 1 and None not in axes and all(x.dim() == 0 for x in results):
+            return
+        for t, layout in samples:
+            if not layout.certain and t.requires_grad and self.tensors.known(t):
+                raise errors.wrong_guess(op.name, tuple(t.shape), batch)
 
     # ---- Operations with parameters
 

@@ -16,7 +16,7 @@ _HOOKS = (
 )  # fmt: skip
 
 
-def anatomy(model: nn.Module) -> list[Any]:
+def snapshot(model: nn.Module) -> list[Any]:
     """Everything that an instrument might change, comparable with ==; objects by identity."""
     told: list[Any] = [list(model.state_dict()), [name for name, _ in model.named_parameters()]]
     for name, module in model.named_modules():
@@ -34,7 +34,7 @@ def anatomy(model: nn.Module) -> list[Any]:
 
 
 def assert_nothing_left(model: nn.Module, before: list[Any]) -> None:
-    for was, now in zip(before, anatomy(model), strict=True):
+    for was, now in zip(before, snapshot(model), strict=True):
         assert now == was
     twin = copy.deepcopy(model)
     if not any(map(parametrize.is_parametrized, model.modules())):  # torch refuses to pickle those

@@ -133,6 +133,15 @@ MIXTURES = {
     "pooled": lambda x: F.avg_pool1d(x.t()[None], 3, 1, 1)[0].t(),
     "convolved": lambda x: F.conv1d(x.t()[:, None], torch.ones(1, 1, 3, dtype=x.dtype), padding=1)[:, 0].t(),
     "fourier": lambda x: torch.fft.fft(x, dim=0).real,
+    "fourier_2d": lambda x: torch.fft.fft2(x[..., None], dim=(0, 1)).real[..., 0],
+    "fourier_all": lambda x: torch.fft.fftn(x).real,
+    "vector_norm": lambda x: x / torch.linalg.vector_norm(x, dim=0),
+    "product_added_to_transposed": lambda x: torch.addmm(x, torch.ones(6, 6, dtype=x.dtype), x.t()).t(),
+    "products_added_to_transposed": lambda x: torch.baddbmm(x[None], torch.ones(1, 6, 6, dtype=x.dtype), x.t()[None])[0].t(),
+    "complex_samples": lambda x: torch.view_as_real(
+        torch.view_as_complex(x.t().contiguous().unflatten(1, (3, 2))).square()
+    ).flatten(1).t(),
+    "solved": lambda x: torch.linalg.solve_triangular(torch.tril(x) + torch.eye(6, dtype=x.dtype) * 3, x, upper=False),
     "added_by_index": lambda x: torch.zeros_like(x).index_add(0, torch.tensor([0, 0, 1, 1, 2, 2]), x),
     "covariance": lambda x: torch.cov(x),
     "median": lambda x: x - x.median(0).values,

@@ -14,7 +14,7 @@ from normkern.noise.per_sample.layers.linear import LinearContribution
 from .budgets import SCALARS, close
 from .case import numbers
 from .contexts import F64, same
-from .left_behind import anatomy, assert_nothing_left
+from .left_behind import assert_nothing_left, snapshot
 from .measuring import assert_right, measured, noise_of, problem_of, refuses, told_of
 
 
@@ -161,10 +161,10 @@ def test_hooks_of_the_user_stay_and_work(mlp):
     mlp.model[0].register_forward_hook(lambda module, args, out: calls.append("forward") or 2 * out)
     mlp.model[2].register_full_backward_hook(lambda module, into, onto: calls.append("backward"))
     mlp.model[0].weight.register_post_accumulate_grad_hook(lambda p: calls.append("accumulated"))
-    before = anatomy(mlp.model)
+    before = snapshot(mlp.model)
     assert_right(mlp, measured(mlp))
     del calls[:]
-    assert anatomy(mlp.model) == before
+    assert snapshot(mlp.model) == before
     mlp.model.zero_grad()
     measured(mlp)
     assert sorted(calls) == ["accumulated", "backward", "forward"]
@@ -202,7 +202,7 @@ class Named(nn.Module):
 
 def test_batch_norm_is_named_and_eval_is_offered():
     problem = numbers(Named(), 6, 5).to(F64)
-    before = anatomy(problem.model)
+    before = snapshot(problem.model)
     with refuses("norm \\(BatchNorm1d\\).*eval.*RunningMoments"):
         measured(problem)
     assert_nothing_left(problem.model, before)

@@ -12,7 +12,7 @@ import normkern
 from .budgets import TIERS, assert_says, close
 from .case import numbers, squares
 from .contexts import F64
-from .left_behind import anatomy, assert_nothing_left
+from .left_behind import assert_nothing_left, snapshot
 from .measuring import REFUSED, assert_right, measured, noise_of, problem_of, told_of
 from .reference import expected, gradient
 
@@ -149,7 +149,7 @@ def one_backward_of_two_forwards(problem):
     ],
 )
 def test_unusual_backwards_are_right_or_refused(step, factor, mlp):
-    noise, before = noise_of(mlp, WITHOUT_PROJECTIONS), anatomy(mlp.model)
+    noise, before = noise_of(mlp, WITHOUT_PROJECTIONS), snapshot(mlp.model)
     try:
         with noise:
             step(mlp)

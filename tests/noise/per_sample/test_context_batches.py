@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import normkern
@@ -13,13 +14,13 @@ import normkern
 from .budgets import SCALARS, TIERS, close
 from .case import numbers, squares
 from .contexts import F64, same, same_variance
-from .left_behind import anatomy, assert_nothing_left
+from .left_behind import assert_nothing_left, snapshot
 from .measuring import assert_right, noise_of, problem_of, refuses, told_of
 from .reference import gradient
 
 
 def test_one_sample_has_no_variance(mlp):
-    before = anatomy(mlp.model)
+    before = snapshot(mlp.model)
     with refuses("at least 2 samples.*1"), normkern.GradientNoise(mlp.model):
         mlp.sample(0, 1).value().backward()
     assert_nothing_left(mlp.model, before)
@@ -73,7 +74,7 @@ def test_result_before_anything(mlp):
 
 
 def test_backward_after_the_context(mlp):
-    noise, before = noise_of(mlp), anatomy(mlp.model)
+    noise, before = noise_of(mlp), snapshot(mlp.model)
     with noise:
         loss = mlp.value()
     assert_nothing_left(mlp.model, before)
@@ -96,7 +97,7 @@ def test_forward_before_the_context(mlp):
 @pytest.mark.parametrize("who", ["itself", "the same model's", "another model's"])
 def test_contexts_do_not_nest(mlp, who):
     model = nn.Linear(2, 2) if who == "another model's" else mlp.model
-    noise, before = noise_of(mlp), anatomy(mlp.model)
+    noise, before = noise_of(mlp), snapshot(mlp.model)
     inner = noise if who == "itself" else normkern.GradientNoise(model)
     with noise:
         with refuses("inside another"), inner:
@@ -111,7 +112,7 @@ def test_exception_leaves_the_model_as_it_was(gpt, when):
     def fail(*_):
         raise KeyError(when)
 
-    noise, before = noise_of(gpt), anatomy(gpt.model)
+    noise, before = noise_of(gpt), snapshot(gpt.model)
 
     def step():
         if when == "before":
@@ -250,3 +251,22 @@ def test_result_after_the_step(mlp, to_none):
     else:
         for name, x in means.items():
             close(name, x, told.mean[name], float(x.abs().max()), 1e-11)
+
+
+class TwoOrders(nn.Module):
+    """A batch, and a second input whose samples lie in its second dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(5, 3)
+
+    def forward(self, x, y):
+        return F.mse_loss(self.body(x).expand(6, 6, 3), self.body(y))
+
+
+def test_second_input_in_another_order_is_refused():
+    """It is taken for a batch in front, which the loss shows to be wrong."""
+    model = TwoOrders()
+    sentence = r"mse_loss joins a tensor of shape \(6, 6, 3\) with samples that lie along another dimension"
+    with refuses(sentence), normkern.GradientNoise(model):
+        model(torch.randn(6, 5), torch.randn(6, 6, 5)).backward()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from .budgets import BUDGET, TIERS, assert_says, close, gradient_size
-from .left_behind import anatomy, assert_nothing_left
+from .left_behind import assert_nothing_left, snapshot
 from .measuring import REFUSED, measured
 from .models import NONE, SEPARABLE, UNCOVERED
 from .reference import contributions, expected, gradient
@@ -41,7 +41,7 @@ def test_statistics(name, dtype):
     budget = BUDGET[dtype] * (case.weaker if dtype == torch.float32 else 1)
     for stats in CHOICES[dtype]:
         problem = case.problem().to(dtype)
-        before = anatomy(problem.model)
+        before = snapshot(problem.model)
         result, refused = attempt(problem, stats)
         assert_nothing_left(problem.model, before)
         if refused:
@@ -65,7 +65,7 @@ def assert_gradients(model, plain, told, budget):
 @pytest.mark.parametrize("name", [name for name in NONE if name != "embedding_scaled_by_frequency"])
 def test_samples_without_gradients_of_their_own_are_refused(name, uncovered):
     problem = NONE[name].problem().to(torch.float64)
-    before = anatomy(problem.model)
+    before = snapshot(problem.model)
     result, refused = attempt(problem, uncovered=uncovered)
     assert refused, f"{result.nsr} of samples that have no gradient"
     assert_nothing_left(problem.model, before)
@@ -81,7 +81,7 @@ def test_gradients_divided_by_counts_of_the_batch_are_refused(uncovered):
 def test_what_has_no_exact_answer_is_refused(name):
     case = UNCOVERED[name]
     problem = case.problem().to(torch.float64)
-    before = anatomy(problem.model)
+    before = snapshot(problem.model)
     result, refused = attempt(problem)
     assert_nothing_left(problem.model, before)
     if refused:

@@ -7,7 +7,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from .budgets import SCALARS, TIERS, assert_says
 from .case import numbers, text
-from .left_behind import anatomy, assert_nothing_left
+from .left_behind import assert_nothing_left, snapshot
 from .measuring import assert_right, measured, noise_of, problem_of, told_of
 from .reference import expected, gradient
 
@@ -33,7 +33,7 @@ def bfloat16():
 @pytest.mark.parametrize("name", NETS)
 def test_autocast(name):
     problem = problem_of(name, torch.float32)
-    noise, before = noise_of(problem), anatomy(problem.model)
+    noise, before = noise_of(problem), snapshot(problem.model)
     with noise:
         with bfloat16():
             loss = problem.value()
@@ -124,7 +124,7 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpoints(reentrant, shared):
     problem = numbers(Checkpointed(reentrant, shared), 3, 4, 5).to(torch.float64)
-    before = anatomy(problem.model)
+    before = snapshot(problem.model)
     result = measured(problem)
     problem.model.reentrant = None
     assert_right(problem, result)

@@ -13,7 +13,7 @@ from normkern.noise.per_sample import contrast
 
 from .budgets import BUDGET, SCALARS, assert_says, close
 from .case import numbers
-from .left_behind import anatomy, assert_nothing_left
+from .left_behind import assert_nothing_left, snapshot
 from .measuring import assert_right, measured, noise_of, problem_of, refuses, told_of
 from .models import UNCOVERED
 from .reference import contributions, expected, gradient
@@ -29,7 +29,7 @@ def hidden(name, parameter):
 @pytest.mark.parametrize("name", HIDDEN)
 def test_estimates_say_so_and_leave_the_rest_exact(name):
     problem = problem_of(name)
-    before = anatomy(problem.model)
+    before = snapshot(problem.model)
     result = measured(problem, ("nsr", "variance"), uncovered="estimate")
     assert_nothing_left(problem.model, before)
     told, coverage = told_of(problem), result.coverage
@@ -113,7 +113,7 @@ def test_single_samples_cannot_be_estimated(stats):
 @pytest.mark.parametrize("name", HIDDEN)
 def test_left_out_visibly(name):
     problem = problem_of(name)
-    before = anatomy(problem.model)
+    before = snapshot(problem.model)
     result = measured(problem, uncovered="exclude")
     assert_nothing_left(problem.model, before)
     rest = {n: c for n, c in contributions(problem).items() if not hidden(name, n)}
@@ -150,7 +150,7 @@ def test_unused_parameters_are_said_to_be():
 @pytest.mark.parametrize("name", UNCOVERED)
 def test_refusals_name_the_parameter_and_its_module(name):
     problem = problem_of(name)
-    noise, before = noise_of(problem), anatomy(problem.model)
+    noise, before = noise_of(problem), snapshot(problem.model)
     try:
         with noise:
             problem.value().backward()

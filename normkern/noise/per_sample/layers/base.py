@@ -68,8 +68,8 @@ def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
     needs_x, *needs = ctx.needs_input_grad[2:]
     if g is None:
         return (None,) * (3 + len(needs))
+    kept = ctx.saved_tensors  # with the mode on: activation checkpointing may run its forward here
     with without_modes():
-        kept = ctx.saved_tensors
         dx = kind.input_grad(g, *kept) if needs_x else None
         use.begin()
         contribution = kind.contributions(g, *kept)
