@@ -5,8 +5,8 @@
 #   make fuzz    a minute of arguments and checkpoints that nobody would write, each (SECONDS=n: n seconds)
 #   make lint    what CI checks of style and types: lint-python, lint-cpp, lint-texts, lint-stubs (make format: what can be
 #                put right by itself; make hooks: the same before every commit, by pre-commit)
-#   make tidy    clang-tidy over csrc/ (make tidy TIDY=csrc/pass.cpp: one file)
-#   make stubs   normkern/_C.pyi from the binary, after a change of what csrc/bind.cpp binds
+#   make tidy    clang-tidy over csrc/ (make tidy TIDY=csrc/binding/pass.cpp: one file)
+#   make stubs   normkern/_C.pyi from the binary, after a change of what csrc/binding/bind.cpp binds
 #   make dist    what a release uploads, into dist/: built from the unpacked sdist, checked, and tried in an empty environment
 #   make cuda    kernels for every GPU architecture, into build/cuda/ (make cuda-build: only that), and their machine code
 #                checked (make cuda-sweep: with every type and every kernel broken on purpose, and docs/cuda.md's table)
@@ -24,7 +24,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 # Threads of one process that spin while they wait are threads of the other that do not run.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-SOURCES := $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
+SOURCES := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/cuda/*) CMakeLists.txt pyproject.toml constraints.txt
 
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES)) $(wildcard tests/simt/*.cpp tests/simt/*.h tests/simt/*.cu)
 
@@ -108,7 +108,7 @@ stubs: .venv/ready
 	$(BIN)/python csrc/stubs.py
 
 # The loops as they are compiled for the widest level. Nothing is built: every file is compiled with the same few options.
-TIDY ?= $(wildcard csrc/*.cpp csrc/cpu/*.cpp)
+TIDY ?= $(wildcard csrc/binding/*.cpp csrc/core/*.cpp csrc/cpu/*.cpp)
 tidy: .venv/tidy-ready
 	printf '%s\n' $(TIDY) | xargs -I FILE -P 2 $(BIN)/clang-tidy --quiet FILE -- -std=c++17 -DNK_ISA=v4 \
 	  $(if $(filter x86_64,$(shell uname -m)),-march=x86-64-v4) $$($(BIN)/python -m pybind11 --includes)

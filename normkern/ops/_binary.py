@@ -37,6 +37,7 @@ binary = _C
 _STATS_CODE = {None: 0, "tensor": 1, "row": 2}
 
 Pass = _C.Pass
+Hyper = _C.Hyper
 GaugeStep = _C.GaugeStep
 LrMultipliers = _C.LrMultipliers
 most_decay = _C.most_decay

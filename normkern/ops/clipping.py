@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..tracing import is_traced
 from . import _binary as loaded
-from ._binary import Pass, kernel_takes, not_taken, scratch_beside, torch_op, why_refused
+from ._binary import Hyper, Pass, kernel_takes, not_taken, scratch_beside, torch_op, why_refused
 from .sgd import check_l, inverses
 
 
@@ -46,7 +46,10 @@ def grad_sq_norms(
     step = Pass()
     step.begin()
     of_first, of_second = inverses("grad_sq_norms", grad_scale, None if firsts is None else held_scale)
-    refused = step.add_gradients(given, firsts, of_first, of_second, l)
+    refused = step.add(
+        "grad_sq_norms", given, given, None, None,
+        Hyper(inverse_scale=of_first, second_inverse_scale=of_second, l=l), held=firsts,
+    )  # fmt: skip
     if refused:
         raise TypeError(why_refused("grad_sq_norms", refused[0], {"grads": given, "held": firsts}))
     tables = sq_norm_tables(step)

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..tracing import is_traced
 from ._binary import (
+    SUMS,
     GaugeStep,
+    Hyper,
     LrMultipliers,
     Pass,
     Stats,
@@ -186,10 +188,14 @@ def sgd_(
     eta, decay, scale = given
     of_first, of_second = inverses("sgd_", scale, None if firsts is None else held_scale)
     multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "sgd_")
+    _, seeded, first_parameter = precision(None, rounding, 0 if rounding is None else rounding.first)
+    hyper = Hyper(
+        lr=eta, momentum=momentum, dampening=dampening, weight_decay=decay, nesterov=nesterov, maximize=maximize,
+        inverse_scale=of_first, second_inverse_scale=of_second, l=l, gauge=gauge, on_device=on_device, rounding=seeded,
+    )  # fmt: skip
     refused = step.add(
-        params, grads, buffers, first, eta, momentum, dampening, decay, nesterov, maximize, of_first, code, -1, None,
-        firsts, of_second, l, gauge, on_device, multipliers, None,
-        precision(None, rounding, 0 if rounding is None else rounding.first), copies,
+        "sgd_", params, grads, None if buffers is None else [buffers], first, hyper, code, held=firsts, masters=copies,
+        lr_multipliers=multipliers, first_parameter=first_parameter,
     )  # fmt: skip
     if refused:
         lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}
@@ -255,7 +261,7 @@ def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | N
     a, b = _both("svag_combine_", grads_a, grads_b)
     step = Pass()
     step.begin()
-    refused = step.add_svag_combine(a, b, l)
+    refused = step.add("svag_combine_", a, b, None, None, Hyper(l=l))
     if refused:
         raise TypeError(why_refused("svag_combine_", refused[0], {"grads_a": a, "grads_b": b}))
     _run(step, measured=False)
@@ -290,12 +296,13 @@ def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]
     a, b = _both("pair_sums", grads_a, grads_b)
     step = Pass()
     step.begin()
-    refused = step.add_difference(a, b, stats_code(stats, "pair_sums"))
+    refused = step.add("pair_sums", a, b, None, None, Hyper(), stats_code(stats, "pair_sums"))
     if refused:
         raise TypeError(why_refused("pair_sums", refused[0], {"grads_a": a, "grads_b": b}))
     table = _run(step, measured=True)
     assert table is not None
-    return torch.cat([table[:, 2:4], table[:, :2]], dim=1)
+    columns = [SUMS.index(name) for name in ("weight_grad_dot", "update_sq", "weight_sq", "grad_sq")]
+    return table[:, columns]
 
 
 def welford_(
@@ -335,7 +342,7 @@ def welford_(
     m, x, s = list(means), list(samples), list(squares)
     step = Pass()
     step.begin()
-    refused = step.add_welford(m, x, s, 1 / n, stats_code(stats, "welford_"))
+    refused = step.add("welford_", m, x, [s], None, Hyper(share=1 / n), stats_code(stats, "welford_"))
     if refused:
         raise TypeError(why_refused("welford_", refused[0], {"means": m, "samples": x, "squares": s}))
     return _run(step, measured=stats is not None)
