@@ -321,7 +321,7 @@ def test_binary_that_is_older_than_its_sources(monkeypatch):
     monkeypatch.setattr(ops, "binary", old)
     finding = environment.binary()
     assert_failed(
-        finding, "the binary lacks Pass.add, Pass.add_difference, ", "pip install --force-reinstall --no-deps normkern"
+        finding, "the binary lacks Pass.add, Pass.add_whole, ", "pip install --force-reinstall --no-deps normkern"
     )
     assert "Pass.begin" not in finding.measured
 
