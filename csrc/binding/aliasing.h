@@ -1,8 +1,8 @@
 // aliasing.h - which of a step's tensors share memory, and what that asks of the order in which they run.
 //
-// torch steps one parameter after another, so tensors that share memory have a defined result there. Here parameters run
-// at the same time: those that share memory are put into successive rounds, in list order; memory that is shared in a
-// way that no order explains is an error.
+// torch steps one parameter after another, so tensors that share memory have a defined result there. Here parameters
+// run at the same time: those that share memory are put into successive rounds, in list order; memory that is shared in
+// a way that no order explains is an error.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -15,9 +15,9 @@ namespace nk {
 // One parameter of a step and what it runs with.
 struct Operands {
   const Op* op;
-  int group;    // of the optimizer; negative: a bare call of the op
-  int index;    // position in its lists
-  int buffers;  // of state
+  int group;                 // of the optimizer; negative: a bare call of the op
+  int index;                 // position in its lists
+  int buffers;               // of state
   bool has_h, copies_first;  // copies_first: set by `rounds`: the gradient lies in the very memory that is written
   View w, g, v[kMostBuffers], h;
   std::optional<View> master;

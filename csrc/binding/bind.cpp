@@ -140,10 +140,10 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("hypers", &Pass::hypers)
       .def(
           "add",
-          [](Pass& self, const std::string& op, const py::list& params, const py::list& grads, const py::object& buffers,
-             const py::object& first, const GivenHyper& hyper, int stats, int group, const py::object& slots,
-             const py::object& held, const py::object& masters, const LrMultipliers* lr_multipliers,
-             std::optional<int64_t> row, uint32_t first_parameter) {
+          [](Pass& self, const std::string& op, const py::list& params, const py::list& grads,
+             const py::object& buffers, const py::object& first, const GivenHyper& hyper, int stats, int group,
+             const py::object& slots, const py::object& held, const py::object& masters,
+             const LrMultipliers* lr_multipliers, std::optional<int64_t> row, uint32_t first_parameter) {
             return self.add(op, {params, grads, buffers, first, held, masters, slots},
                             {hyper, Stats(stats), group, lr_multipliers, row, first_parameter});
           },

@@ -56,8 +56,7 @@ void Pass::sq_norms(const py::object& table, const py::object& new_scratch) {
     const bool dense = t.g.dense && (!t.has_h || (t.h.dense && same_strides(t.g, t.h)));
     const Strided* strided = nullptr;
     if (!dense) {
-      strided_.push_back(
-          {t.g.ndim, t.g.shape, t.g.strides, t.g.strides, {}, t.has_h ? t.h.strides : nullptr, nullptr});
+      strided_.push_back({t.g.ndim, t.g.shape, t.g.strides, t.g.strides, {}, t.has_h ? t.h.strides : nullptr, nullptr});
       strided = &strided_.back();
     }
     const int64_t parts = parts_of(t.g), size = here ? kChunk : t.g.numel;
@@ -140,8 +139,8 @@ void clip_coef(const py::object& sq_norms, double max_norm, const py::object& no
         *to_coef = clip_coef(*to_norm, max_norm);
       },
       [&](const cuda::Queue& queue) {
-        return cuda_kernels->clip_coef(static_cast<const double*>(all.data), all.numel, max_norm, to_norm, to_coef, found,
-                               queue);
+        return cuda_kernels->clip_coef(static_cast<const double*>(all.data), all.numel, max_norm, to_norm, to_coef,
+                                       found, queue);
       });
 }
 

@@ -89,8 +89,9 @@ std::string GivenHyper::signature() {
     text += number.number ? ": float = " + std::string(py::repr(py::float_(defaults.*number.number)))
                           : std::string(": bool = ") + (defaults.*number.flag ? "True" : "False");
   }
-  return text + ", gauge: normkern._C.GaugeStep | None = None, on_device: object = None, "
-                "rounding: tuple[int, int] | None = None, state_dtype: int | None = None) -> None";
+  return text +
+         ", gauge: normkern._C.GaugeStep | None = None, on_device: object = None, "
+         "rounding: tuple[int, int] | None = None, state_dtype: int | None = None) -> None";
 }
 
 Hyper GivenHyper::numbers(std::optional<int>& device, const std::string& where) const {

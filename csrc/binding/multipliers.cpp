@@ -35,8 +35,7 @@ LrMultipliers::LrMultipliers(const py::object& given, int64_t count, const std::
     for (int64_t i = 0; i < count; i++) numbers_.push_back(number_at(*v, i));
   } else {
     if (py::hasattr(given, "dtype") && py::hasattr(given, "layout"))
-      throw py::value_error(expected + "a plain tensor of " + dtypes_text() + ", got " +
-                            describe(given.ptr()));
+      throw py::value_error(expected + "a plain tensor of " + dtypes_text() + ", got " + describe(given.ptr()));
     if (!PySequence_Check(given.ptr()) || PyUnicode_Check(given.ptr()))
       throw py::value_error(expected + "None, a sequence of numbers or a tensor, got " + Py_TYPE(given.ptr())->tp_name);
     const auto all = py::reinterpret_steal<py::object>(PySequence_Fast(given.ptr(), ""));

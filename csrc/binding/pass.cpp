@@ -21,7 +21,8 @@ const Op& find_op(const std::string& name) {
   throw py::value_error("Pass: expected the name of an op over lists of tensors, got " + name);
 }
 
-[[noreturn]] void refuse_shape(const Op& op, int group, const char* list, int i, const View& got, const View& expected) {
+[[noreturn]] void refuse_shape(const Op& op, int group, const char* list, int i, const View& got,
+                               const View& expected) {
   const std::string at = "[" + std::to_string(i) + "]";
   throw py::value_error(where(op, group) + ": " + list + at + " has shape " + shape_text(got) + " but " + op.w + at +
                         " has shape " + shape_text(expected));
@@ -98,9 +99,7 @@ Pass::Group Pass::read_group(const std::string& name, const GroupCall& call) {
     hypers_.push_back(call.hyper.numbers(device, where(op, call.group)));
     owned_.push_back(call.hyper.on_device());  // until `run` has launched
   }
-  return {op,         op.rule(hypers_.back()), call.stats,
-          call.group, device,                  call.lr_multipliers,
-          call.first_parameter};
+  return {op, op.rule(hypers_.back()), call.stats, call.group, device, call.lr_multipliers, call.first_parameter};
 }
 
 bool Pass::take(const std::optional<View>& w, const Given& given, const Group& group, int i, int64_t slot,
@@ -182,8 +181,7 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
   py::list buffers[kMostBuffers], held, masters;
   if (buffer_count > 0) {
     if (lists.buffers.is_none())
-      throw py::value_error(where(op, call.group) + ": " + (group.op.optimizer ? "momentum is not 0, " : "") +
-                            "expected " + op.buffers[0] + ", got None");
+      throw py::value_error(where(op, call.group) + ": " + op.why_state + "expected " + op.buffers[0] + ", got None");
     const py::list given = lists.buffers.cast<py::list>();
     if ((int)given.size() != buffer_count)
       throw py::value_error(where(op, call.group) + ": expected " + std::to_string(buffer_count) +
@@ -314,7 +312,12 @@ bool Pass::runs_dense(const Operands& t, const Job& job, bool by_row) const {
 }
 
 Strided Pass::strided_of(const Operands& t) const {
-  Strided s{t.w.ndim,    t.w.shape, t.w.strides, t.g.strides, {}, t.has_h ? t.h.strides : nullptr,
+  Strided s{t.w.ndim,
+            t.w.shape,
+            t.w.strides,
+            t.g.strides,
+            {},
+            t.has_h ? t.h.strides : nullptr,
             t.master ? t.master->strides : nullptr};
   for (int k = 0; k < t.buffers; k++) s.v[k] = t.v[k].strides;
   return s;
@@ -474,7 +477,9 @@ void Pass::run_on_cpu(double* sums) {
 void Pass::run_on(int device, double* table, double* scratch) {
   const int columns = this->columns();
   const cuda::Queue queue = queue_of(device);
-  const auto check = [&](const char* error) { check_launch(where(*operands_[0].op, operands_[0].group), device, error); };
+  const auto check = [&](const char* error) {
+    check_launch(where(*operands_[0].op, operands_[0].group), device, error);
+  };
   const float* found_inf = hypers_.empty() ? nullptr : hypers_.front().on_device.found_inf;
   strided_.clear();
   strided_.reserve(operands_.size());

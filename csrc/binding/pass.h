@@ -44,11 +44,11 @@ class Pass {
   // Lists of one group, each as long as params. Entries of `grads` that are None are skipped.
   struct Lists {
     const py::list &params, &grads;
-    const py::object &buffers;  // None, or a list for each state buffer
-    const py::object &first;    // None, or positions whose state holds nothing yet
-    const py::object &held;     // None, or the first gradients of pairs, each None where there is no pair
-    const py::object &masters;  // None, or the float32 copies of parameters, each None where there is none
-    const py::object &slots;    // None, or where the slots of each parameter begin
+    const py::object& buffers;  // None, or a list for each state buffer
+    const py::object& first;    // None, or positions whose state holds nothing yet
+    const py::object& held;     // None, or the first gradients of pairs, each None where there is no pair
+    const py::object& masters;  // None, or the float32 copies of parameters, each None where there is none
+    const py::object& slots;    // None, or where the slots of each parameter begin
   };
 
   // Reads one group for the op of this name. Returns the positions that no kernel takes, untouched: the caller decides

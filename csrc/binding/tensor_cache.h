@@ -1,4 +1,4 @@
-// tensor_cache.h - where a tensor was in memory when it was last looked at, and whether that still says something.
+// tensor_cache.h - where a tensor was in memory when it was last read, and whether it is still there.
 #pragma once
 #include <utility>
 
@@ -20,14 +20,13 @@ class CachedView {
   CachedView& operator=(const CachedView&) = delete;
   ~CachedView() { Py_XDECREF(weak_); }
 
-  // The tensor's view as of now. `moved` becomes true if its memory is not what it was. `is_kept`: somebody holds
+  // The tensor's view as of now. `moved` becomes true if its memory is not what it was. `is_kept`: the caller holds
   // the object until the next time, so that the same address will be the same object.
   //
-  // The negative bit costs as much to ask for as all the rest, and is asked for once per object and address. (It can
-  // change behind our back only if `.data` is assigned a negative view of the very memory the tensor has.) A gradient
-  // is kept by nobody: its address may since have gone to another one. A weak reference tells; it is made for a
-  // gradient that is met a second time, and never again at a place where one died, for there every step has new
-  // gradients.
+  // To read the negative bit costs as much as all the rest, so it is read once per object and address. (It changes
+  // unseen only if `.data` is assigned a negative view of the very memory the tensor has.) Gradients are not held: at
+  // the address of one there may be another object by now. A weak reference decides; it is made for a gradient that
+  // is met a second time, and never again at a position where one died, as there every step has new gradients.
   std::optional<View> refresh(PyObject* object, bool is_kept, bool& moved);
 
  private:

@@ -10,8 +10,7 @@ namespace {
 
 template <class... Types> std::optional<DType> find_dtype(List<Types...>, const DLDataType& t) {
   std::optional<DType> found;
-  ((t.code == storage_of<Types>.dlpack_code && t.bits == 8 * sizeof(Types) ? void(found = dtype_of<Types>)
-                                                                           : void()),
+  ((t.code == storage_of<Types>.dlpack_code && t.bits == 8 * sizeof(Types) ? void(found = dtype_of<Types>) : void()),
    ...);
   return found;
 }

@@ -33,7 +33,7 @@ struct Traits {
   bool writes_w = true;
   int buffers = 0;  // of state that it writes
   bool reads_buffers = false;
-  bool is_gauged = false;                 // weights stand for others: see gauge.h
+  bool is_gauged = false;                  // weights stand for others: see gauge.h
   bool has_sums = true, has_plain = true;  // whether an op runs it with statistics, and without
 
   static constexpr Traits step() {
@@ -104,8 +104,7 @@ template <class R> struct SgdCoefficients {
   bool decays;    // weight_decay != 0
 
   static NK_HD SgdCoefficients from(const Hyper& h, const OfTensor& t) {
-    return {(R)t.lr,           (R)h.momentum,    (R)(1 - h.dampening),
-            (R)h.weight_decay, (R)t.grad_factor, h.weight_decay != 0};
+    return {(R)t.lr, (R)h.momentum, (R)(1 - h.dampening), (R)h.weight_decay, (R)t.grad_factor, h.weight_decay != 0};
   }
   template <class S> NK_HD SgdCoefficients<S> broadcast() const {
     return {S::all(lr),           S::all(momentum),    S::all(one_minus_dampening),
@@ -184,14 +183,21 @@ template <class R> struct GaugedCoefficients {
 
   static NK_HD GaugedCoefficients from(const Hyper& h, const OfTensor& t) {
     const GaugeStep& g = h.gauge;
-    return {(R)t.grad_factor,    (R)g.momentum,         (R)g.keep,           (R)g.unkeep,
-            (R)g.grad_to_buffer, (R)g.weight_to_buffer, (R)g.grad_to_weight, (R)g.buffer_to_weight,
+    return {(R)t.grad_factor,        (R)g.momentum,         (R)g.keep,           (R)g.unkeep,
+            (R)g.grad_to_buffer,     (R)g.weight_to_buffer, (R)g.grad_to_weight, (R)g.buffer_to_weight,
             g.weight_to_buffer != 0, g.grad_to_weight != 0};
   }
   template <class S> NK_HD GaugedCoefficients<S> broadcast() const {
-    return {S::all(grad_factor),    S::all(momentum),         S::all(keep),           S::all(unkeep),
-            S::all(grad_to_buffer), S::all(weight_to_buffer), S::all(grad_to_weight), S::all(buffer_to_weight),
-            mixes, direct};
+    return {S::all(grad_factor),
+            S::all(momentum),
+            S::all(keep),
+            S::all(unkeep),
+            S::all(grad_to_buffer),
+            S::all(weight_to_buffer),
+            S::all(grad_to_weight),
+            S::all(buffer_to_weight),
+            mixes,
+            direct};
   }
   // What v' leaves of w. A coefficient of 0 leaves infinite values out, as a step that does not have it would.
   NK_HD void step_by(R& w, R signed_grad, R& v) const {
@@ -324,6 +330,7 @@ struct Op {
   const char *name, *optimizer;  // optimizer: null if there is none
   const char *w, *g, *buffers[kMostBuffers], *held, *masters;
   RuleId (*rule)(const Hyper&);
+  const char* why_state = "";  // when a rule of it keeps state, as the beginning of a clause
 };
 
 [[maybe_unused]] static RuleId sgd_rule(const Hyper& h) {
@@ -333,11 +340,11 @@ struct Op {
 template <class Rule> static RuleId always(const Hyper&) { return id_of<Rule>; }
 
 constexpr Op kOps[] = {
-    {"sgd_", "SGD", "params", "grads", {"momentum_buffers"}, "held", "masters", sgd_rule},
+    {"sgd_", "SGD", "params", "grads", {"momentum_buffers"}, "held", "masters", sgd_rule, "momentum is not 0, "},
     {"svag_combine_", nullptr, "grads_a", "grads_b", {}, "", "", always<SvagCombine>},
     {"pair_sums", nullptr, "grads_a", "grads_b", {}, "", "", always<Difference>},
     {"welford_", nullptr, "means", "samples", {"squares"}, "", "", always<Welford>},
-    // |g|^2 alone, which is no rule: it runs nothing.
+    // |g|^2 alone, of which nothing is run.
     {"grad_sq_norms", nullptr, "grads", "grads", {}, "held", "", always<Difference>}};
 
 // ---- What a step sums -----------------------------------------------------------------------------------------------
@@ -364,8 +371,8 @@ struct StepSums {
   // Of gauged weights: w -> scale w, g -> g/scale, u -> scale (moved u + drift w).
   static NK_HD void to_true_scale(double* s, double scale, double moved, double drift) {
     const double sq = scale * scale;
-    s[update_sq] = sq * (drift * (drift * s[weight_sq] + 2 * moved * s[weight_update_dot]) +
-                         moved * moved * s[update_sq]);
+    s[update_sq] =
+        sq * (drift * (drift * s[weight_sq] + 2 * moved * s[weight_update_dot]) + moved * moved * s[update_sq]);
     s[weight_update_dot] = sq * (drift * s[weight_sq] + moved * s[weight_update_dot]);
     s[weight_sq] *= sq;
     s[grad_sq] /= sq;
@@ -464,7 +471,8 @@ struct Recentred {
   }
 };
 
-// Moments down the rows of a matrix, by groups of rows. Within one, with a shift k near its values, in the arithmetic type:
+// Moments down the rows of a matrix, by groups of rows. Within one, with a shift k near its values, in the arithmetic
+// type:
 //     s = sum (x-k),   q = sum (x-k)^2
 // The groups are joined in double (Chan, Golub, LeVeque 1983, Am. Stat. 37(3)): n0 rows with mean m and sum of squared
 // deviations c, and n1 more with mean k + s/n1:

@@ -53,8 +53,8 @@ struct Hyper {
 // The names under which Python sets those that are plain numbers, or flags.
 struct HyperNumber {
   const char* name;
-  double Hyper::*number;  // null: a flag
-  bool Hyper::*flag;
+  double Hyper::* number;  // null: a flag
+  bool Hyper::* flag;
 };
 constexpr HyperNumber kHyperNumbers[] = {{"lr", &Hyper::lr, nullptr},
                                          {"momentum", &Hyper::momentum, nullptr},

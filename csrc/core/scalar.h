@@ -130,7 +130,8 @@ template <> constexpr Storage storage_of<bf16>{"bfloat16", 4};
 template <> constexpr Storage storage_of<f16>{"float16", 2};
 
 // f(T{}) of the type T of the list that is `dtype`. On the host: nvcc lets no function of both sides call f.
-template <class F, class T, class... Rest> [[gnu::always_inline]] inline auto dispatch(List<T, Rest...>, DType dtype, const F& f) {
+template <class F, class T, class... Rest> [[gnu::always_inline]] inline auto dispatch(List<T, Rest...>, DType dtype,
+                                                                                       const F& f) {
   if constexpr (sizeof...(Rest) == 0)
     return f(T{});
   else if (dtype == dtype_of<T>)
@@ -138,7 +139,9 @@ template <class F, class T, class... Rest> [[gnu::always_inline]] inline auto di
   else
     return dispatch(List<Rest...>{}, dtype, f);
 }
-template <class F> [[gnu::always_inline]] inline auto dispatch(DType dtype, const F& f) { return dispatch(StorageTypes{}, dtype, f); }
+template <class F> [[gnu::always_inline]] inline auto dispatch(DType dtype, const F& f) {
+  return dispatch(StorageTypes{}, dtype, f);
+}
 
 // Bytes of a stored number, and of one that it is computed with.
 [[gnu::always_inline]] inline int item_size(DType dtype) {

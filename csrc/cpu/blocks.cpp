@@ -127,7 +127,7 @@ void run_blocks(const Call& call, AnyBlock all, int64_t runs, int64_t cols, int6
   all.tile_room = most_rows * most_cols * (1 + (call.sums.centred != nullptr) + all.is_split);
   const int64_t bytes = all.own_bytes + 8 * kUnitCols * all.samples + kRoomBytes +
                         real_size(call.dtype) * (all.row_room + all.col_room + all.tile_room +
-                                            (kUnitCols + 2) * all.samples + kMostTileRows * kUnitCols);
+                                                 (kUnitCols + 2) * all.samples + kMostTileRows * kUnitCols);
   const int64_t blocks = grid.rows * grid.cols, count = blocks * groups;
   std::vector<double> norms(count * call.batch);
   parallel_for_each(count, call.work > kSerial, [&](int64_t task) {

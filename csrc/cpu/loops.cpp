@@ -237,7 +237,8 @@ template <class Rule, Measure kMeasure, class T> void run_uniform(const Chunk& c
   }
 }
 
-// ---- One chunk whose streams are stored differently -------------------------------------------------------------------
+// ---- One chunk whose streams are stored differently
+// -------------------------------------------------------------------
 
 Any any(const void* p, DType dtype) { return {(char*)p, dtype}; }
 
@@ -395,8 +396,8 @@ template <class... All> constexpr void fill_rules(Isa& isa, List<All...>) {
   int r = 0;
   ((fill_row<Measure::nothing, All>(isa.run[(int)Measure::nothing][r], StorageTypes{}),
     fill_row<Measure::step, All>(isa.run[(int)Measure::step][r], StorageTypes{}),
-    fill_row<Measure::pair, All>(isa.run[(int)Measure::pair][r], StorageTypes{}),
-    isa.run_mixed[r] = mixed_loop<All>(), r++),
+    fill_row<Measure::pair, All>(isa.run[(int)Measure::pair][r], StorageTypes{}), isa.run_mixed[r] = mixed_loop<All>(),
+    r++),
    ...);
 }
 template <class... Types> constexpr void fill_types(Isa& isa, List<Types...>) {

@@ -8,8 +8,8 @@
 namespace nk::cpu::NK_ISA {
 namespace {
 
-// Weights, gradient, state buffers, first gradient of a pair. kItem: bytes of the smallest coordinate; kBuffers: how many
-// buffers there is room for, at least one.
+// Weights, gradient, state buffers, first gradient of a pair. kItem: bytes of the smallest coordinate; kBuffers: how
+// many buffers there is room for, at least one.
 template <class W, class G, class V, int kItem, int kBuffers> struct Streams {
   static constexpr int kLine = 64 / kItem;     // coordinates in a cache line
   static constexpr int kAhead = 2048 / kItem;  // of 1 to 8 KB, 2 KB measured best, by a few per cent over the hardware
@@ -76,7 +76,8 @@ template <int N> NK_HD Side<float, N> store(AtRandom a, const Side<float, N>& x)
 }
 template <bool kWrites> NK_HD void prefetch(AtRandom a) { __builtin_prefetch(a.p, kWrites); }
 
-// ---- Weights of any kind: rounded at random, or with a master copy ----------------------------------------------------
+// ---- Weights of any kind: rounded at random, or with a master copy
+// ----------------------------------------------------
 
 struct Weights {
   Any stored;

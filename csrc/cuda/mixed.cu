@@ -60,7 +60,8 @@ __global__ void __launch_bounds__(kThreads, 1)
                           if (traits.reads_buffers && b < traits.buffers)
                             state[b] = load(t.v[b], mixed.v_dtype[b], at[kV + b]);
                         if constexpr (kMeasure == Measure::pair) held = load(t.h, mixed.dtype, at[kH]);
-                        const float grad = gradient<kMeasure>(pair, load(t.g, mixed.dtype, at[kG]), held, first, second);
+                        const float grad =
+                            gradient<kMeasure>(pair, load(t.g, mixed.dtype, at[kG]), held, first, second);
                         float w_new = w_old;
                         rules.apply(mixed.all.rule, w_new, grad, state);
 #pragma unroll

@@ -143,9 +143,8 @@ const char* moments(const Moments& m, const Queue& queue) {
     if (table.count == 0) return nullptr;
     const uint32_t blocks = table.first_block[table.count];
     table.lines = m.scratch + tiles * (m.rows + 2);
-    dispatch(m.dtype, [&](auto type) {
-      SampleKernels<decltype(type)>::moments(reads, m.squares, blocks, stream, table, walk);
-    });
+    dispatch(m.dtype,
+             [&](auto type) { SampleKernels<decltype(type)>::moments(reads, m.squares, blocks, stream, table, walk); });
     tiles += blocks, table.count = 0;
     return launched();
   };

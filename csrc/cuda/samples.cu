@@ -1,4 +1,5 @@
-// samples.cu - the kernels of samples.cuh and their launches, for the storage type NK_TYPE; without it, for all of them.
+// samples.cu - the kernels of samples.cuh and their launches, for the storage type NK_TYPE; without it, for all of
+// them.
 #include "samples.cuh"
 
 namespace nk::cuda {

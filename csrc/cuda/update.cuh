@@ -145,8 +145,8 @@ template <class T, int kBuffers> struct Streams {
 
 // `threads` threads, of which this is number `thread`, on coordinates [0, n).
 template <class Rule, Measure kMeasure, class T>
-__device__ __forceinline__ void sweep(const StepNumbers<Rule, kMeasure, Real<T>>& c,
-                                      const Streams<T, kRoom<Rule>>& t, int n, int thread, int threads, double* s) {
+__device__ __forceinline__ void sweep(const StepNumbers<Rule, kMeasure, Real<T>>& c, const Streams<T, kRoom<Rule>>& t,
+                                      int n, int thread, int threads, double* s) {
   constexpr Traits kTraits = Rule::traits;
   constexpr int N = Pack<T>::size, kApart = 4, kBuffers = kTraits.buffers;
   // Packs of each stream on their way at once: what hides the latency of the fastest memories.
@@ -362,8 +362,8 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
                         if (traits.reads_buffers && b < traits.buffers)
                           state[b] = real(static_cast<const T*>(t.v[b])[at[kV + b]]);
                       if constexpr (kMeasure == Measure::pair) held = real(static_cast<const T*>(t.h)[at[kH]]);
-                      const R grad = gradient<kMeasure>(pair, (R)real(static_cast<const T*>(t.g)[at[kG]]), held, first,
-                                                        second);
+                      const R grad =
+                          gradient<kMeasure>(pair, (R)real(static_cast<const T*>(t.g)[at[kG]]), held, first, second);
                       R w_new = w_old;
                       rules.apply(strided.rule, w_new, grad, state);
 #pragma unroll
@@ -402,8 +402,7 @@ inline StridedTensor strided_tensor_of(const Chunk& c) {
     // A dimension that continues the one before it, in every stream, is part of it.
     const int last = t.ndim - 1;
     bool continues = last >= 0;
-    for (int s = 0; s < kStreams; s++)
-      continues = continues && t.strides[s][last] == (all[s] ? all[s][d] : 0) * size;
+    for (int s = 0; s < kStreams; s++) continues = continues && t.strides[s][last] == (all[s] ? all[s][d] : 0) * size;
     const int to = continues ? last : t.ndim++;
     t.shape[to] = continues ? t.shape[to] * size : size;
     for (int s = 0; s < kStreams; s++) t.strides[s][to] = all[s] ? all[s][d] : 0;

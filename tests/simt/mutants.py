@@ -140,7 +140,7 @@ MUTANTS = [
         "a new buffer is read", "update.cuh",
         "for (int b = 0; b < kBuffers; b++) v[b][j].load(t.v[b] + at);",
         "for (int b = 0; b < kBuffers; b++) v[b][j].load(t.v[b] + at);\n      else if constexpr (kBuffers > 0)\n"
-        "        (void)*(const volatile T*)t.v[0];",
+        "        (void)*(const volatile T*)(t.v[0] + at);",
         "read of unwritten memory: read of 4 bytes",
     ),
     Mutant(
@@ -216,7 +216,7 @@ MUTANTS = [
         always=True,
     ),
     Mutant(
-        "one line too many", "samples.cu",
+        "one line too many", "run_samples.cu",
         "for (int64_t i = begin + warp; i < end; i += kWarps) sum += lines", "for (int64_t i = begin + warp; i <= end; i += kWarps) sum += lines",
         "access past the end",
     ),
