@@ -45,60 +45,56 @@ class LrMultipliers:
     def only(self, index: int) -> LrMultipliers: ...
     def value(self, index: int) -> float | Tensor: ...
 
+class Hyper:
+    def __init__(
+        self,
+        *,
+        lr: float = 0.0,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        inverse_scale: float = 1.0,
+        second_inverse_scale: float = 1.0,
+        l: float = 1.0,
+        share: float = 0.0,
+        gauge: GaugeStep | None = None,
+        on_device: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None = None,
+        rounding: tuple[int, int] | None = None,
+        state_dtype: int | None = None,
+    ) -> None: ...
+
 class Pass:
     def __init__(self) -> None: ...
     def add(
         self,
+        op: str,
         params: list[Any],
         grads: list[Any],
-        momentum_buffers: list[Any] | None,
+        buffers: list[list[Any]] | None,
         first: list[int] | None,
-        lr: float,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-        inverse_scale: float,
-        stats: int,
-        group: int,
-        slots: list[int] | None,
+        hyper: Hyper,
+        stats: int = 0,
+        group: int = -1,
+        slots: list[int] | None = None,
         held: list[Any] | None = None,
-        second_inverse_scale: float = 1.0,
-        l: float = 1.0,
-        gauge: GaugeStep | None = None,
-        on_device: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None = None,
+        masters: list[Any] | None = None,
         lr_multipliers: LrMultipliers | None = None,
         row: int | None = None,
-        precision: tuple[int | None, tuple[int, int] | None, int] | None = None,
-        masters: list[Any] | None = None,
-    ) -> list[int]: ...
-    def add_difference(self, grads_a: list[Any], grads_b: list[Any], stats: int) -> list[int]: ...
-    def add_gradients(
-        self, grads: list[Any], held: list[Any] | None, inverse_scale: float, second_inverse_scale: float, l: float
-    ) -> list[int]: ...
-    def add_svag_combine(self, grads_a: list[Any], grads_b: list[Any], l: float) -> list[int]: ...
-    def add_welford(
-        self, means: list[Any], samples: list[Any], squares: list[Any], share: float, stats: int
+        first_parameter: int = 0,
     ) -> list[int]: ...
     def add_whole(
         self,
+        op: str,
         params: list[Any],
         state: Any,
-        key: str,
-        lr: float,
-        momentum: float,
-        dampening: float,
-        weight_decay: float,
-        nesterov: bool,
-        maximize: bool,
-        inverse_scale: float,
-        stats: int,
-        group: int,
-        gauge: GaugeStep | None = None,
-        on_device: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None = None,
+        keys: tuple[str, ...],
+        hyper: Hyper,
+        stats: int = 0,
+        group: int = -1,
         lr_multipliers: LrMultipliers | None = None,
-        precision: tuple[int | None, tuple[int, int] | None, int] | None = None,
+        first_parameter: int = 0,
     ) -> bool: ...
     def begin(self) -> None: ...
     def check(self, last: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]: ...
@@ -109,6 +105,8 @@ class Pass:
     def columns(self) -> int: ...
     @property
     def devices(self) -> list[int]: ...
+    @property
+    def hypers(self) -> dict[int, tuple[Any, Hyper]]: ...
     @property
     def like(self) -> Tensor | None: ...
     @property
@@ -150,7 +148,9 @@ def embedding_moments(
     row_sq: Tensor,
     new_scratch: Callable[[int], Tensor],
 ) -> None: ...
-def gather(params: list[Tensor], state: Any, key: str) -> tuple[list[Any], list[Any], list[int]]: ...
+def gather(
+    params: list[Tensor], state: Any, keys: tuple[str, ...]
+) -> tuple[list[Any], tuple[list[Any], ...], list[int]]: ...
 def gauge_step(
     gauge: tuple[float, float, int],
     lr: float,

@@ -21,8 +21,17 @@ def includes(path):
     return re.findall(r'^\s*#\s*include\s*([<"][^>"]+[>"])', path.read_text(), re.MULTILINE)
 
 
-def test_formulas_include_nothing_but_stdint():
-    assert includes(CSRC / "formulas.h") == ["<stdint.h>"]
+def test_core_headers_include_nothing_but_stdint_and_each_other():
+    core = {path.name: includes(path) for path in (CSRC / "core").glob("*.h")}
+    assert {"scalar.h", "philox.h", "formulas.h", "hyper.h", "gauge.h", "backend.h"} == core.keys()
+    assert core["scalar.h"] == ["<stdint.h>"]
+    for name, included in core.items():
+        assert set(included) <= {"<stdint.h>", *(f'"{other}"' for other in core)}, name
+
+
+def test_core_and_loops_know_nothing_of_the_binding():
+    for path in [*CSRC.glob("core/*"), *CSRC.glob("cpu/*"), *CSRC.glob("cuda/*")]:
+        assert not [n for n in includes(path) if "binding" in n or "Python" in n or "pybind" in n], path
 
 
 def test_loops_include_no_standard_library():
@@ -44,12 +53,33 @@ def test_loops_include_no_standard_library():
 def test_kernels_include_no_standard_library():
     for path in (CSRC / "cuda").glob("*.cu*"):
         assert all(name.startswith('"') for name in includes(path)), path
-    assert includes(CSRC / "cuda" / "device.h") == ['"../formulas.h"', "<cuda_runtime.h>", '"simt.h"']
+    assert includes(CSRC / "cuda" / "device.h") == ['"../core/formulas.h"', "<cuda_runtime.h>", '"simt.h"']
 
 
 def test_only_device_h_knows_who_compiles_the_kernels():
     knowing = {p.name for p in CSRC.rglob("*.[ch]*") if "__CUDACC__" in p.read_text()}
-    assert knowing == {"device.h", "formulas.h"}
+    assert knowing == {"device.h", "scalar.h"}
+
+
+def test_each_rule_declares_what_the_back_ends_ask_of_it():
+    text = (CSRC / "core" / "formulas.h").read_text()
+    for name in re.search(r"using Rules = List<([^>]*)>", text)[1].replace("\n", " ").split(","):
+        body = re.search(rf"struct {name.strip()} \{{(.*?)\n\}};", text, re.DOTALL)[1]
+        for part in ("static constexpr Traits traits", "using First", "using Coefficients", "NK_HD void apply("):
+            assert part in body, f"{name.strip()} has no {part}"
+
+
+def test_columns_of_sums_have_the_names_of_formulas_h():
+    text = (CSRC / "core" / "formulas.h").read_text()
+    for names in (ops.SUMS, ops.PAIR_SUMS):
+        assert f"enum Column {{ {', '.join(names)}, count }};" in text
+
+
+def test_dtypes_are_those_of_scalar_h():
+    text = (CSRC / "core" / "scalar.h").read_text()
+    types = re.search(r"using StorageTypes = List<(.*)>;", text)[1].split(", ")
+    names = [re.search(rf'storage_of<{t}>\{{"(\w+)"', text)[1] for t in types]
+    assert [f"torch.{name}" for name in names] == [str(dtype) for dtype in ops.DTYPES]
 
 
 def test_no_torch_header_anywhere():

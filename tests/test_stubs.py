@@ -1,4 +1,4 @@
-"""csrc/stubs.py: what the binary does not tell of its types must be said, and nothing else may be."""
+"""csrc/stubs.py: each type that the binary leaves vague has an entry, and no other has."""
 
 import importlib.util
 from pathlib import Path

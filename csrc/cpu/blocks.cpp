@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "share.h"
+#include "parallel.h"
 
 namespace nk::cpu {
 namespace {
@@ -27,7 +27,6 @@ constexpr int64_t kChunkSteps = 512, kMostSteps = 1024;
 
 int64_t parts(int64_t n, int64_t most) { return (n + most - 1) / most; }
 int64_t up(int64_t n, int64_t unit) { return parts(n, unit) * unit; }
-int64_t item(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
 struct Free {
   void operator()(char* p) const { std::free(p); }
@@ -127,11 +126,11 @@ void run_blocks(const Call& call, AnyBlock all, int64_t runs, int64_t cols, int6
   rooms(all, most_rows, most_cols);
   all.tile_room = most_rows * most_cols * (1 + (call.sums.centred != nullptr) + all.is_split);
   const int64_t bytes = all.own_bytes + 8 * kUnitCols * all.samples + kRoomBytes +
-                        item(call.dtype) * (all.row_room + all.col_room + all.tile_room +
-                                            (kUnitCols + 2) * all.samples + kMostTileRows * kUnitCols);
+                        real_size(call.dtype) * (all.row_room + all.col_room + all.tile_room +
+                                                 (kUnitCols + 2) * all.samples + kMostTileRows * kUnitCols);
   const int64_t blocks = grid.rows * grid.cols, count = blocks * groups;
   std::vector<double> norms(count * call.batch);
-  share(count, call.work > kSerial, [&](int64_t task) {
+  parallel_for_each(count, call.work > kSerial, [&](int64_t task) {
     AnyBlock block = all;
     const int64_t i = task % grid.rows, j = task / grid.rows % grid.cols;
     block.group = task / blocks;
@@ -193,7 +192,7 @@ void set_window(const Conv& conv, ConvBlock& block) {
 
 void outer_moments(const Outer& outer) {
   const int64_t size = outer.outputs * outer.inputs, work = outer.batch * outer.steps * size;
-  if (work == 0) return set_zero(outer.sums, size * item(outer.dtype), outer.batch);
+  if (work == 0) return set_zero(outer.sums, size * real_size(outer.dtype), outer.batch);
   Block block{};
   const int64_t extent[3] = {1, 1, outer.steps};
   cut_steps(extent, outer.batch, block);
@@ -215,7 +214,7 @@ void conv_moments(const Conv& asked) {
   for (int d = 0; d < 3; d++) taps *= asked.kernel[d], positions *= asked.out[d];
   const int64_t size = asked.groups * asked.outputs * asked.inputs * taps, work = asked.batch * positions * size;
   if (work == 0 || asked.in[0] * asked.in[1] * asked.in[2] == 0)
-    return set_zero(asked.sums, size * item(asked.dtype), asked.batch);
+    return set_zero(asked.sums, size * real_size(asked.dtype), asked.batch);
   const bool swaps = is_pointwise(asked) &&
                      asked.outputs * parts(asked.inputs, kUnitCols) < asked.inputs * parts(asked.outputs, kUnitCols);
   const Conv conv = swaps ? swapped(asked) : asked;
@@ -249,7 +248,7 @@ void conv_moments(const Conv& asked) {
       break;
   }
   double spread = 1;  // what is copied of x per position and channel
-  bool in_place = conv.dtype == DType::f64 || conv.dtype == DType::f32;
+  bool in_place = item_size(conv.dtype) == real_size(conv.dtype);
   for (int d = 0; d < 3; d++) {
     const int64_t reach = (conv.out[d] - 1) * conv.stride[d] + (conv.kernel[d] - 1) * conv.dilation[d];
     in_place = in_place && conv.padding[d] <= 0 && reach - conv.padding[d] < conv.in[d];
@@ -282,7 +281,7 @@ void conv_moments(const Conv& asked) {
         block.col_room = (wide_cols ? cols : 1) * std::min(runs, rows / block.unit_rows) * block.samples * steps;
         block.plane_room = wide_rows ? kUnitCols * window : 0;
         block.offset_room = run_rows;
-        block.own_bytes = item(conv.dtype) * block.plane_room + 8 * block.offset_room;
+        block.own_bytes = real_size(conv.dtype) * block.plane_room + 8 * block.offset_room;
       },
       [&](const ConvBlock& block) { isa.conv(conv, block); });
 }

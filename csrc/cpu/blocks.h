@@ -5,8 +5,8 @@
 // - |c_b|^2 is summed down each column over the rows of a unit in the real type, then in double.
 // Every level's register tile divides a unit, so results are the same to the bit on every level with FMA hardware.
 #pragma once
-#include "../backend.h"
-#include "../formulas.h"
+#include "../core/backend.h"
+#include "../core/formulas.h"
 
 namespace nk::cpu {
 

@@ -242,16 +242,7 @@ template <class T> void run(const Conv& conv, const ConvBlock& block) {
 }  // namespace
 
 void conv(const Conv& conv, const ConvBlock& block) {
-  switch (conv.dtype) {
-    case DType::f64:
-      return run<double>(conv, block);
-    case DType::f32:
-      return run<float>(conv, block);
-    case DType::bf16:
-      return run<bf16>(conv, block);
-    case DType::f16:
-      return run<f16>(conv, block);
-  }
+  dispatch(conv.dtype, [&](auto type) { run<decltype(type)>(conv, block); });
 }
 
 }  // namespace nk::cpu::NK_ISA

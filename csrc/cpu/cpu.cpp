@@ -1,10 +1,10 @@
-// cpu.cpp - who runs the loops: picks the ISA table once, spreads work over torch's thread pool.
+// cpu.cpp - chooses the ISA table once, and spreads work over torch's thread pool.
 #include <atomic>
 #include <cstring>
 #include <memory>
 
 #include "isa.h"
-#include "share.h"
+#include "parallel.h"
 
 #ifdef NORMKERN_TSAN
 extern "C" void __tsan_acquire(void*);
@@ -14,14 +14,14 @@ extern "C" void __tsan_release(void*);
 namespace nk::cpu {
 namespace {
 
-// The thread sanitizer cannot see how torch's pool begins and ends its work: libgomp is not built for it. What is said
-// here is all that the pool promises; pieces of work among themselves get no promise, so their races are found.
-void hands_over([[maybe_unused]] void* to) {
+// The thread sanitizer cannot see how torch's pool begins and ends its work: libgomp is not built for it. These
+// two calls state all that the pool promises. Tasks have no order among themselves, so their races are found.
+void tsan_release([[maybe_unused]] void* to) {
 #ifdef NORMKERN_TSAN
   __tsan_release(to);
 #endif
 }
-void takes_over([[maybe_unused]] void* from) {
+void tsan_acquire([[maybe_unused]] void* from) {
 #ifdef NORMKERN_TSAN
   __tsan_acquire(from);
 #endif
@@ -87,49 +87,52 @@ bool select_isa(const char* name) {
 
 const Isa& table() { return *chosen->table; }
 
-void share(int64_t count, bool on_pool, void (*one)(int64_t, const void*), const void* self) {
+void parallel_for_each(int64_t count, bool on_pool, void (*task)(int64_t, const void*), const void* self) {
   struct Work {
     int64_t count;
-    void (*one)(int64_t, const void*);
+    void (*task)(int64_t, const void*);
     const void* self;
     std::unique_ptr<std::atomic<bool>[]> taken;
-    char begun = 0, ended = 0;  // addresses, for takes_over and hands_over
+    char begun = 0, ended = 0;  // addresses, for tsan_acquire and tsan_release
 
     // Every thread begins with the range that the pool gives it, the same at every step, so that what fits into its
     // cache is found there again; then it helps the others, for pieces differ in length (ranges alone lose up to a
     // third on lists like ResNet-50's).
     static void range(int64_t begin, int64_t, void* context) {
       Work& work = *static_cast<Work*>(context);
-      takes_over(&work.begun);
+      tsan_acquire(&work.begun);
       for (int64_t k = 0, i = begin; k < work.count; k++, i = i + 1 == work.count ? 0 : i + 1)
         if (!work.taken[i].load(std::memory_order_relaxed) && !work.taken[i].exchange(true, std::memory_order_relaxed))
-          work.one(i, work.self);
-      hands_over(&work.ended);
+          work.task(i, work.self);
+      tsan_release(&work.ended);
     }
-  } work{count, one, self, nullptr};
+  } work{count, task, self, nullptr};
 
   if (on_pool && count > 1 && parallel_for) {
     work.taken = std::make_unique<std::atomic<bool>[]>(count);
-    hands_over(&work.begun);
+    tsan_release(&work.begun);
     if (parallel_for(0, count, 1, Work::range, &work) != 0) Work::range(0, count, &work);  // what the pool did not take
-    takes_over(&work.ended);
+    tsan_acquire(&work.ended);
   } else {
-    for (int64_t i = 0; i < count; i++) one(i, self);
+    for (int64_t i = 0; i < count; i++) task(i, self);
   }
 }
 
 void run(const Chunk* chunks, int64_t count, int64_t coordinates) {
   const Isa& isa = table();
-  share(count, coordinates > kSerialCoordinates, [&](int64_t i) {
+  parallel_for_each(count, coordinates > kSerialCoordinates, [&](int64_t i) {
     const Chunk& c = chunks[i];
     if (is_mixed(c)) return isa.run_mixed[(int)c.rule](c);
-    (c.h ? isa.run_pair : isa.run)[(int)c.rule][(int)c.dtype](c);
+    if (const auto loop = isa.run[(int)measure_of(c)][(int)c.rule][(int)c.dtype]) loop(c);
   });
 }
 
 void sq_norms(const Chunk* chunks, int64_t count, int64_t coordinates) {
   const Isa& isa = table();
-  share(count, coordinates > kSerialCoordinates, [&](int64_t i) { isa.sq_norm[(int)chunks[i].dtype](chunks[i]); });
+  parallel_for_each(count, coordinates > kSerialCoordinates, [&](int64_t i) {
+    const Chunk& c = chunks[i];
+    isa.sq_norm[(int)c.dtype](c, traits_of(c.rule).is_gauged);
+  });
 }
 
 }  // namespace nk::cpu

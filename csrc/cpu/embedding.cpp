@@ -64,13 +64,12 @@ template <bool kSquares, class T> void run(const EmbeddingRow& e) {
   }
 }
 
-}  // namespace
-
 template <class T> void embedding_row(const EmbeddingRow& e) { e.squares ? run<true, T>(e) : run<false, T>(e); }
 
-template void embedding_row<double>(const EmbeddingRow&);
-template void embedding_row<float>(const EmbeddingRow&);
-template void embedding_row<bf16>(const EmbeddingRow&);
-template void embedding_row<f16>(const EmbeddingRow&);
+template <class... Types> constexpr EmbeddingLoops loops(List<Types...>) { return {{embedding_row<Types>...}}; }
+
+}  // namespace
+
+const EmbeddingLoops embedding_loops = loops(StorageTypes{});
 
 }  // namespace nk::cpu::NK_ISA

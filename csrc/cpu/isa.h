@@ -1,7 +1,6 @@
 // isa.h - the table of function pointers that each compilation of loops.cpp and its neighbours fills.
 #pragma once
-#include "../backend.h"
-#include "../formulas.h"
+#include "../core/backend.h"
 
 namespace nk::cpu {
 
@@ -46,19 +45,33 @@ struct EmbeddingRow {
   double* row_sq;  // (samples): added to
 };
 
+// The loops of one file each: a function for each storage type.
+constexpr int kTypes = StorageTypes::size;
+struct SumLoops {
+  double (*sum[kTypes])(const void* x, int64_t size, bool squares);
+  bool (*recentre[2])(void* raw, const void* total, int64_t size, double share, double least);  // double, float
+};
+struct MomentLoops {
+  void (*run[kTypes])(const SampleTile&);
+};
+struct NormLoops {
+  void (*columns[kTypes])(const NormPart&);
+  void (*rows[kTypes])(const NormPart&);
+};
+struct EmbeddingLoops {
+  void (*row[kTypes])(const EmbeddingRow&);
+};
+
 struct Isa {
-  void (*run[Rules::size][StorageTypes::size])(const Chunk&);
-  void (*run_pair[StepRules::size][StorageTypes::size])(const Chunk&);
-  void (*sq_norm[StorageTypes::size])(const Chunk&);
-  void (*run_mixed[StepRules::size])(const Chunk&);
+  void (*run[3][Rules::size][kTypes])(const Chunk&);  // by Measure; null: no op runs the rule so
+  void (*run_mixed[Rules::size])(const Chunk&);       // null: not a step
+  void (*sq_norm[kTypes])(const Chunk&, bool is_gauged);
+  const SumLoops* sums;
+  const MomentLoops* moments;
+  const NormLoops* norm_sums;
+  const EmbeddingLoops* embedding;
   void (*outer)(const Outer&, const Block&);
   void (*conv)(const Conv&, const ConvBlock&);
-  void (*moments[StorageTypes::size])(const SampleTile&);
-  double (*sum[StorageTypes::size])(const void* x, int64_t size, bool squares);
-  bool (*recentre[2])(void* raw, const void* total, int64_t size, double share, double least);  // double, float
-  void (*norm_columns[StorageTypes::size])(const NormPart&);
-  void (*norm_rows[StorageTypes::size])(const NormPart&);
-  void (*embedding_row[StorageTypes::size])(const EmbeddingRow&);
 };
 
 #if defined(__x86_64__)

@@ -10,6 +10,10 @@ namespace {
 
 using Lanes = Eight<double>;
 
+template <Measure kMeasure> struct Constant {
+  constexpr Measure operator()() const { return kMeasure; }
+};
+
 // ---- Statistics ------------------------------------------------------------------------------------------
 
 template <int N> struct Sums {
@@ -70,23 +74,41 @@ template <int N> class Slots {
 
 // ---- The update ------------------------------------------------------------------------------------------
 
+// The coefficients of a rule and, of a pair, of its combination; R a number, or several side by side.
+template <class Rule, Measure kMeasure, class R> struct StepNumbers {
+  typename Rule::template Coefficients<R> rule;
+  PairCoefficients<R> pair;
+  R unkeep;  // of a gauged rule
+
+  static StepNumbers from(const Chunk& c) {
+    return {coefficients<Rule, R>(*c.hyper, kMeasure == Measure::pair, c.of_lr), PairCoefficients<R>::from(*c.hyper),
+            (R)c.hyper->gauge.unkeep};
+  }
+  template <int N> NK_HD StepNumbers<Rule, kMeasure, Side<R, N>> side_by_side() const {
+    using S = Side<R, N>;
+    return {rule.template broadcast<S>(), pair.template broadcast<S>(), S::all(unkeep)};
+  }
+};
+
 // N coordinates, both halves of a measured step in one go: the arithmetic of the sums hides behind the loads of the
 // next coordinates. As two loops over an L1-sized block the same sums cost 15 to 20 % of the step; so, 0 to 5 %.
 template <class Rule, Measure kMeasure, int N, class R, class At>
-NK_HD void step(const Coefficients<Side<R, N>>& c, const At& t, Lanes* s) {
+NK_HD void step(const StepNumbers<Rule, kMeasure, Side<R, N>>& c, const At& t, Lanes* s) {
+  constexpr int kBuffers = Rule::traits.buffers;
   const Side<R, N> w_old = load(t.w, Width<N>{});
   Side<R, N> grad = load(t.g, Width<N>{}), first, second;
   if constexpr (kMeasure == Measure::pair) {
-    first = c.first_scale * load(t.h, Width<N>{});
-    second = c.second_scale * grad;
-    grad = svag_combination(c, first, second);
+    first = c.pair.first_scale * load(t.h, Width<N>{});
+    second = c.pair.second_scale * grad;
+    grad = c.pair.combination(first, second);
   }
-  Side<R, N> w_new = w_old, buffer;
-  if constexpr (Rule::reads_v) buffer = load(t.v, Width<N>{});
-  Rule::apply(c, w_new, grad, buffer);
-  if constexpr (Rule::writes_w) w_new = store(t.w, w_new);
-  if constexpr (Rule::gauged && kMeasure != Measure::nothing) w_new = c.unkeep * w_new;
-  if constexpr (Rule::writes_v) store(t.v, buffer);
+  Side<R, N> w_new = w_old, state[kRoom<Rule>];
+  if constexpr (Rule::traits.reads_buffers)
+    for (int k = 0; k < kBuffers; k++) state[k] = load(t.v[k], Width<N>{});
+  apply<Rule>(c.rule, w_new, grad, state);
+  if constexpr (Rule::traits.writes_w) w_new = store(t.w, w_new);
+  if constexpr (Rule::traits.is_gauged && kMeasure != Measure::nothing) w_new = c.unkeep * w_new;
+  for (int k = 0; k < kBuffers; k++) store(t.v[k], state[k]);
   for (int k = 0; k < N / kLanes; k++) {
     if constexpr (kMeasure != Measure::nothing)
       StepSums::add(s, eight_doubles(w_old, k), eight_doubles(grad, k), eight_doubles(w_new, k));
@@ -95,43 +117,21 @@ NK_HD void step(const Coefficients<Side<R, N>>& c, const At& t, Lanes* s) {
   }
 }
 
-template <int N, class R> NK_HD Coefficients<Side<R, N>> side_by_side(const Coefficients<R>& c) {
-  using S = Side<R, N>;
-  return {S::all(c.lr),
-          S::all(c.momentum),
-          S::all(c.one_minus_dampening),
-          S::all(c.weight_decay),
-          S::all(c.grad_factor),
-          S::all(c.first_scale),
-          S::all(c.second_scale),
-          S::all(c.half),
-          S::all(c.spread),
-          S::all(c.share),
-          c.decays,
-          c.first_only,
-          S::all(c.keep),
-          S::all(c.unkeep),
-          S::all(c.grad_to_buffer),
-          S::all(c.weight_to_buffer),
-          S::all(c.grad_to_weight),
-          S::all(c.buffer_to_weight),
-          c.mixes,
-          c.direct};
-}
-
 template <class Rule, Measure kMeasure, class R, class W, class G, class V, int kItem>
-void run(const Coefficients<R>& scalars, const Streams<W, G, V, kItem>& t, int64_t n, Sums<kSums<kMeasure>>& sums) {
-  using At = Streams<W, G, V, kItem>;
+void run(const StepNumbers<Rule, kMeasure, R>& scalars, const Streams<W, G, V, kItem, kRoom<Rule>>& t, int64_t n,
+         Sums<kSums<kMeasure>>& sums) {
+  using At = Streams<W, G, V, kItem, kRoom<Rule>>;
+  constexpr Traits kTraits = Rule::traits;
   constexpr int kLine = At::kLine, kAhead = At::kAhead, kWide = kAtATime<R> < kLine ? kAtATime<R> : kLine;
-  const auto wide = side_by_side<kWide>(scalars);
-  const auto eight = side_by_side<kLanes>(scalars);
+  const auto wide = scalars.template side_by_side<kWide>();
+  const auto eight = scalars.template side_by_side<kLanes>();
   Lanes s[kSums<kMeasure>];
   for (int j = 0; j < kSums<kMeasure>; j++) s[j] = sums.s[j];
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
-    prefetch<Rule::writes_w>(t.w + (i + kAhead));
+    prefetch<kTraits.writes_w>(t.w + (i + kAhead));
     prefetch<false>(t.g + (i + kAhead));
-    if constexpr (Rule::writes_v) prefetch<true>(t.v + (i + kAhead));
+    for (int k = 0; k < kTraits.buffers; k++) prefetch<true>(t.v[k] + (i + kAhead));
     if constexpr (kMeasure == Measure::pair) prefetch<false>(t.h + (i + kAhead));
     for (int k = 0; k < kLine; k += kWide) step<Rule, kMeasure>(wide, t.at(i + k), s);
   }
@@ -141,23 +141,23 @@ void run(const Coefficients<R>& scalars, const Streams<W, G, V, kItem>& t, int64
     const At from = t.at(i);
     Padded<W> w;
     Padded<G> g, h;
-    Padded<V> v;
-    const At copy{w.in(from.w, rest), g.in(from.g, rest), v.in(from.v, Rule::reads_v ? rest : 0),
-                  h.in(from.h, kMeasure == Measure::pair ? rest : 0)};
+    Padded<V> v[kRoom<Rule>];
+    At copy{w.in(from.w, rest), g.in(from.g, rest), {}, h.in(from.h, kMeasure == Measure::pair ? rest : 0)};
+    for (int k = 0; k < kRoom<Rule>; k++) copy.v[k] = v[k].in(from.v[k], kTraits.reads_buffers ? rest : 0);
     step<Rule, kMeasure>(eight, copy, s);
-    if constexpr (Rule::writes_w) w.out(from.w, rest);
-    if constexpr (Rule::writes_v) v.out(from.v, rest);
+    if constexpr (kTraits.writes_w) w.out(from.w, rest);
+    for (int k = 0; k < kTraits.buffers; k++) v[k].out(from.v[k], rest);
   }
   for (int j = 0; j < kSums<kMeasure>; j++) sums.s[j] = s[j];
 }
 
 template <class Rule, Measure kMeasure, class R, class At>
-void run_slots(const Coefficients<R>& c, const At& t, int64_t n, Slots<kSums<kMeasure>>* slots) {
+void run_slots(const StepNumbers<Rule, kMeasure, R>& c, const At& t, int64_t n, Slots<kSums<kMeasure>>* slots) {
   if constexpr (kMeasure == Measure::nothing) {
     Sums<kSums<kMeasure>> none;
-    run<Rule, kMeasure>(c, t, n, none);
+    run(c, t, n, none);
   } else {
-    slots->each(n, [&](int64_t k, int64_t size, auto& sums) { run<Rule, kMeasure>(c, t.at(k), size, sums); });
+    slots->each(n, [&](int64_t k, int64_t size, auto& sums) { run(c, t.at(k), size, sums); });
   }
 }
 
@@ -166,7 +166,7 @@ void run_slots(const Coefficients<R>& c, const At& t, int64_t n, Slots<kSums<kMe
 struct Walk {
   const Strided& t;
   int64_t index[64] = {};  // torch's own limit on dimensions
-  int64_t w = 0, g = 0, v = 0, h = 0, master = 0;
+  int64_t w = 0, g = 0, v[kMostBuffers] = {}, h = 0, master = 0;
 
   Walk(const Strided& strided, int64_t begin) : t(strided) {
     for (int d = t.ndim - 1; d >= 0; d--) {
@@ -178,7 +178,8 @@ struct Walk {
   void move(int d, int64_t by) {
     w += by * t.w[d];
     g += by * t.g[d];
-    if (t.v) v += by * t.v[d];
+    for (int k = 0; k < kMostBuffers; k++)
+      if (t.v[k]) v[k] += by * t.v[k][d];
     if (t.h) h += by * t.h[d];
     if (t.master) master += by * t.master[d];
   }
@@ -195,46 +196,50 @@ struct Walk {
 
 // Strided memory is gathered into a block that is dense and stays in L1, and scattered from it.
 template <class Rule, Measure kMeasure, class T>
-void run_strided(const Coefficients<Real<T>>& c, const Chunk& chunk, Slots<kSums<kMeasure>>* slots) {
-  constexpr int kBlock = 512;
-  alignas(64) T w[kBlock], g[kBlock], v[kBlock], h[kBlock];
+void run_strided(const StepNumbers<Rule, kMeasure, Real<T>>& c, const Chunk& chunk, Slots<kSums<kMeasure>>* slots) {
+  constexpr int kBlock = 512, kBuffers = Rule::traits.buffers;
+  alignas(64) T w[kBlock], g[kBlock], v[kRoom<Rule>][kBlock], h[kBlock];
+  Uniform<T, Rule> block{w, g, {}, h};
+  for (int k = 0; k < kRoom<Rule>; k++) block.v[k] = v[k];
   for (int64_t i = 0; i < chunk.size; i += kBlock) {
     const int n = chunk.size - i < kBlock ? (int)(chunk.size - i) : kBlock;
     Walk from(*chunk.strided, chunk.begin + i), to = from;
     for (int k = 0; k < n; k++, from.step()) {
       w[k] = ((const T*)chunk.w)[from.w];
       g[k] = ((const T*)chunk.g)[from.g];
-      if constexpr (Rule::reads_v) v[k] = ((const T*)chunk.v)[from.v];
+      if constexpr (Rule::traits.reads_buffers)
+        for (int b = 0; b < kBuffers; b++) v[b][k] = ((const T*)chunk.v[b])[from.v[b]];
       if constexpr (kMeasure == Measure::pair) h[k] = ((const T*)chunk.h)[from.h];
     }
-    run_slots<Rule, kMeasure>(c, Uniform<T>{w, g, v, h}, n, slots);
+    run_slots(c, block, n, slots);
     for (int k = 0; k < n; k++, to.step()) {
-      if constexpr (Rule::writes_w) ((T*)chunk.w)[to.w] = w[k];
-      if constexpr (Rule::writes_v) ((T*)chunk.v)[to.v] = v[k];
+      if constexpr (Rule::traits.writes_w) ((T*)chunk.w)[to.w] = w[k];
+      for (int b = 0; b < kBuffers; b++) ((T*)chunk.v[b])[to.v[b]] = v[b][k];
     }
   }
 }
 
 template <class Rule, Measure kMeasure, class T> void run_chunk(const Chunk& c, Slots<kSums<kMeasure>>* slots) {
-  const auto numbers = coefficients<Real<T>>(*c.hyper, kMeasure == Measure::pair, Rule::gauged, c.of_lr);
-  if (c.strided)
-    run_strided<Rule, kMeasure, T>(numbers, c, slots);
-  else
-    run_slots<Rule, kMeasure>(numbers, Uniform<T>{(T*)c.w, (const T*)c.g, (T*)c.v, (const T*)c.h}, c.size, slots);
+  const auto numbers = StepNumbers<Rule, kMeasure, Real<T>>::from(c);
+  if (c.strided) return run_strided<Rule, kMeasure, T>(numbers, c, slots);
+  Uniform<T, Rule> all{(T*)c.w, (const T*)c.g, {}, (const T*)c.h};
+  for (int k = 0; k < kRoom<Rule>; k++) all.v[k] = (T*)c.v[k];
+  run_slots(numbers, all, c.size, slots);
 }
 
-template <class Rule, Measure kMeasure, class T> void measured(const Chunk& c) {
-  Slots<kSums<kMeasure>> slots(c, Rule::gauged);
-  run_chunk<Rule, kMeasure, T>(c, &slots);
-  slots.finish();
+template <class Rule, Measure kMeasure, class T> void run_uniform(const Chunk& c) {
+  if constexpr (kMeasure == Measure::nothing) {
+    run_chunk<Rule, kMeasure, T>(c, nullptr);
+  } else {
+    Slots<kSums<kMeasure>> slots(c, Rule::traits.is_gauged);
+    run_chunk<Rule, kMeasure, T>(c, &slots);
+    slots.finish();
+  }
 }
 
 // ---- One chunk whose streams are stored differently
 // -------------------------------------------------------------------
 
-template <Measure kMeasure> struct Constant {
-  constexpr Measure operator()() const { return kMeasure; }
-};
 Any any(const void* p, DType dtype) { return {(char*)p, dtype}; }
 
 // In blocks, for which there are random bits in L1 if the weights want some.
@@ -243,29 +248,35 @@ template <class Rule, Measure kMeasure> class Mixed {
   Mixed(const Chunk& c, Slots<kSums<kMeasure>>* slots)
       : c_(c),
         slots_(slots),
-        numbers_(coefficients<float>(*c.hyper, kMeasure == Measure::pair, Rule::gauged, c.of_lr)),
+        numbers_(StepNumbers<Rule, kMeasure, float>::from(c)),
         block_({c.hyper->rounding.seed, c.parameter, c.hyper->rounding.step}) {}
 
   void run() {
     if (c_.strided) return run_strided();
-    const bool is_bf16 = c_.rounds_at_random && (!Rule::writes_v || c_.v_dtype == DType::bf16);
+    bool is_bf16 = c_.rounds_at_random;
+    for (int k = 0; k < kBuffers; k++) is_bf16 = is_bf16 && c_.v_dtype[k] == DType::bf16;
     for (int64_t i = 0, n; i < c_.size; i += n) {
       n = c_.size - i;
       const uint16_t* bits = next(i, n);
-      if (is_bf16) {  // the most common kind is worth a loop that asks nothing
-        using At = Streams<AtRandom, const bf16*, bf16*, sizeof(bf16)>;
-        const At all{{(bf16*)c_.w + i, bits}, (const bf16*)c_.g + i, (bf16*)c_.v + i, (const bf16*)c_.h + i};
-        run_slots<Rule, kMeasure>(numbers_, all, n, slots_);
+      if (is_bf16) {  // the most common kind is worth a loop without a branch on the type
+        using At = Streams<AtRandom, const bf16*, bf16*, sizeof(bf16), kRoom<Rule>>;
+        At all{{(bf16*)c_.w + i, bits}, (const bf16*)c_.g + i, {}, (const bf16*)c_.h + i};
+        for (int k = 0; k < kRoom<Rule>; k++) all.v[k] = (bf16*)c_.v[k] + i;
+        run_slots(numbers_, all, n, slots_);
       } else {
-        const Weights w{any(c_.w, c_.dtype) + i, c_.master ? c_.master + i : nullptr, bits};
-        run_slots<Rule, kMeasure>(
-            numbers_, At{w, any(c_.g, c_.dtype) + i, any(c_.v, c_.v_dtype) + i, any(c_.h, c_.dtype) + i}, n, slots_);
+        At all{{any(c_.w, c_.dtype) + i, c_.master ? c_.master + i : nullptr, bits},
+               any(c_.g, c_.dtype) + i,
+               {},
+               any(c_.h, c_.dtype) + i};
+        for (int k = 0; k < kRoom<Rule>; k++) all.v[k] = any(c_.v[k], c_.v_dtype[k]) + i;
+        run_slots(numbers_, all, n, slots_);
       }
     }
   }
 
  private:
-  using At = Streams<Weights, Any, Any, 2>;
+  static constexpr int kBuffers = Rule::traits.buffers;
+  using At = Streams<Weights, Any, Any, 2, kRoom<Rule>>;
 
   // Random bits for the next coordinates from the i-th of the chunk, and how many those are.
   const uint16_t* next(int64_t i, int64_t& n) {
@@ -277,25 +288,26 @@ template <class Rule, Measure kMeasure> class Mixed {
 
   void run_strided() {
     constexpr int kBlock = 512;  // of random bits there is one block or a part
-    alignas(64) float w[kBlock], g[kBlock], v[kBlock], h[kBlock], master[kBlock];
-    const Weights weights{any(w, c_.dtype), c_.master ? master : nullptr, nullptr};
-    const Any grad = any(g, c_.dtype), buffer = any(v, c_.v_dtype), held = any(h, c_.dtype);
+    alignas(64) float w[kBlock], g[kBlock], v[kRoom<Rule>][kBlock], h[kBlock], master[kBlock];
+    At block{{any(w, c_.dtype), c_.master ? master : nullptr, nullptr}, any(g, c_.dtype), {}, any(h, c_.dtype)};
+    for (int k = 0; k < kRoom<Rule>; k++) block.v[k] = any(v[k], c_.v_dtype[k]);
     for (int64_t i = 0, n; i < c_.size; i += n) {
       n = c_.size - i < kBlock ? c_.size - i : kBlock;
-      const uint16_t* bits = next(i, n);
+      block.w.bits = next(i, n);
       Walk from(*c_.strided, c_.begin + i), to = from;
       for (int k = 0; k < n; k++, from.step()) {
-        copy_item(weights.stored + k, any(c_.w, c_.dtype) + from.w);
-        copy_item(grad + k, any(c_.g, c_.dtype) + from.g);
+        copy_item(block.w.stored + k, any(c_.w, c_.dtype) + from.w);
+        copy_item(block.g + k, any(c_.g, c_.dtype) + from.g);
         if (c_.master) master[k] = c_.master[from.master];
-        if constexpr (Rule::reads_v) copy_item(buffer + k, any(c_.v, c_.v_dtype) + from.v);
-        if constexpr (kMeasure == Measure::pair) copy_item(held + k, any(c_.h, c_.dtype) + from.h);
+        if constexpr (Rule::traits.reads_buffers)
+          for (int b = 0; b < kBuffers; b++) copy_item(block.v[b] + k, any(c_.v[b], c_.v_dtype[b]) + from.v[b]);
+        if constexpr (kMeasure == Measure::pair) copy_item(block.h + k, any(c_.h, c_.dtype) + from.h);
       }
-      run_slots<Rule, kMeasure>(numbers_, At{{weights.stored, weights.master, bits}, grad, buffer, held}, n, slots_);
+      run_slots(numbers_, block, n, slots_);
       for (int k = 0; k < n; k++, to.step()) {
-        copy_item(any(c_.w, c_.dtype) + to.w, weights.stored + k);
+        copy_item(any(c_.w, c_.dtype) + to.w, block.w.stored + k);
         if (c_.master) c_.master[to.master] = master[k];
-        if constexpr (Rule::writes_v) copy_item(any(c_.v, c_.v_dtype) + to.v, buffer + k);
+        for (int b = 0; b < kBuffers; b++) copy_item(any(c_.v[b], c_.v_dtype[b]) + to.v[b], block.v[b] + k);
       }
     }
   }
@@ -303,13 +315,13 @@ template <class Rule, Measure kMeasure> class Mixed {
 
   const Chunk& c_;
   Slots<kSums<kMeasure>>* slots_;
-  Coefficients<float> numbers_;
+  StepNumbers<Rule, kMeasure, float> numbers_;
   RandomBlock block_;
 };
 
 template <class Rule> void mixed(const Chunk& c) {
   const auto measured = [&](auto measure) {
-    Slots<kSums<measure()>> slots(c, Rule::gauged);
+    Slots<kSums<measure()>> slots(c, Rule::traits.is_gauged);
     Mixed<Rule, measure()>(c, &slots).run();
     slots.finish();
   };
@@ -317,14 +329,6 @@ template <class Rule> void mixed(const Chunk& c) {
   if (c.sums) return measured(Constant<Measure::step>{});
   Mixed<Rule, Measure::nothing>(c, nullptr).run();
 }
-
-// ---- The table ---------------------------------------------------------------------------------------------------
-
-template <class Rule, class T> void one(const Chunk& c) {
-  if (c.sums) return measured<Rule, Measure::step, T>(c);
-  run_chunk<Rule, Measure::nothing, T>(c, nullptr);
-}
-template <class Rule, class T> void pair(const Chunk& c) { measured<Rule, Measure::pair, T>(c); }
 
 // ---- |g|^2 alone ------------------------------------------------------------------------------------------
 
@@ -334,7 +338,7 @@ template <class T> double sq_norm_by_blocks(const Chunk& chunk) {
   constexpr int kBlock = 512;
   alignas(64) T g[kBlock], h[kBlock];
   alignas(64) R combined[kBlock];
-  const auto c = side_by_side<kLanes>(coefficients<R>(*chunk.hyper, true, false, chunk.of_lr));
+  const auto c = PairCoefficients<R>::from(*chunk.hyper).template broadcast<Side<R, kLanes>>();
   double sum = 0;
   for (int64_t i = 0; i < chunk.size; i += kBlock) {
     const int n = chunk.size - i < kBlock ? (int)(chunk.size - i) : kBlock;
@@ -352,57 +356,65 @@ template <class T> double sq_norm_by_blocks(const Chunk& chunk) {
       from_g = g, from_h = h;
     }
     if (!chunk.h) {
-      sum += nk::cpu::NK_ISA::sum<T>(from_g, n, true);
+      sum += sum_loops.sum[(int)dtype_of<T>](from_g, n, true);
       continue;
     }
     for (int k = n; k < kBlock && k % kLanes; k++) g[k] = h[k] = T{};
     for (int k = 0; k < n; k += kLanes)
-      store(combined + k, svag_combination(c, c.first_scale * load(from_h + k, Width<kLanes>{}),
-                                           c.second_scale * load(from_g + k, Width<kLanes>{})));
-    sum += nk::cpu::NK_ISA::sum<R>(combined, n, true);
+      store(combined + k, c.combination(c.first_scale * load(from_h + k, Width<kLanes>{}),
+                                        c.second_scale * load(from_g + k, Width<kLanes>{})));
+    sum += sum_loops.sum[(int)dtype_of<R>](combined, n, true);
   }
   return sum;
 }
 
-template <class T> void sq_norm(const Chunk& c) {
-  const double sum = c.strided || c.h ? sq_norm_by_blocks<T>(c) : nk::cpu::NK_ISA::sum<T>(c.g, c.size, true);
-  *c.sums = c.h ? sq_norm_in_user_units<kSums<Measure::pair>>(sum, *c.hyper, is_gauged(c.rule))
-                : sq_norm_in_user_units<kSums<Measure::step>>(sum, *c.hyper, is_gauged(c.rule));
+template <class T> void sq_norm(const Chunk& c, bool is_gauged) {
+  const double sum = c.strided || c.h ? sq_norm_by_blocks<T>(c) : sum_loops.sum[(int)dtype_of<T>](c.g, c.size, true);
+  *c.sums = c.h ? sq_norm_in_user_units<kSums<Measure::pair>>(sum, *c.hyper, is_gauged)
+                : sq_norm_in_user_units<kSums<Measure::step>>(sum, *c.hyper, is_gauged);
 }
 
 // ---- The table --------------------------------------------------------------------------------------------
 
 using Loop = void (*)(const Chunk&);
-template <class Rule, class... Types> constexpr void fill_row(Loop* row, List<Types...>) {
-  ((*row++ = one<Rule, Types>), ...);
+template <class Rule, Measure kMeasure, class T> constexpr Loop loop() {
+  if constexpr (has_op<Rule, kMeasure>)
+    return run_uniform<Rule, kMeasure, T>;
+  else
+    return nullptr;
 }
-template <class Rule, class... Types> constexpr void fill_pair_row(Loop* row, List<Types...>) {
-  ((*row++ = pair<Rule, Types>), ...);
+template <class Rule> constexpr Loop mixed_loop() {
+  if constexpr (Rule::traits.is_step)
+    return mixed<Rule>;
+  else
+    return nullptr;
 }
-template <class... Types> constexpr void fill_kernels(Isa& isa, List<Types...>) {
-  int t = 0;
-  isa.recentre[0] = recentre<double>, isa.recentre[1] = recentre<float>;
-  ((isa.moments[t] = moments<Types>, isa.sum[t] = sum<Types>, isa.sq_norm[t] = sq_norm<Types>,
-    isa.norm_columns[t] = norm_columns<Types>, isa.norm_rows[t] = norm_rows<Types>,
-    isa.embedding_row[t++] = embedding_row<Types>),
+template <Measure kMeasure, class Rule, class... Types> constexpr void fill_row(Loop* row, List<Types...>) {
+  ((*row++ = loop<Rule, kMeasure, Types>()), ...);
+}
+template <class... All> constexpr void fill_rules(Isa& isa, List<All...>) {
+  int r = 0;
+  ((fill_row<Measure::nothing, All>(isa.run[(int)Measure::nothing][r], StorageTypes{}),
+    fill_row<Measure::step, All>(isa.run[(int)Measure::step][r], StorageTypes{}),
+    fill_row<Measure::pair, All>(isa.run[(int)Measure::pair][r], StorageTypes{}), isa.run_mixed[r] = mixed_loop<All>(),
+    r++),
    ...);
 }
-template <class... All, class... Steps> constexpr Isa fill(List<All...>, List<Steps...>) {
+template <class... Types> constexpr void fill_types(Isa& isa, List<Types...>) {
+  int t = 0;
+  ((isa.sq_norm[t++] = sq_norm<Types>), ...);
+}
+constexpr Isa filled() {
   Isa isa{};
-  fill_kernels(isa, StorageTypes{});
-  int r = 0;
-  (fill_row<All>(isa.run[r++], StorageTypes{}), ...);
-  r = 0;
-  (fill_pair_row<Steps>(isa.run_pair[r++], StorageTypes{}), ...);
-  r = 0;
-  ((isa.run_mixed[r++] = mixed<Steps>), ...);
-  isa.outer = outer;
-  isa.conv = conv;
+  fill_rules(isa, Rules{});
+  fill_types(isa, StorageTypes{});
+  isa.sums = &sum_loops, isa.moments = &moment_loops, isa.norm_sums = &norm_loops, isa.embedding = &embedding_loops;
+  isa.outer = outer, isa.conv = conv;
   return isa;
 }
 
 }  // namespace
 
-const Isa table = fill(Rules{}, StepRules{});
+const Isa table = filled();
 
 }  // namespace nk::cpu::NK_ISA

@@ -143,13 +143,12 @@ template <bool kSquares, class T> void run(const SampleTile& c) {
   if (!pass<kSquares, Real<T>, T>(c, c.row_sq)) pass<kSquares, double, T>(c, nullptr);
 }
 
-}  // namespace
-
 template <class T> void moments(const SampleTile& c) { c.squares ? run<true, T>(c) : run<false, T>(c); }
 
-template void moments<double>(const SampleTile&);
-template void moments<float>(const SampleTile&);
-template void moments<bf16>(const SampleTile&);
-template void moments<f16>(const SampleTile&);
+template <class... Types> constexpr MomentLoops loops(List<Types...>) { return {{moments<Types>...}}; }
+
+}  // namespace
+
+const MomentLoops moment_loops = loops(StorageTypes{});
 
 }  // namespace nk::cpu::NK_ISA

@@ -39,8 +39,6 @@ template <class R> void add_in_double(double* to, const R* from, int64_t size) {
   for (int64_t j = 0; j < size; j += kLanes) store(to + j, load(to + j, Width<kLanes>{}) + load_as<double>(from + j));
 }
 
-}  // namespace
-
 template <class T> void norm_columns(const NormPart& n) {
   using R = Real<T>;
   Kept<R> kept;
@@ -81,13 +79,12 @@ template <class T> void norm_rows(const NormPart& n) {
   }
 }
 
-template void norm_columns<double>(const NormPart&);
-template void norm_columns<float>(const NormPart&);
-template void norm_columns<bf16>(const NormPart&);
-template void norm_columns<f16>(const NormPart&);
-template void norm_rows<double>(const NormPart&);
-template void norm_rows<float>(const NormPart&);
-template void norm_rows<bf16>(const NormPart&);
-template void norm_rows<f16>(const NormPart&);
+template <class... Types> constexpr NormLoops loops(List<Types...>) {
+  return {{norm_columns<Types>...}, {norm_rows<Types>...}};
+}
+
+}  // namespace
+
+const NormLoops norm_loops = loops(StorageTypes{});
 
 }  // namespace nk::cpu::NK_ISA

@@ -63,16 +63,7 @@ template <class T> void run(const Outer& outer, const Block& block) {
 }  // namespace
 
 void outer(const Outer& outer, const Block& block) {
-  switch (outer.dtype) {
-    case DType::f64:
-      return run<double>(outer, block);
-    case DType::f32:
-      return run<float>(outer, block);
-    case DType::bf16:
-      return run<bf16>(outer, block);
-    case DType::f16:
-      return run<f16>(outer, block);
-  }
+  dispatch(outer.dtype, [&](auto type) { run<decltype(type)>(outer, block); });
 }
 
 }  // namespace nk::cpu::NK_ISA

@@ -1,5 +1,6 @@
 // random.h - the bits that round a run of coordinates, a register of counters at a time. Included by loops.cpp.
 #pragma once
+#include "../core/philox.h"
 #include "simd.h"
 
 #if defined(__SSE2__)
@@ -10,7 +11,7 @@ namespace nk::cpu::NK_ISA {
 namespace {
 
 // Words side by side, each the lower half of a lane: where the hardware multiplies them to 64 bits. What is in the
-// upper halves means nothing. Several registers share a round's keys, and hide each other's latency.
+// upper halves has no meaning. Several registers share a round's keys, and hide each other's latency.
 constexpr int kWords = kRegister / 8;
 typedef uint64_t WordPart __attribute__((vector_size(kRegister)));
 template <int kParts> struct Words {

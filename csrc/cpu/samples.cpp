@@ -1,4 +1,4 @@
-// samples.cpp - who runs the loops over samples: cuts them into tasks, and adds what those sum in their order.
+// samples.cpp - runs the loops over samples: cuts them into tasks, and adds what those sum in their order.
 //
 // How many tasks there are depends on shapes alone, never on the number of threads: the sums do not either.
 #include <algorithm>
@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#include "share.h"
+#include "parallel.h"
 
 namespace nk::cpu {
 namespace {
@@ -27,9 +27,6 @@ std::vector<double> add_up(const std::vector<double>& partials, int64_t sums) {
     for (int64_t k = 0; k < sums; k++) all[k] += partials[i + k];
   return all;
 }
-
-int item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
-int real_size(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 
 // Where the columns from `begin` on are, in elements from the row's start.
 void find_columns(const Samples& s, int64_t begin, int64_t size, int64_t* offsets) {
@@ -61,10 +58,10 @@ void moments(const Moments& m) {
   for (int64_t i = 0; i < m.count; i++) first_tile.push_back(first_tile.back() + pieces(m.samples[i].columns, width));
   const int64_t tiles = first_tile.back(), tasks = task_count(tiles, m.rows), sums = m.rows + 2;
   const int item = item_size(m.dtype), real = real_size(m.dtype);
-  const auto run = table().moments[(int)m.dtype];
+  const auto run = table().moments->run[(int)m.dtype];
   std::vector<double> partials(tasks * sums);
 
-  share(tasks, columns * m.rows > kSerialCoordinates, [&](int64_t task) {
+  parallel_for_each(tasks, columns * m.rows > kSerialCoordinates, [&](int64_t task) {
     double* partial = partials.data() + task * sums;
     int64_t tile = tiles * task / tasks;
     const int64_t end = tiles * (task + 1) / tasks;
@@ -90,13 +87,13 @@ void moments(const Moments& m) {
 
 void row_sums(const RowSums& r) {
   const int item = item_size(r.dtype);
-  const auto run = table().sum[(int)r.dtype];
+  const auto run = table().sums->sum[(int)r.dtype];
   const int64_t parts = std::max<int64_t>(1, pieces(r.columns, kChunk));
   const int64_t together = std::max<int64_t>(1, kChunk / std::max<int64_t>(1, r.columns)), all = r.rows * parts;
   std::vector<double> partials(parts > 1 ? all : 0);
   double* const sums = parts > 1 ? partials.data() : r.out;
 
-  share(pieces(all, together), r.rows * r.columns > kSerialCoordinates, [&](int64_t task) {
+  parallel_for_each(pieces(all, together), r.rows * r.columns > kSerialCoordinates, [&](int64_t task) {
     for (int64_t k = task * together; k < std::min(all, (task + 1) * together); k++) {
       const int64_t begin = k % parts * kChunk;
       sums[k] = run(static_cast<const char*>(r.x) + (k / parts * r.row_stride + begin) * item,
@@ -111,9 +108,9 @@ void row_sums(const RowSums& r) {
 
 bool recentre(const SecondMoments& m) {
   const int real = real_size(m.dtype);
-  const auto run = table().recentre[m.dtype == DType::f64 ? 0 : 1];
+  const auto run = table().sums->recentre[m.dtype == DType::f64 ? 0 : 1];
   std::atomic<bool> is_kept{true};
-  share(pieces(m.count, kChunk), m.count > kSerialCoordinates, [&](int64_t task) {
+  parallel_for_each(pieces(m.count, kChunk), m.count > kSerialCoordinates, [&](int64_t task) {
     const int64_t begin = task * kChunk;
     if (!run(static_cast<char*>(m.raw) + begin * real, static_cast<const char*>(m.total) + begin * real,
              std::min(kChunk, m.count - begin), m.share, m.least))
@@ -124,7 +121,7 @@ bool recentre(const SecondMoments& m) {
 
 void norm_sums(const NormBatch& n) {
   const int item = item_size(n.dtype), real = real_size(n.dtype);
-  const auto run = (n.along_rows ? table().norm_rows : table().norm_columns)[(int)n.dtype];
+  const auto run = (n.along_rows ? table().norm_sums->rows : table().norm_sums->columns)[(int)n.dtype];
   const auto at = [&](const void* p, int64_t i) { return p ? static_cast<const char*>(p) + i * real : nullptr; };
   const auto out = [&](void* p, int64_t i) { return static_cast<char*>(p) + i * real; };
   const auto in = [&](const NormTensor& t, int64_t sample, int64_t row, int64_t column) {
@@ -136,7 +133,7 @@ void norm_sums(const NormBatch& n) {
   const int64_t parts = pieces(length, part), work = n.rows * n.columns;
   const int64_t together = std::max<int64_t>(1, kChunk * parts / std::max<int64_t>(1, work)), all = n.samples * parts;
 
-  share(pieces(all, together), n.samples * work > kSerialCoordinates, [&](int64_t task) {
+  parallel_for_each(pieces(all, together), n.samples * work > kSerialCoordinates, [&](int64_t task) {
     for (int64_t k = task * together; k < std::min(all, (task + 1) * together); k++) {
       const int64_t b = k / parts, begin = k % parts * part, size = std::min(part, length - begin);
       const int64_t row = n.along_rows ? begin : 0, column = n.along_rows ? 0 : begin, to = b * length + begin;
@@ -149,7 +146,7 @@ void norm_sums(const NormBatch& n) {
 
 void embedding_moments(const EmbeddingBatch& e) {
   const int item = item_size(e.dtype), real = real_size(e.dtype);
-  const auto run = table().embedding_row[(int)e.dtype];
+  const auto run = table().embedding->row[(int)e.dtype];
   // Positions by id, and in their order within one.
   std::vector<int64_t> begin(e.table_rows + 1);
   for (int64_t i = 0; i < e.samples * e.positions; i++)
@@ -172,7 +169,7 @@ void embedding_moments(const EmbeddingBatch& e) {
   const int64_t stretches = pieces(e.columns, kStretch), counted = (int64_t)at.size();
   const int64_t ranges = pieces(task_count((int64_t)touched.size() * stretches, e.samples), stretches);
   std::vector<double> partials(ranges * stretches * e.samples);
-  share(ranges * stretches, counted * e.columns > kSerialCoordinates, [&](int64_t task) {
+  parallel_for_each(ranges * stretches, counted * e.columns > kSerialCoordinates, [&](int64_t task) {
     const int64_t range = task / stretches, column = task % stretches * kStretch;
     const int64_t size = std::min(kStretch, e.columns - column);
     const auto row_after = [&](int64_t position) {

@@ -6,7 +6,7 @@
 // do the plain arithmetic; intrinsics do what those cannot say: fused multiply-adds without contraction, and
 // conversions.
 #pragma once
-#include "../formulas.h"
+#include "../core/formulas.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -180,17 +180,7 @@ NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
   _mm_storeu_si128((__m128i*)p, half);
   return {{_mm256_cvtph_ps(half)}};
 }
-#else
-NK_HD Eight<float> load(const bf16* p, Width<8> eight) {
-  float x[kLanes];
-  for (int k = 0; k < kLanes; k++) x[k] = widen(p[k]);
-  return load(x, eight);
-}
-NK_HD Eight<float> store(bf16* p, const Eight<float>& x) {
-  for (int k = 0; k < kLanes; k++) p[k] = narrow_bf16(x[k]);
-  return load(p, Width<8>{});
-}
-#if defined(__aarch64__)
+#elif defined(__aarch64__)
 NK_HD Eight<float> load(const f16* p, Width<8>) {
   const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16((const uint16_t*)p));
   return {{vcvt_f32_f16(vget_low_f16(half)), vcvt_f32_f16(vget_high_f16(half))}};
@@ -200,27 +190,37 @@ NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
   vst1q_u16((uint16_t*)p, vreinterpretq_u16_f16(half));
   return load(p, Width<8>{});
 }
-#else
-NK_HD Eight<float> load(const f16* p, Width<8> eight) {
+#endif
+
+// Types that the level has no instructions for, all but float and double.
+template <bool> struct If {};
+template <> struct If<true> {
+  static constexpr int holds = 1;
+};
+template <class T, int = If<!is_same<T, Real<T>>>::holds> NK_HD Eight<float> load(const T* p, Width<8> eight) {
   float x[kLanes];
   for (int k = 0; k < kLanes; k++) x[k] = widen(p[k]);
   return load(x, eight);
 }
-NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
-  for (int k = 0; k < kLanes; k++) p[k] = narrow_f16(x[k]);
+template <class T, int = If<!is_same<T, Real<T>>>::holds> NK_HD Eight<float> store(T* p, const Eight<float>& x) {
+  for (int k = 0; k < kLanes; k++) p[k] = narrow(x[k], T{});
   return load(p, Width<8>{});
 }
-#endif
-#endif
-#if !defined(__AVX512F__)
-template <class T> NK_HD Side<float, 16> load_two(const T* p) {
+template <class T, int = If<!is_same<T, Real<T>>>::holds> NK_HD Side<float, 16> load(const T* p, Width<16>) {
   const Eight<float> halves[2] = {load(p, Width<8>{}), load(p + 8, Width<8>{})};
   Side<float, 16> x;
   __builtin_memcpy(&x, halves, sizeof x);
   return x;
 }
-NK_HD Side<float, 16> load(const bf16* p, Width<16>) { return load_two(p); }
-NK_HD Side<float, 16> load(const f16* p, Width<16>) { return load_two(p); }
+#if defined(__AVX512F__)
+template <class T, int = If<!is_same<T, Real<T>>>::holds> NK_HD Side<float, 16> store(T* p, const Side<float, 16>& x) {
+  Eight<float> halves[2];
+  __builtin_memcpy(halves, &x, sizeof x);
+  halves[0] = store(p, halves[0]), halves[1] = store(p + 8, halves[1]);
+  Side<float, 16> stored;
+  __builtin_memcpy(&stored, halves, sizeof stored);
+  return stored;
+}
 #endif
 
 // Eight doubles, rounded to the type of the memory.

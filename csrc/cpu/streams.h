@@ -1,49 +1,52 @@
 // streams.h - where the coordinates of a run lie, and how they are stored there. Included by loops.cpp.
 //
 // A loop takes anything that can be loaded, stored and moved along: plain pointers where every stream is of one type,
-// and what stands below where each has its own.
+// the structs below where each has its own.
 #pragma once
 #include "random.h"
 
 namespace nk::cpu::NK_ISA {
 namespace {
 
-// Weights, gradient, buffer, first gradient of a pair. kItem: bytes of the smallest coordinate.
-template <class W, class G, class V, int kItem> struct Streams {
+// Weights, gradient, state buffers, first gradient of a pair. kItem: bytes of the smallest coordinate; kBuffers: how
+// many buffers there is room for, at least one.
+template <class W, class G, class V, int kItem, int kBuffers> struct Streams {
   static constexpr int kLine = 64 / kItem;     // coordinates in a cache line
   static constexpr int kAhead = 2048 / kItem;  // of 1 to 8 KB, 2 KB measured best, by a few per cent over the hardware
   W w;
   G g;
-  V v;
+  V v[kBuffers];
   G h;
-  NK_HD Streams at(int64_t i) const { return {w + i, g + i, v + i, h + i}; }
+  NK_HD Streams at(int64_t i) const {
+    Streams moved{w + i, g + i, {}, h + i};
+    for (int k = 0; k < kBuffers; k++) moved.v[k] = v[k] + i;
+    return moved;
+  }
 };
-template <class T> using Uniform = Streams<T*, const T*, T*, (int)sizeof(T)>;
+template <class Rule> constexpr int kRoom = Rule::traits.buffers > 0 ? Rule::traits.buffers : 1;  // for buffers
+template <class T, class Rule> using Uniform = Streams<T*, const T*, T*, (int)sizeof(T), kRoom<Rule>>;
 
 template <bool kWrites, class T> NK_HD void prefetch(const T* p) { __builtin_prefetch(p, kWrites); }
 
-// ---- A type that the chunk tells ---------------------------------------------------------------------------------
+// ---- A type that the chunk names ----------------------------------------------------------------------------------
 
 struct Any {
   char* p;
-  DType dtype;
+  DType dtype;  // of FloatTypes
   NK_HD int item() const { return dtype == DType::f32 ? 4 : 2; }
 };
 NK_HD Any operator+(Any a, int64_t i) { return {a.p + i * a.item(), a.dtype}; }
 template <int N> NK_HD Side<float, N> load(Any a, Width<N> n) {
-  if (a.dtype == DType::f32) return load((const float*)a.p, n);
-  return a.dtype == DType::bf16 ? load((const bf16*)a.p, n) : load((const f16*)a.p, n);
+  return dispatch(FloatTypes{}, a.dtype, [&](auto type) { return load((const decltype(type)*)a.p, n); });
 }
 template <int N> NK_HD Side<float, N> store(Any a, const Side<float, N>& x) {
-  if (a.dtype == DType::f32) return store((float*)a.p, x);
-  return a.dtype == DType::bf16 ? store((bf16*)a.p, x) : store((f16*)a.p, x);
+  return dispatch(FloatTypes{}, a.dtype, [&](auto type) { return store((decltype(type)*)a.p, x); });
 }
 template <bool kWrites> NK_HD void prefetch(Any a) {
   for (int b = 0; b < 32 * a.item(); b += 64) __builtin_prefetch(a.p + b, kWrites);
 }
 
-// ---- bfloat16 that is rounded at random
-// ------------------------------------------------------------------------------
+// ---- bfloat16 that is rounded at random -----------------------------------------------------------------------------
 
 struct AtRandom {
   bf16* p;
@@ -74,7 +77,7 @@ template <int N> NK_HD Side<float, N> store(AtRandom a, const Side<float, N>& x)
 template <bool kWrites> NK_HD void prefetch(AtRandom a) { __builtin_prefetch(a.p, kWrites); }
 
 // ---- Weights of any kind: rounded at random, or with a master copy
-// -----------------------------------------------------
+// ----------------------------------------------------
 
 struct Weights {
   Any stored;
@@ -88,7 +91,7 @@ template <int N> NK_HD Side<float, N> load(const Weights& w, Width<N> n) {
   const Side<float, N> stored = load(w.stored, n);
   if (!w.master) return stored;
   Side<float, N> master = load((const float*)w.master, n);
-  float room[N];  // nobody reads it
+  float room[N];  // not read
   const Side<float, N> rounded = store(Any{(char*)room, w.stored.dtype}, master);
   for (int i = 0; i < master.kParts; i++)
     master.part[i] = current_weight(master.part[i], stored.part[i], rounded.part[i] == stored.part[i]);

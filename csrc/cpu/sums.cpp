@@ -37,8 +37,6 @@ template <bool kSquares, class T> double sum_of(const void* x, int64_t size) {
   return total(sums[0]);
 }
 
-}  // namespace
-
 template <class T> double sum(const void* x, int64_t size, bool squares) {
   return squares ? sum_of<true, T>(x, size) : sum_of<false, T>(x, size);
 }
@@ -51,11 +49,12 @@ template <class R> bool recentre(void* raw, const void* total, int64_t size, dou
   return !lost;
 }
 
-template bool recentre<double>(void*, const void*, int64_t, double, double);
-template bool recentre<float>(void*, const void*, int64_t, double, double);
-template double sum<double>(const void*, int64_t, bool);
-template double sum<float>(const void*, int64_t, bool);
-template double sum<bf16>(const void*, int64_t, bool);
-template double sum<f16>(const void*, int64_t, bool);
+template <class... Types> constexpr SumLoops loops(List<Types...>) {
+  return {{sum<Types>...}, {recentre<double>, recentre<float>}};
+}
+
+}  // namespace
+
+const SumLoops sum_loops = loops(StorageTypes{});
 
 }  // namespace nk::cpu::NK_ISA

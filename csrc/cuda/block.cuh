@@ -9,23 +9,35 @@ constexpr int kWarp = 32;
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
+// A stored number, for arithmetic.
 __device__ inline float real(float x) { return x; }
 __device__ inline double real(double x) { return x; }
-__device__ inline float real(bf16 x) { return widen(x); }
 __device__ inline float real(f16 x) { return widen_f16(x); }
+template <class T> __device__ __forceinline__ float real(T x) { return widen(x); }
 
 // One rounding; x becomes what was stored.
 __device__ inline float stored(float& x, float) { return x; }
 __device__ inline double stored(double& x, double) { return x; }
-__device__ inline bf16 stored(float& x, bf16) {
-  const bf16 y = narrow_bf16(x);
-  x = widen(y);
-  return y;
-}
 __device__ inline f16 stored(float& x, f16) {
   const f16 y = to_f16(x);
   x = widen_f16(y);
   return y;
+}
+template <class T> __device__ __forceinline__ T stored(float& x, T) {
+  const T y = narrow(x, T{});
+  x = widen(y);
+  return y;
+}
+
+// `dispatch` on the device.
+template <class F, class T, class... Rest>
+__device__ __forceinline__ auto dispatch_here(List<T, Rest...>, DType dtype, const F& f) {
+  if constexpr (sizeof...(Rest) == 0)
+    return f(T{});
+  else if (dtype == dtype_of<T>)
+    return f(T{});
+  else
+    return dispatch_here(List<Rest...>{}, dtype, f);
 }
 
 // Sixteen bytes: as many numbers as go through one load or store. As they lie in memory, so that several packs on their
@@ -54,7 +66,7 @@ template <class T> struct Pack {
 
 __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-// Sums of kCount numbers over the lanes of a warp: at every step each lane hands over half of its numbers and keeps the
+// Sums of kCount numbers over the lanes of a warp: at every step each lane sends half of its numbers and keeps the
 // other half, so that few are exchanged. Sum j ends in s[0] of lane `lane_of<N>(j)`.
 template <int kCount, int kAway = kWarp / 2, int N> __device__ __forceinline__ void fold(double (&s)[N]) {
   if constexpr (kAway > 0) {

@@ -40,7 +40,6 @@ elseif(NORMKERN_CUDA STREQUAL ON)
 endif()
 
 if(NOT with_cuda)
-  target_sources(_C PRIVATE csrc/cuda/absent.cpp)
   return()
 endif()
 
@@ -51,17 +50,29 @@ enable_language(CUDA)
 if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 12.8)  # tables of tensors need 32 KB of parameters; 12.8 knows sm_120
   message(FATAL_ERROR "NORMKERN_CUDA=${NORMKERN_CUDA}: expected CUDA 12.8 or newer, got ${CMAKE_CUDA_COMPILER_VERSION}")
 endif()
+# update.cu and samples.cu once for each storage type, so that they compile side by side.
+file(STRINGS csrc/core/scalar.h listed REGEX "^using StorageTypes = ")
+string(REGEX REPLACE ".*<(.*)>.*" "\\1" types "${listed}")
+string(REPLACE ", " ";" types "${types}")
 add_library(normkern_cuda OBJECT
-  csrc/cuda/update_f64.cu csrc/cuda/update_f32.cu csrc/cuda/update_bf16.cu csrc/cuda/update_f16.cu csrc/cuda/mixed.cu
-  csrc/cuda/run.cu csrc/cuda/sq_norms.cu
-  csrc/cuda/samples_f64.cu csrc/cuda/samples_f32.cu csrc/cuda/samples_bf16.cu csrc/cuda/samples_f16.cu csrc/cuda/samples.cu
+  csrc/cuda/mixed.cu csrc/cuda/run.cu csrc/cuda/sq_norms.cu csrc/cuda/run_samples.cu
   csrc/cuda/product.cu csrc/cuda/outer.cu csrc/cuda/conv.cu)
-set_target_properties(normkern_cuda PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
-target_compile_features(normkern_cuda PRIVATE cuda_std_17)
-# No fused multiply-add that is not written as one: the same bits as on the CPU. A spilled register is a mistake here.
-# Compressed, all architectures take a fifth of the room.
-target_compile_options(normkern_cuda PRIVATE
-  -fmad=false --compress-mode=size -Werror=all-warnings -Xptxas=-warn-spills,-Werror)
-# The runtime is linked statically and finds the driver when it is first asked: without one the CPU part works.
-set_target_properties(_C normkern_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static)
-target_link_libraries(_C PRIVATE normkern_cuda)
+set(cuda_libraries normkern_cuda)
+foreach(type ${types})
+  add_library(normkern_cuda_${type} OBJECT csrc/cuda/update.cu csrc/cuda/samples.cu)
+  target_compile_definitions(normkern_cuda_${type} PRIVATE NK_TYPE=${type})
+  list(APPEND cuda_libraries normkern_cuda_${type})
+endforeach()
+target_sources(_C PRIVATE csrc/cuda/kernels.cpp)
+foreach(library ${cuda_libraries})
+  set_target_properties(${library} PROPERTIES POSITION_INDEPENDENT_CODE ON CUDA_VISIBILITY_PRESET hidden)
+  target_compile_features(${library} PRIVATE cuda_std_17)
+  # No fused multiply-add that is not written as one: the same bits as on the CPU. A spilled register is a mistake here.
+  # Compressed, all architectures take a fifth of the room.
+  target_compile_options(${library} PRIVATE
+    -fmad=false --compress-mode=size -Werror=all-warnings -Xptxas=-warn-spills,-Werror)
+  # The runtime is linked statically and finds the driver when it is first asked: without one the CPU part works.
+  set_target_properties(${library} PROPERTIES CUDA_RUNTIME_LIBRARY Static)
+  target_link_libraries(_C PRIVATE ${library})
+endforeach()
+set_target_properties(_C PROPERTIES CUDA_RUNTIME_LIBRARY Static)

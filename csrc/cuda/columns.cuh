@@ -3,7 +3,7 @@
 // The warps of a block share a tile's rows, kTogether of them each, turn after turn. What they sum is added by the
 // thread that owns the column, in the order of the rows: the bits do not depend on how many warps there are.
 #pragma once
-#include "../backend.h"
+#include "../core/backend.h"
 #include "block.cuh"
 
 namespace nk::cuda {

@@ -2,6 +2,7 @@
 #include "conv.cuh"
 
 #include "current.h"
+#include "kernels.h"
 
 namespace nk::cuda {
 namespace {
@@ -37,7 +38,7 @@ const char* set_numbers(const Conv& c, ConvProduct& p) {
   }
   p.next_sample = (int)rest;
   if (p.product.steps == 0)
-    for (int& n : p.out) n = 1;  // nobody divides by zero
+    for (int& n : p.out) n = 1;  // no division by zero
   return nullptr;
 }
 
@@ -57,20 +58,7 @@ const char* conv_moments(const Conv& c, const Queue& queue) {
   place(c.dtype, c.sums, p.product);
   if (p.product.tiles > 0) {
     const auto stream = static_cast<cudaStream_t>(queue.stream);
-    switch (c.dtype) {
-      case DType::f64:
-        launch<double>(p, stream);
-        break;
-      case DType::f32:
-        launch<float>(p, stream);
-        break;
-      case DType::bf16:
-        launch<bf16>(p, stream);
-        break;
-      case DType::f16:
-        launch<f16>(p, stream);
-        break;
-    }
+    dispatch(c.dtype, [&](auto type) { launch<decltype(type)>(p, stream); });
     if (const char* error = launched()) return error;
   }
   return finish(c.dtype, p.product, c.sums, queue);

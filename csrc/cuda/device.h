@@ -1,7 +1,7 @@
 // device.h - the one file that knows whether nvcc compiles the kernels for a device or g++ for the emulator of the
 // tests.
 #pragma once
-#include "../formulas.h"
+#include "../core/formulas.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 namespace nk::cuda {
 constexpr int kArchitectures[] = {__CUDA_ARCH_LIST__};
 
-// The hardware's conversions: formulas.h's take 8 and 14 integer operations, more than memory would leave time for.
+// The hardware's conversions: scalar.h's take 8 and 14 integer operations, more than memory leaves time for.
 __device__ __forceinline__ float widen_f16(f16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));

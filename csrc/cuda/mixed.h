@@ -6,9 +6,8 @@ namespace nk::cuda {
 
 struct MixedTensor {
   StridedTensor all;  // a dense one has one dimension
-  int64_t master[StridedTensor::kDims];
   float* master_weights;
-  DType dtype, v_dtype;
+  DType dtype, v_dtype[kMostBuffers];
   bool rounds_at_random;
   uint32_t parameter;
 };

@@ -2,6 +2,7 @@
 #include "outer.cuh"
 
 #include "current.h"
+#include "kernels.h"
 
 namespace nk::cuda {
 namespace {
@@ -39,20 +40,7 @@ const char* outer_moments(const Outer& o, const Queue& queue) {
   p.next_step = p.product.steps ? kSteps % p.product.steps : 0;
   if (p.product.tiles > 0) {
     const auto stream = static_cast<cudaStream_t>(queue.stream);
-    switch (o.dtype) {
-      case DType::f64:
-        launch<double>(p, stream);
-        break;
-      case DType::f32:
-        launch<float>(p, stream);
-        break;
-      case DType::bf16:
-        launch<bf16>(p, stream);
-        break;
-      case DType::f16:
-        launch<f16>(p, stream);
-        break;
-    }
+    dispatch(o.dtype, [&](auto type) { launch<decltype(type)>(p, stream); });
     if (const char* error = launched()) return error;
   }
   return finish(o.dtype, p.product, o.sums, queue);

@@ -18,7 +18,7 @@ template <class X> X least(X a, X b) { return a < b ? a : b; }
 // Doubles that hold one array of all parts, and leave what follows aligned.
 int64_t room(DType dtype, const Product& p) {
   const int64_t size = p.parts * p.size();
-  return parts_of(dtype == DType::f64 ? size : parts_of(size, 2), 2) * 2;
+  return parts_of(real_size(dtype) == 8 ? size : parts_of(size, 2), 2) * 2;
 }
 int64_t squares_room(const Product& p) { return parts_of(p.batch * p.tiles, 2) * 2; }
 
@@ -65,7 +65,7 @@ template <class R> void launch_join(const Product& p, const SampleSums& sums, ui
 }  // namespace
 
 const char* cut(DType dtype, int64_t batch, int64_t steps, int64_t groups, int64_t rows, int64_t cols, Product& p) {
-  const bool is_double = dtype == DType::f64;
+  const bool is_double = real_size(dtype) == 8;
   const int64_t row_tiles = parts_of(rows, is_double ? kTileRows<double> : kTileRows<float>),
                 col_tiles = parts_of(cols, is_double ? kTileCols<double> : kTileCols<float>),
                 tiles = groups * row_tiles * col_tiles;
@@ -99,7 +99,7 @@ const char* finish(DType dtype, const Product& p, const SampleSums& sums, const 
   const auto stream = static_cast<cudaStream_t>(queue.stream);
   const int64_t blocks = parts_of(p.size(), kThreads);
   if (p.parts > 1 && blocks > 0) {
-    if (dtype == DType::f64)
+    if (real_size(dtype) == 8)
       launch_join<double>(p, sums, (uint32_t)blocks, stream);
     else
       launch_join<float>(p, sums, (uint32_t)blocks, stream);

@@ -1,7 +1,7 @@
 // product.h - how the kernels that own dW cut their output and their samples, from the shapes alone: no sum depends on
 // the GPU.
 #pragma once
-#include "../backend.h"
+#include "../core/backend.h"
 
 namespace nk::cuda {
 

@@ -2,7 +2,7 @@
 //
 // A long row is cut into parts, a block each, whose sums are lines of scratch memory: one number of every row.
 #pragma once
-#include "../backend.h"
+#include "../core/backend.h"
 #include "block.cuh"
 
 namespace nk::cuda {

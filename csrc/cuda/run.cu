@@ -1,5 +1,6 @@
 // run.cu - the launches: tables of tensors, one after another, on the caller's stream. Includes no standard library.
 #include "current.h"
+#include "kernels.h"
 #include "mixed.h"
 #include "update.cuh"
 
@@ -45,38 +46,26 @@ __global__ void __launch_bounds__(kThreads) write_nan(double* table, int64_t siz
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
 
-Measure measure_of(const Chunk& c) { return c.h ? Measure::pair : c.sums ? Measure::step : Measure::nothing; }
-
 bool same_kernel(const Chunk& a, const Chunk& b) {
   return a.hyper == b.hyper && a.rule == b.rule && a.dtype == b.dtype && measure_of(a) == measure_of(b) && !a.strided &&
          !b.strided && !is_mixed(a) && !is_mixed(b) && a.columns == b.columns;
 }
 
-template <class... Arguments> void launch(DType dtype, const Arguments&... arguments) {
-  switch (dtype) {
-    case DType::f64:
-      return Updates<double>::launch(arguments...);
-    case DType::f32:
-      return Updates<float>::launch(arguments...);
-    case DType::bf16:
-      return Updates<bf16>::launch(arguments...);
-    case DType::f16:
-      return Updates<f16>::launch(arguments...);
-  }
-}
-
 // Those that are a launch each.
 const char* run_alone(const Chunk& c, cudaStream_t stream) {
   MixedTensor t;
-  t.all = strided_tensor_of(c, t.master);
+  t.all = strided_tensor_of(c);
   const int64_t blocks = nk::cuda::blocks(t.all.tensor);
   if (blocks > kMostBlocks) return kTooLarge;
   if (is_mixed(c)) {
-    t.master_weights = c.master, t.dtype = c.dtype, t.v_dtype = c.v_dtype;
+    t.master_weights = c.master, t.dtype = c.dtype;
+    for (int b = 0; b < kMostBuffers; b++) t.v_dtype[b] = c.v_dtype[b];
     t.rounds_at_random = c.rounds_at_random, t.parameter = c.parameter;
     launch_mixed(measure_of(c), (uint32_t)blocks, stream, t, *c.hyper);
   } else {
-    launch(c.dtype, measure_of(c), (uint32_t)blocks, stream, t.all, *c.hyper);
+    dispatch(c.dtype, [&](auto type) {
+      Updates<decltype(type)>::strided(measure_of(c), (uint32_t)blocks, stream, t.all, *c.hyper);
+    });
   }
   return launched();
 }
@@ -105,7 +94,9 @@ const char* run(const Chunk* chunks, int64_t count, const Queue& queue) {
       table.tensors[table.count++] = t;
       table.first_block[table.count] = (uint32_t)(blocks += more);
     }
-    launch(first.dtype, first.rule, measure_of(first), (uint32_t)blocks, stream, table, *first.hyper);
+    dispatch(first.dtype, [&](auto type) {
+      Updates<decltype(type)>::dense(first.rule, measure_of(first), (uint32_t)blocks, stream, table, *first.hyper);
+    });
     if (const char* error = launched()) return error;
   }
   return nullptr;

@@ -2,16 +2,10 @@
 #include "sq_norms.cuh"
 
 #include "current.h"
+#include "kernels.h"
 
 namespace nk::cuda {
 namespace {
-
-template <class F> void with_type(DType dtype, F f) {
-  if (dtype == DType::f64) f(double{});
-  if (dtype == DType::f32) f(float{});
-  if (dtype == DType::bf16) f(bf16{});
-  if (dtype == DType::f16) f(f16{});
-}
 
 bool same_kernel(const Chunk& a, const Chunk& b) {
   return a.hyper == b.hyper && a.dtype == b.dtype && !a.h == !b.h && !b.strided;
@@ -30,9 +24,8 @@ const char* sq_norms(const Chunk* chunks, int64_t count, const Queue& queue) {
     if (first.strided) {
       blocks = parts(first.size);
       if (blocks > kMostBlocks) return kTooLarge;
-      int64_t master[StridedTensor::kDims];
-      const StridedTensor t = strided_tensor_of(first, master);
-      with_type(first.dtype, [&](auto type) {
+      const StridedTensor t = strided_tensor_of(first);
+      dispatch(first.dtype, [&](auto type) {
         using T = decltype(type);
         const dim3 grid((uint32_t)blocks), block(kThreads);
         if (first.h)
@@ -48,10 +41,10 @@ const char* sq_norms(const Chunk* chunks, int64_t count, const Queue& queue) {
         const int64_t more = parts(c.size);
         if (more > kMostBlocks) return kTooLarge;
         if (blocks + more > kMostBlocks) break;
-        table.tensors[table.count++] = {c.g, c.h, c.sums, c.size, is_gauged(c.rule)};
+        table.tensors[table.count++] = {c.g, c.h, c.sums, c.size, traits_of(c.rule).is_gauged};
         table.first_block[table.count] = (uint32_t)(blocks += more);
       }
-      with_type(first.dtype, [&](auto type) {
+      dispatch(first.dtype, [&](auto type) {
         using T = decltype(type);
         const dim3 grid((uint32_t)blocks), block(kThreads);
         if (first.h)

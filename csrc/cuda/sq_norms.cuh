@@ -22,7 +22,7 @@ struct Gradients {
 
 // Of the combination of pairs, by `threads` threads, of which this is number `thread`.
 template <class T>
-__device__ __forceinline__ double sum_of_pairs(const Coefficients<Real<T>>& c, const T* g, const T* h, int size,
+__device__ __forceinline__ double sum_of_pairs(const PairCoefficients<Real<T>>& c, const T* g, const T* h, int size,
                                                int thread, int threads) {
   using R = Real<T>;
   constexpr int N = Pack<T>::size;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads, 4)
   const Hyper hyper = complete(given);
   double sum;
   if constexpr (kPair) {
-    const auto c = coefficients<Real<T>>(hyper, true, false, Multiplier{1, nullptr});
+    const auto c = PairCoefficients<Real<T>>::from(hyper);
     sum = sum_of_pairs(c, g, h, n, (int)threadIdx.x, kThreads);
   } else {
     sum = sum_of<T, true>(g, n, (int)threadIdx.x, kThreads);
@@ -85,18 +85,18 @@ __global__ void __launch_bounds__(kThreads, 2)
   using R = Real<T>;
   NK_SHARED(double, shared, [1][kWarps]);
   const Hyper hyper = complete(given);
-  const auto c = coefficients<R>(hyper, kPair, false, Multiplier{1, nullptr});
+  const auto c = PairCoefficients<R>::from(hyper);
   const int64_t begin = blockIdx.x * kBlock, end = t.tensor.numel < begin + kBlock ? t.tensor.numel : begin + kBlock;
   double sum = 0;
   for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-    int64_t w, g, v, h;
-    offsets<int64_t>(t, i, w, g, v, h);
-    R x = real(static_cast<const T*>(t.tensor.g)[g]), first, second;
+    int64_t at[kStreams];
+    offsets<int64_t>(t, i, at);
+    R x = real(static_cast<const T*>(t.tensor.g)[at[kG]]), first, second;
     if constexpr (kPair)
-      x = gradient<Measure::pair>(c, x, (R)real(static_cast<const T*>(t.tensor.h)[h]), first, second);
+      x = gradient<Measure::pair>(c, x, (R)real(static_cast<const T*>(t.tensor.h)[at[kH]]), first, second);
     sum = fma((double)x, (double)x, sum);
   }
-  write_sq_norm<kPair>(t.tensor.sums + blockIdx.x, sum, hyper, is_gauged(t.rule), shared);
+  write_sq_norm<kPair>(t.tensor.sums + blockIdx.x, sum, hyper, t.is_gauged, shared);
 }
 
 // One block. Each thread takes every so many of the squares, then the block adds up.

@@ -29,7 +29,7 @@ template <class R> struct alignas(16) Quad {
 template <class R> constexpr int kRowQuads = kTileRows<R> / kTileRowThreads / Quad<R>::size;
 template <class R> constexpr int kColQuads = kTileCols<R> / kTileColThreads / Quad<R>::size;
 
-// One step of an operand in shared memory, and a quad that nobody uses: where steps are written side by side, those of
+// One step of an operand in shared memory, and an unused quad: where steps are written side by side, those of
 // one column go to different banks.
 template <class R, int kWidth> using Line = Quad<R>[kWidth / Quad<R>::size + 1];
 template <class R> using RowLine = Line<R, kTileRows<R>>;

@@ -3,7 +3,7 @@
 // A launch takes a table of tensors as its parameters: nothing is copied to the device beforehand, no buffer of the
 // host must stay as it is while the launch waits in a queue or in a graph. Includes no standard library.
 #pragma once
-#include "../backend.h"
+#include "../core/backend.h"
 #include "block.cuh"
 #include "table.cuh"
 
@@ -16,7 +16,7 @@ namespace nk::cuda {
 struct Tensor {
   void* w;
   const void* g;
-  void* v;
+  void* v[kMostBuffers];
   const void* h;
   double* sums;  // a row for each slot, or for each part of each slot
   int64_t numel, slot_size;
@@ -31,12 +31,16 @@ struct Table {
   Tensor tensors[kTensors];
 };
 
+// The streams of a tensor; state buffer k is kV + k.
+enum Stream : int { kW, kG, kH, kMaster, kV, kStreams = kV + kMostBuffers };
+
 struct StridedTensor {
   static constexpr int kDims = 64;  // torch's own limit
   int columns, ndim;
-  Rule rule;
+  RuleId rule;
+  bool is_gauged;
   Tensor tensor;
-  int64_t shape[kDims], w[kDims], g[kDims], v[kDims], h[kDims];
+  int64_t shape[kDims], strides[kStreams][kDims];
 };
 
 NK_HD bool is_short(const Tensor& t) { return t.slot_size < kShort && t.slot_size < t.numel; }
@@ -67,13 +71,13 @@ __device__ inline Hyper complete(const Hyper& given) {
 
 // ---- One coordinate -----------------------------------------------------------------------------------------------
 
-// What the rule makes of w, g and v. Returns the gradient that the sums speak of, and of a pair both parts of it.
+// The gradient that a rule takes and that is summed, and of a pair both parts of it.
 template <Measure kMeasure, class R>
-__device__ __forceinline__ R gradient(const Coefficients<R>& c, R g, R h, R& first, R& second) {
+__device__ __forceinline__ R gradient(const PairCoefficients<R>& c, R g, R h, R& first, R& second) {
   if constexpr (kMeasure != Measure::pair) return g;
   first = c.first_scale * h;
   second = c.second_scale * g;
-  return svag_combination(c, first, second);
+  return c.combination(first, second);
 }
 
 template <Measure kMeasure, class R>
@@ -84,55 +88,85 @@ __device__ __forceinline__ void add_sums(double* s, R w_old, R g, R w_new, R fir
 
 // ---- Dense tensors ------------------------------------------------------------------------------------------------
 
-// N coordinates that one thread has in its registers.
-template <class Rule, Measure kMeasure, class T, int N> struct Registers {
-  using R = Real<T>;
-  R w[N], g[N], v[N], h[N], w_old[N], first[N], second[N];
+// The coefficients of a rule and, of a pair, of its combination.
+template <class Rule, Measure kMeasure, class R> struct StepNumbers {
+  typename Rule::template Coefficients<R> rule;
+  PairCoefficients<R> pair;
+  R unkeep;  // of a gauged rule
 
-  __device__ __forceinline__ void apply(const Coefficients<R>& c) {
-#pragma unroll
-    for (int k = 0; k < N; k++) {
-      w_old[k] = w[k];
-      g[k] = gradient<kMeasure>(c, g[k], h[k], first[k], second[k]);
-      Rule::apply(c, w[k], g[k], v[k]);
-    }
-  }
-  // After w has been stored, and is what was stored.
-  __device__ __forceinline__ void add(const Coefficients<R>& c, double* s) {
-    if constexpr (kMeasure != Measure::nothing)
-#pragma unroll
-      for (int k = 0; k < N; k++)
-        add_sums<kMeasure>(s, w_old[k], g[k], Rule::gauged ? c.unkeep * w[k] : w[k], first[k], second[k]);
+  static __device__ __forceinline__ StepNumbers from(const Hyper& h, const Multiplier& of_lr) {
+    return {coefficients<Rule, R>(h, kMeasure == Measure::pair, of_lr), PairCoefficients<R>::from(h),
+            (R)h.gauge.unkeep};
   }
 };
 
-template <class T> struct Streams {
+template <class Rule> constexpr int kRoom = Rule::traits.buffers > 0 ? Rule::traits.buffers : 1;  // for state buffers
+
+// N coordinates that one thread has in its registers.
+template <class Rule, Measure kMeasure, class T, int N> struct Registers {
+  using R = Real<T>;
+  R w[N], g[N], v[kRoom<Rule>][N], h[N], w_old[N], first[N], second[N];
+
+  __device__ __forceinline__ void apply(const StepNumbers<Rule, kMeasure, R>& c) {
+#pragma unroll
+    for (int k = 0; k < N; k++) {
+      w_old[k] = w[k];
+      g[k] = gradient<kMeasure>(c.pair, g[k], h[k], first[k], second[k]);
+      R state[kRoom<Rule>];
+#pragma unroll
+      for (int b = 0; b < Rule::traits.buffers; b++) state[b] = v[b][k];
+      nk::apply<Rule>(c.rule, w[k], g[k], state);
+#pragma unroll
+      for (int b = 0; b < Rule::traits.buffers; b++) v[b][k] = state[b];
+    }
+  }
+  // After w has been stored, and is what was stored.
+  __device__ __forceinline__ void add(const StepNumbers<Rule, kMeasure, R>& c, double* s) {
+    if constexpr (kMeasure != Measure::nothing)
+#pragma unroll
+      for (int k = 0; k < N; k++)
+        add_sums<kMeasure>(s, w_old[k], g[k], Rule::traits.is_gauged ? c.unkeep * w[k] : w[k], first[k], second[k]);
+  }
+};
+
+template <class T, int kBuffers> struct Streams {
   T* w;
   const T* g;
-  T* v;
+  T* v[kBuffers];
   const T* h;
+
+  __device__ __forceinline__ Streams at(int64_t i) const {
+    Streams moved{w + i, g + i, {}, h + i};
+#pragma unroll
+    for (int b = 0; b < kBuffers; b++) moved.v[b] = v[b] + i;
+    return moved;
+  }
 };
 
 // `threads` threads, of which this is number `thread`, on coordinates [0, n).
 template <class Rule, Measure kMeasure, class T>
-__device__ __forceinline__ void sweep(const Coefficients<Real<T>>& c, const Streams<T>& t, int n, int thread,
-                                      int threads, double* s) {
-  constexpr int N = Pack<T>::size, kApart = 4;
+__device__ __forceinline__ void sweep(const StepNumbers<Rule, kMeasure, Real<T>>& c, const Streams<T, kRoom<Rule>>& t,
+                                      int n, int thread, int threads, double* s) {
+  constexpr Traits kTraits = Rule::traits;
+  constexpr int N = Pack<T>::size, kApart = 4, kBuffers = kTraits.buffers;
   // Packs of each stream on their way at once: what hides the latency of the fastest memories.
   constexpr int kTogether = 2;
-  const bool aligned = is_aligned(t.w) && is_aligned(t.g) && (!Rule::writes_v || is_aligned(t.v)) &&
-                       (kMeasure != Measure::pair || is_aligned(t.h));
+  bool aligned = is_aligned(t.w) && is_aligned(t.g) && (kMeasure != Measure::pair || is_aligned(t.h));
+#pragma unroll
+  for (int b = 0; b < kBuffers; b++) aligned = aligned && is_aligned(t.v[b]);
   const int packed = aligned ? n / N * N : 0;
 #pragma unroll 1
   for (int i = thread * N; i < packed; i += kTogether * threads * N) {
-    Pack<T> w[kTogether], g[kTogether], v[kTogether], h[kTogether];
+    Pack<T> w[kTogether], g[kTogether], v[kRoom<Rule>][kTogether], h[kTogether];
 #pragma unroll
     for (int j = 0; j < kTogether; j++) {
       const int at = i + j * threads * N;
       if (at >= packed) continue;
       w[j].load(t.w + at);
       g[j].load(t.g + at);
-      if constexpr (Rule::reads_v) v[j].load(t.v + at);
+      if constexpr (kTraits.reads_buffers)
+#pragma unroll
+        for (int b = 0; b < kBuffers; b++) v[b][j].load(t.v[b] + at);
       if constexpr (kMeasure == Measure::pair) h[j].load(t.h + at);
     }
 #pragma unroll
@@ -142,11 +176,14 @@ __device__ __forceinline__ void sweep(const Coefficients<Real<T>>& c, const Stre
       Registers<Rule, kMeasure, T, N> x;
       w[j].unpack(x.w);
       g[j].unpack(x.g);
-      if constexpr (Rule::reads_v) v[j].unpack(x.v);
+      if constexpr (kTraits.reads_buffers)
+#pragma unroll
+        for (int b = 0; b < kBuffers; b++) v[b][j].unpack(x.v[b]);
       if constexpr (kMeasure == Measure::pair) h[j].unpack(x.h);
       x.apply(c);
-      if constexpr (Rule::writes_v) Pack<T>::store(t.v + at, x.v);
-      if constexpr (Rule::writes_w) Pack<T>::store(t.w + at, x.w);
+#pragma unroll
+      for (int b = 0; b < kBuffers; b++) Pack<T>::store(t.v[b] + at, x.v[b]);
+      if constexpr (kTraits.writes_w) Pack<T>::store(t.w + at, x.w);
       x.add(c, s);
     }
   }
@@ -158,11 +195,15 @@ __device__ __forceinline__ void sweep(const Coefficients<Real<T>>& c, const Stre
 #pragma unroll
     for (int k = 0; k < kApart; k++) {
       const int at = i + k * threads;
-      x.w[k] = x.g[k] = x.v[k] = x.h[k] = 0;  // adds nothing to the sums
+      x.w[k] = x.g[k] = x.h[k] = 0;  // adds nothing to the sums
+#pragma unroll
+      for (int b = 0; b < kRoom<Rule>; b++) x.v[b][k] = 0;
       if (at >= n) continue;
       x.w[k] = real(t.w[at]);
       x.g[k] = real(t.g[at]);
-      if constexpr (Rule::reads_v) x.v[k] = real(t.v[at]);
+      if constexpr (kTraits.reads_buffers)
+#pragma unroll
+        for (int b = 0; b < kBuffers; b++) x.v[b][k] = real(t.v[b][at]);
       if constexpr (kMeasure == Measure::pair) x.h[k] = real(t.h[at]);
     }
     x.apply(c);
@@ -170,8 +211,9 @@ __device__ __forceinline__ void sweep(const Coefficients<Real<T>>& c, const Stre
     for (int k = 0; k < kApart; k++) {
       const int at = i + k * threads;
       if (at >= n) continue;
-      if constexpr (Rule::writes_v) t.v[at] = stored(x.v[k], T{});
-      if constexpr (Rule::writes_w) t.w[at] = stored(x.w[k], T{});
+#pragma unroll
+      for (int b = 0; b < kBuffers; b++) t.v[b][at] = stored(x.v[b][k], T{});
+      if constexpr (kTraits.writes_w) t.w[at] = stored(x.w[k], T{});
     }
     x.add(c, s);
   }
@@ -226,13 +268,13 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
   const int i = entry_of(table, blockIdx.x);
   const Tensor& t = table.tensors[i];
   const Hyper hyper = complete(given);
-  const auto c = coefficients<Real<T>>(hyper, kMeasure == Measure::pair, Rule::gauged, t.of_lr);
-  const Streams<T> all{static_cast<T*>(t.w), static_cast<const T*>(t.g), static_cast<T*>(t.v),
-                       static_cast<const T*>(t.h)};
-  visit<kMeasure>(t, blockIdx.x - table.first_block[i], table.columns, hyper, Rule::gauged, shared,
+  const auto c = StepNumbers<Rule, kMeasure, Real<T>>::from(hyper, t.of_lr);
+  Streams<T, kRoom<Rule>> all{static_cast<T*>(t.w), static_cast<const T*>(t.g), {}, static_cast<const T*>(t.h)};
+#pragma unroll
+  for (int b = 0; b < kRoom<Rule>; b++) all.v[b] = static_cast<T*>(t.v[b]);
+  visit<kMeasure>(t, blockIdx.x - table.first_block[i], table.columns, hyper, Rule::traits.is_gauged, shared,
                   [&](int64_t begin, int n, int thread, int threads, double* s) {
-                    sweep<Rule, kMeasure>(c, Streams<T>{all.w + begin, all.g + begin, all.v + begin, all.h + begin}, n,
-                                          thread, threads, s);
+                    sweep<Rule, kMeasure, T>(c, all.at(begin), n, thread, threads, s);
                   });
 }
 
@@ -240,27 +282,60 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
 //
 // One coordinate at a time, and one kernel for all rules: how memory is reached costs more than choosing one.
 
-struct Traits {
-  bool reads_v, writes_v, writes_w, gauged;
-};
-
-// f(Rule{}) for the rule that is number `index` of the list.
-template <class F, class... All> __device__ __forceinline__ void with_rule(List<All...>, int index, F f) {
+// f(Rule{}) for the rule with this id.
+template <class F, class... All> __device__ __forceinline__ void with_rule(List<All...>, RuleId id, F f) {
   int i = 0;
-  ((i++ == index ? f(All{}) : void()), ...);
+  ((i++ == (int)id ? f(All{}) : void()), ...);
 }
 
+__device__ __forceinline__ Traits traits_on_device(RuleId id) {
+  Traits found;
+  with_rule(Rules{}, id, [&](auto rule) {
+    constexpr Traits kTraits = decltype(rule)::traits;
+    found = kTraits;
+  });
+  return found;
+}
+
+// The coefficients of every rule: those that a kernel for all rules may need.
+template <class Rule, class R> struct OneOfRules {
+  typename Rule::template Coefficients<R> coefficients;
+};
+template <class R, class List> struct OfRules;
+template <class R, class... All> struct OfRules<R, List<All...>> : OneOfRules<All, R>... {
+  __device__ __forceinline__ OfRules(const Hyper& h, bool is_pair, const Multiplier& of_lr)
+      : OneOfRules<All, R>{coefficients<All, R>(h, is_pair, of_lr)}... {}
+  template <class Rule> __device__ __forceinline__ const auto& of() const {
+    return static_cast<const OneOfRules<Rule, R>&>(*this).coefficients;
+  }
+  __device__ __forceinline__ void apply(RuleId id, R& w, R g, R (&state)[kMostBuffers]) const {
+    with_rule(List<All...>{}, id, [&](auto rule) {
+      using Rule = decltype(rule);
+      nk::apply<Rule>(of<Rule>(), w, g, state);
+    });
+  }
+};
+
+// Where coordinate i of each stream is.
 template <class Index>
-__device__ __forceinline__ void offsets(const StridedTensor& t, Index i, int64_t& w, int64_t& g, int64_t& v,
-                                        int64_t& h) {
-  w = g = v = h = 0;
+__device__ __forceinline__ void offsets(const StridedTensor& t, Index i, int64_t (&at)[kStreams]) {
+#pragma unroll
+  for (int stream = 0; stream < kStreams; stream++) at[stream] = 0;
   for (int d = t.ndim - 1; d >= 0; d--) {
     const Index size = (Index)t.shape[d], rest = d == 0 ? 0 : i / size;
     const int64_t k = i - rest * size;
-    w += k * t.w[d], g += k * t.g[d], v += k * t.v[d], h += k * t.h[d];
+#pragma unroll
+    for (int stream = 0; stream < kStreams; stream++) at[stream] += k * t.strides[stream][d];
     i = rest;
   }
 }
+__device__ __forceinline__ void offsets(const StridedTensor& t, int64_t i, bool is_small, int64_t (&at)[kStreams]) {
+  if (is_small)
+    offsets<uint32_t>(t, (uint32_t)i, at);
+  else
+    offsets<int64_t>(t, i, at);
+}
+__device__ __forceinline__ bool is_small(const StridedTensor& t) { return t.tensor.numel <= 0xffffffff; }
 
 template <Measure kMeasure, class T>
 __global__ void __launch_bounds__(kThreads, resident(kMeasure))
@@ -269,118 +344,75 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
   NK_SHARED(double, shared, [kSums<kMeasure>][kWarps]);
   if (skips(given.on_device.found_inf)) return;
   const Tensor& t = strided.tensor;
-  Traits is{};
-  with_rule(Rules{}, (int)strided.rule, [&](auto rule) {
-    is = {decltype(rule)::reads_v, decltype(rule)::writes_v, decltype(rule)::writes_w, decltype(rule)::gauged};
-  });
+  const Traits traits = traits_on_device(strided.rule);
   const Hyper hyper = complete(given);
-  const auto c = coefficients<R>(hyper, kMeasure == Measure::pair, is.gauged, t.of_lr);
-  const bool is_small = t.numel <= 0xffffffff;
-  visit<kMeasure>(
-      t, blockIdx.x, strided.columns, hyper, is.gauged, shared,
-      [&](int64_t begin, int n, int thread, int threads, double* s) {
-        for (int i = thread; i < n; i += threads) {
-          int64_t w, g, v, h;
-          if (is_small)
-            offsets<uint32_t>(strided, (uint32_t)(begin + i), w, g, v, h);
-          else
-            offsets<int64_t>(strided, begin + i, w, g, v, h);
-          const R w_old = real(static_cast<const T*>(t.w)[w]);
-          R buffer = is.reads_v ? real(static_cast<const T*>(t.v)[v]) : R(0), held = 0, first = 0, second = 0;
-          if constexpr (kMeasure == Measure::pair) held = real(static_cast<const T*>(t.h)[h]);
-          const R grad = gradient<kMeasure>(c, (R)real(static_cast<const T*>(t.g)[g]), held, first, second);
-          R w_new = w_old;
-          with_rule(Rules{}, (int)strided.rule, [&](auto rule) { decltype(rule)::apply(c, w_new, grad, buffer); });
-          if (is.writes_v) static_cast<T*>(t.v)[v] = stored(buffer, T{});
-          if (is.writes_w) static_cast<T*>(t.w)[w] = stored(w_new, T{});
-          add_sums<kMeasure>(s, w_old, grad, is.gauged ? c.unkeep * w_new : w_new, first, second);
-        }
-      });
+  const OfRules<R, Rules> rules(hyper, kMeasure == Measure::pair, t.of_lr);
+  const auto pair = PairCoefficients<R>::from(hyper);
+  const R unkeep = (R)hyper.gauge.unkeep;
+  const bool small = is_small(strided);
+  visit<kMeasure>(t, blockIdx.x, strided.columns, hyper, traits.is_gauged, shared,
+                  [&](int64_t begin, int n, int thread, int threads, double* s) {
+                    for (int i = thread; i < n; i += threads) {
+                      int64_t at[kStreams];
+                      offsets(strided, begin + i, small, at);
+                      const R w_old = real(static_cast<const T*>(t.w)[at[kW]]);
+                      R state[kMostBuffers] = {}, held = 0, first = 0, second = 0;
+#pragma unroll
+                      for (int b = 0; b < kMostBuffers; b++)
+                        if (traits.reads_buffers && b < traits.buffers)
+                          state[b] = real(static_cast<const T*>(t.v[b])[at[kV + b]]);
+                      if constexpr (kMeasure == Measure::pair) held = real(static_cast<const T*>(t.h)[at[kH]]);
+                      const R grad =
+                          gradient<kMeasure>(pair, (R)real(static_cast<const T*>(t.g)[at[kG]]), held, first, second);
+                      R w_new = w_old;
+                      rules.apply(strided.rule, w_new, grad, state);
+#pragma unroll
+                      for (int b = 0; b < kMostBuffers; b++)
+                        if (b < traits.buffers) static_cast<T*>(t.v[b])[at[kV + b]] = stored(state[b], T{});
+                      if (traits.writes_w) static_cast<T*>(t.w)[at[kW]] = stored(w_new, T{});
+                      add_sums<kMeasure>(s, w_old, grad, traits.is_gauged ? unkeep * w_new : w_new, first, second);
+                    }
+                  });
 }
 
-// ---- Choosing a kernel ----------------------------------------------------------------------------------------------
+// ---- What run.cu calls ----------------------------------------------------------------------------------------------
 
 inline Tensor tensor_of(const Chunk& c) {
-  return {c.w, c.g, c.v, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size, c.of_lr};
+  Tensor t{c.w, c.g, {}, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size, c.of_lr};
+  for (int b = 0; b < kMostBuffers; b++) t.v[b] = c.v[b];
+  return t;
 }
 
-// Dimensions that all streams walk through alike are one; a dense tensor has one, or none. `master`: strides of the
-// master copy, as many.
-inline StridedTensor strided_tensor_of(const Chunk& c, int64_t* master) {
+// Dimensions that all streams walk through alike are one; a dense tensor has one, or none.
+inline StridedTensor strided_tensor_of(const Chunk& c) {
   StridedTensor t;
-  t.columns = c.columns, t.rule = c.rule, t.tensor = tensor_of(c), t.ndim = 0;
+  t.columns = c.columns, t.rule = c.rule, t.is_gauged = traits_of(c.rule).is_gauged, t.tensor = tensor_of(c);
+  t.ndim = 0;
   if (!c.strided) {
-    t.ndim = 1;
-    t.shape[0] = c.size, t.w[0] = t.g[0] = t.v[0] = t.h[0] = master[0] = 1;
+    t.ndim = 1, t.shape[0] = c.size;
+    for (auto& strides : t.strides) strides[0] = 1;
     return t;
   }
   const Strided& from = *c.strided;
+  const int64_t* all[kStreams] = {from.w, from.g, from.h, from.master};
+  for (int b = 0; b < kMostBuffers; b++) all[kV + b] = from.v[b];
   for (int d = 0; d < from.ndim; d++) {
-    if (from.shape[d] == 1) continue;
-    const int64_t size = from.shape[d], w = from.w[d], g = from.g[d], v = from.v ? from.v[d] : 0,
-                  h = from.h ? from.h[d] : 0, m = from.master ? from.master[d] : 0;
-    const int last = t.ndim - 1;
+    const int64_t size = from.shape[d];
+    if (size == 1) continue;
     // A dimension that continues the one before it, in every stream, is part of it.
-    if (last >= 0 && t.w[last] == w * size && t.g[last] == g * size && t.v[last] == v * size && t.h[last] == h * size &&
-        master[last] == m * size) {
-      t.shape[last] *= size, t.w[last] = w, t.g[last] = g, t.v[last] = v, t.h[last] = h, master[last] = m;
-    } else {
-      t.shape[t.ndim] = size, t.w[t.ndim] = w, t.g[t.ndim] = g, t.v[t.ndim] = v, t.h[t.ndim] = h;
-      master[t.ndim++] = m;
-    }
+    const int last = t.ndim - 1;
+    bool continues = last >= 0;
+    for (int s = 0; s < kStreams; s++) continues = continues && t.strides[s][last] == (all[s] ? all[s][d] : 0) * size;
+    const int to = continues ? last : t.ndim++;
+    t.shape[to] = continues ? t.shape[to] * size : size;
+    for (int s = 0; s < kStreams; s++) t.strides[s][to] = all[s] ? all[s][d] : 0;
   }
   return t;
 }
 
-template <class T> struct Updates {  // of one storage type
-  static void launch(Rule, Measure, uint32_t blocks, cudaStream_t, const Table&, const Hyper&);
-  static void launch(Measure, uint32_t blocks, cudaStream_t, const StridedTensor&, const Hyper&);
+template <class T> struct Updates {  // of one storage type; update.cu
+  static void dense(RuleId, Measure, uint32_t blocks, cudaStream_t, const Table&, const Hyper&);
+  static void strided(Measure, uint32_t blocks, cudaStream_t, const StridedTensor&, const Hyper&);
 };
-
-namespace {
-
-// No op measures SvagCombine, and without measuring there is nothing to a Difference.
-template <class Rule, Measure kMeasure> constexpr bool has_op = true;
-template <> constexpr bool has_op<SvagCombine, Measure::step> = false;
-template <> constexpr bool has_op<Difference, Measure::nothing> = false;
-
-template <class T> using Launch = void (*)(uint32_t, cudaStream_t, const Table&, const Hyper&);
-
-template <class Rule, Measure kMeasure, class T>
-void launch_update(uint32_t blocks, cudaStream_t stream, const Table& table, const Hyper& hyper) {
-  if constexpr (has_op<Rule, kMeasure>)
-    NK_LAUNCH((update<Rule, kMeasure, T>), dim3(blocks), dim3(kThreads), 0, stream, table, hyper);
-}
-template <Measure kMeasure, class T, class... All>
-void launch_any(List<All...>, int rule, uint32_t blocks, cudaStream_t stream, const Table& table, const Hyper& hyper) {
-  static constexpr Launch<T> all[] = {launch_update<All, kMeasure, T>...};
-  all[rule](blocks, stream, table, hyper);
-}
-
-}  // namespace
-
-template <class T>
-void Updates<T>::launch(Rule rule, Measure measure, uint32_t blocks, cudaStream_t stream, const Table& table,
-                        const Hyper& hyper) {
-  const int index = (int)rule;
-  if (measure == Measure::nothing) launch_any<Measure::nothing, T>(Rules{}, index, blocks, stream, table, hyper);
-  if (measure == Measure::step) launch_any<Measure::step, T>(Rules{}, index, blocks, stream, table, hyper);
-  if (measure == Measure::pair) launch_any<Measure::pair, T>(StepRules{}, index, blocks, stream, table, hyper);
-}
-
-template <class T>
-void Updates<T>::launch(Measure measure, uint32_t blocks, cudaStream_t stream, const StridedTensor& t,
-                        const Hyper& hyper) {
-  const dim3 grid(blocks), block(kThreads);
-  if (measure == Measure::nothing) NK_LAUNCH((update_strided<Measure::nothing, T>), grid, block, 0, stream, t, hyper);
-  if (measure == Measure::step) NK_LAUNCH((update_strided<Measure::step, T>), grid, block, 0, stream, t, hyper);
-  if (measure == Measure::pair) NK_LAUNCH((update_strided<Measure::pair, T>), grid, block, 0, stream, t, hyper);
-}
-
-// One translation unit each.
-extern template struct Updates<double>;
-extern template struct Updates<float>;
-extern template struct Updates<bf16>;
-extern template struct Updates<f16>;
 
 }  // namespace nk::cuda

@@ -9,6 +9,7 @@ Tensors are of a dtype in ``DTYPES``: float64, float32, bfloat16 or float16.
 from ._binary import (
     CHUNK,
     GaugeStep,
+    Hyper,
     LrMultipliers,
     Pass,
     binary,
@@ -67,6 +68,7 @@ __all__ = [
     "Buffers",
     "Gauge",
     "GaugeStep",
+    "Hyper",
     "LrMultipliers",
     "OnDevice",
     "Pass",

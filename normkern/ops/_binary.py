@@ -22,6 +22,7 @@ binary = _C
 #: Coordinates per chunk: the unit of work and of summation.
 CHUNK: int = _C.CHUNK
 Pass = _C.Pass
+Hyper = _C.Hyper
 GaugeStep = _C.GaugeStep
 LrMultipliers = _C.LrMultipliers
 most_decay = _C.most_decay

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tracing import is_traced
-from ._binary import Pass, binary, kernel_takes
+from ._binary import Hyper, Pass, binary, kernel_takes
 from .checks import check_l, inverses, not_taken, why_refused
 from .launch import scratch_beside, torch_op
 
@@ -45,7 +45,10 @@ def grad_sq_norms(
     step = Pass()
     step.begin()
     of_first, of_second = inverses("grad_sq_norms", grad_scale, None if firsts is None else held_scale)
-    refused = step.add_gradients(given, firsts, of_first, of_second, l)
+    refused = step.add(
+        "grad_sq_norms", given, given, None, None,
+        Hyper(inverse_scale=of_first, second_inverse_scale=of_second, l=l), held=firsts,
+    )  # fmt: skip
     if refused:
         raise TypeError(why_refused("grad_sq_norms", refused[0], {"grads": given, "held": firsts}))
     tables = sq_norm_tables(step)

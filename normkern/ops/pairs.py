@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tracing import is_traced
-from ._binary import Pass
+from ._binary import Hyper, Pass
 from .checks import check_l, check_pairs, why_refused
 from .launch import run_pass, torch_op
 from .types import PAIR_SUMS, Stats, column, stats_code
@@ -46,7 +46,7 @@ def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | N
     a, b = _both("svag_combine_", grads_a, grads_b)
     step = Pass()
     step.begin()
-    refused = step.add_svag_combine(a, b, l)
+    refused = step.add("svag_combine_", a, b, None, None, Hyper(l=l))
     if refused:
         raise TypeError(why_refused("svag_combine_", refused[0], {"grads_a": a, "grads_b": b}))
     run_pass(step, measured=False)
@@ -82,7 +82,7 @@ def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]
     a, b = _both("pair_sums", grads_a, grads_b)
     step = Pass()
     step.begin()
-    refused = step.add_difference(a, b, stats_code(stats, "pair_sums"))
+    refused = step.add("pair_sums", a, b, None, None, Hyper(), stats_code(stats, "pair_sums"))
     if refused:
         raise TypeError(why_refused("pair_sums", refused[0], {"grads_a": a, "grads_b": b}))
     table = run_pass(step, measured=True)
@@ -127,7 +127,7 @@ def welford_(
     m, x, s = list(means), list(samples), list(squares)
     step = Pass()
     step.begin()
-    refused = step.add_welford(m, x, s, 1 / n, stats_code(stats, "welford_"))
+    refused = step.add("welford_", m, x, [s], None, Hyper(share=1 / n), stats_code(stats, "welford_"))
     if refused:
         raise TypeError(why_refused("welford_", refused[0], {"means": m, "samples": x, "squares": s}))
     return run_pass(step, measured=stats is not None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tracing import is_traced
-from ._binary import GaugeStep, LrMultipliers, Pass, describe, device_index, kernel_takes
+from ._binary import GaugeStep, Hyper, LrMultipliers, Pass, describe, device_index, kernel_takes
 from .checks import as_float, check_l, inverses, why_refused
 from .launch import run_pass
 from .types import LOW_PRECISION, OnDevice, Rounding, Stats, precision, stats_code
@@ -151,10 +151,14 @@ def sgd_(
     eta, decay, scale = given
     of_first, of_second = inverses("sgd_", scale, None if firsts is None else held_scale)
     multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "sgd_")
+    _, seeded, first_parameter = precision(None, rounding, 0 if rounding is None else rounding.first)
+    hyper = Hyper(
+        lr=eta, momentum=momentum, dampening=dampening, weight_decay=decay, nesterov=nesterov, maximize=maximize,
+        inverse_scale=of_first, second_inverse_scale=of_second, l=l, gauge=gauge, on_device=on_device, rounding=seeded,
+    )  # fmt: skip
     refused = step.add(
-        params, grads, buffers, first, eta, momentum, dampening, decay, nesterov, maximize, of_first, code, -1, None,
-        firsts, of_second, l, gauge, on_device, multipliers, None,
-        precision(None, rounding, 0 if rounding is None else rounding.first), copies,
+        "sgd_", params, grads, None if buffers is None else [buffers], first, hyper, code, held=firsts, masters=copies,
+        lr_multipliers=multipliers, first_parameter=first_parameter,
     )  # fmt: skip
     if refused:
         lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}

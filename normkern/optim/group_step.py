@@ -33,8 +33,8 @@ class Pair(NamedTuple):
     second_inverse_scale: float
 
 
-# lr, momentum, dampening, weight_decay, nesterov, maximize, inverse_scale, stats, group
-_Arguments: TypeAlias = tuple[float, float, float, float, bool, bool, float, int, int]
+# lr, momentum, dampening, weight_decay, nesterov, maximize, inverse_scale
+_Arguments: TypeAlias = tuple[float, float, float, float, bool, bool, float]
 
 
 class GroupStep:
@@ -104,8 +104,6 @@ class GroupStep:
             bool(options["nesterov"]),
             bool(options["maximize"]),
             inverse_scale if pair is None else pair.first_inverse_scale,
-            self.code,
-            index,
         )
         self.gauge = None
         if options["decay"] != "coupled" or GAUGE in options:
@@ -124,25 +122,16 @@ class GroupStep:
             and not all_to_torch
             and (precision is None or not precision.has_masters)
             and plan.add_whole(
-                params,
-                state,
-                BUFFER,
-                *arguments,
-                gauge,
-                self.on_device,
-                self.multipliers,
-                None if precision is None else precision.code(),
+                "sgd_", params, state, (BUFFER,), self._hyper(arguments), self.code, index, self.multipliers, self.row
             )
         ):
             return
         self._add_entries(state, arguments, all_to_torch)
 
-    def _add_entries(
-        self, state: Any, arguments: tuple[float, float, float, float, bool, bool, float, int, int], all_to_torch: bool
-    ) -> None:
+    def _add_entries(self, state: Any, arguments: _Arguments, all_to_torch: bool) -> None:
         """Add the group parameter by parameter, where it cannot go as a whole. `state`: None without momentum."""
         plan, params, pair, precision = self.plan, self.params, self.pair, self.precision
-        self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
+        self.grads, (self.buffers,), missing = ops.gather(params, state, (BUFFER,))
         if pair is not None and not pair.has_own_grads:
             self.grads = pair.grads
             pairs = enumerate(zip(pair.grads, self.buffers, strict=True))
@@ -163,7 +152,11 @@ class GroupStep:
                 self.created += [(params[i], MASTER, self.masters[i]) for i in new]
             converted = precision.convert(params, self.grads, self.buffers)
             self.created += [(params[i], BUFFER, self.buffers[i]) for i in converted]
-        refused = plan.add(params, grads, self.buffers, missing, *arguments, slots=None, **self._more_arguments())
+        refused = plan.add(
+            "sgd_", params, grads, [self.buffers], missing, self._hyper(arguments), self.code, self.index,
+            held=None if pair is None else pair.held, masters=self.masters, lr_multipliers=self.multipliers,
+            first_parameter=self.row,
+        )  # fmt: skip
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
         elif refused:
@@ -200,18 +193,24 @@ class GroupStep:
             for x, name, at in ((lr, "lr", lr_there), (weight_decay, "weight_decay", decay_there))
         )
 
-    def _more_arguments(
-        self, held: list[Any] | None = None, masters: list[Any] | None = None, begin: int = 0
-    ) -> dict[str, Any]:
-        """Return keyword arguments of `Pass.add`: of the whole group, or of a shard of parameter `begin`."""
-        gauge = None if self.gauge is None else self.gauge.step
-        more: dict[str, Any] = {"gauge": gauge, "lr_multipliers": self.multipliers}
-        if self.precision is not None:
-            more |= {"precision": self.precision.code(begin), "masters": self.masters if masters is None else masters}
-        if self.pair is None:
-            return {**more, "on_device": self.on_device}
-        held, scale = self.pair.held if held is None else held, self.pair.second_inverse_scale
-        return {**more, "held": held, "second_inverse_scale": scale, "l": self.pair.l}
+    def _hyper(self, arguments: _Arguments) -> ops.Hyper:
+        """Return the group's numbers for the kernel; the last step's object where they are the same."""
+        gauge, pair, kept = None if self.gauge is None else self.gauge.step, self.pair, self.plan.hypers
+        is_plain = pair is None and gauge is None and self.on_device is None and self.precision is None
+        if is_plain and (last := kept.get(self.index)) is not None and last[0] == arguments:
+            return last[1]
+        lr, momentum, dampening, weight_decay, nesterov, maximize, inverse_scale = arguments
+        state_dtype, rounding, _ = (None, None, 0) if self.precision is None else self.precision.code()
+        hyper = ops.Hyper(
+            lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
+            maximize=maximize, inverse_scale=inverse_scale,
+            second_inverse_scale=1.0 if pair is None else pair.second_inverse_scale, l=1.0 if pair is None else pair.l,
+            gauge=gauge, on_device=None if pair is not None else self.on_device, rounding=rounding,
+            state_dtype=state_dtype,
+        )  # fmt: skip
+        if is_plain:
+            kept[self.index] = (arguments, hyper)
+        return hyper
 
     def _find_another_way(self, refused: list[int], missing: set[int], arguments: _Arguments) -> None:
         """Step a DTensor through its local shard, and leave what the kernel cannot take to torch's loop."""
@@ -243,10 +242,13 @@ class GroupStep:
         with torch.no_grad():
             parts = (p, self.grads[i], buffer, held, master)
             w, g, v, h, m = ([None if x is None else shard(x, like=p)] for x in parts)
-        slots, more = [self.first_slot(i)], {**self._more_arguments(h, m, i), "row": self.row + i}
-        if self.multipliers is not None:
-            more["lr_multipliers"] = self.multipliers.only(i)
-        if self.plan.add(w, g, None if buffer is None else v, [0] if first else None, *arguments, slots=slots, **more):
+        refused = self.plan.add(
+            "sgd_", w, g, None if buffer is None else [v], [0] if first else None, self._hyper(arguments), self.code,
+            self.index, slots=[self.first_slot(i)], held=None if self.pair is None else h,
+            masters=None if self.masters is None else m, row=self.row + i, first_parameter=self.row + i,
+            lr_multipliers=None if self.multipliers is None else self.multipliers.only(i),
+        )  # fmt: skip
+        if refused:
             return False
         if first:
             self.created.append((p, BUFFER, buffer))

@@ -331,7 +331,7 @@ def test_binary_that_is_older_than_its_sources(monkeypatch):
     old.Pass = SimpleNamespace(begin=None)
     monkeypatch.setattr(ops, "binary", old)
     finding = environment.binary()
-    assert_failed(finding, "the binary lacks Pass.add, Pass.add_difference, ", INSTALL)
+    assert_failed(finding, "the binary lacks Pass.add, Pass.add_whole, ", INSTALL)
     assert "Pass.begin" not in finding.measured
 
 

@@ -125,12 +125,9 @@ def test_gauged_step_against_reference(backend, name, dtype):
             plan = ops.Pass()
             plan.begin()
             has_buffer = step.has_buffer
-            assert not plan.add(
-                [fw], [fg], [fv] if has_buffer else None, [0] if first else [], options["lr"],
-                options.get("momentum", 0.0), options.get("dampening", 0.0), options.get("weight_decay", 0.0),
-                options.get("nesterov", False), options.get("maximize", False), 1 / options.get("grad_scale", 1.0), 1, -1,
-                None, gauge=step,
-            )  # fmt: skip
+            numbers = {name: value for name, value in options.items() if name != "grad_scale"}
+            hyper = ops.Hyper(**numbers, inverse_scale=1 / options.get("grad_scale", 1.0), gauge=step)
+            assert not plan.add("sgd_", [fw], [fg], [[fv]] if has_buffer else None, [0] if first else [], hyper, 1)
             plan.check(None)
             table = ops.new_table(1, like=plan.like)
             plan.run(table, ops.new_scratch(plan))

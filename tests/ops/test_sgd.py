@@ -71,11 +71,9 @@ def test_sgd_against_reference(backend, rule, dtype, first):
             fw, fg, fv = (f.tensor for f in fenced)
             stats = ops.Pass()
             stats.begin()
-            assert not stats.add(
-                [fw], [fg], [fv], [0] if first else [], options["lr"], options.get("momentum", 0.0),
-                options.get("dampening", 0.0), options.get("weight_decay", 0.0), options.get("nesterov", False),
-                options.get("maximize", False), 1 / options.get("grad_scale", 1.0), 1, -1, None,
-            )  # fmt: skip
+            numbers = {name: value for name, value in options.items() if name != "grad_scale"}
+            hyper = ops.Hyper(**numbers, inverse_scale=1 / options.get("grad_scale", 1.0))
+            assert not stats.add("sgd_", [fw], [fg], [[fv]], [0] if first else [], hyper, 1)
             stats.check(None)
             table = ops.new_table(1, like=stats.like)
             stats.run(table, ops.new_scratch(stats))
@@ -367,10 +365,34 @@ def test_refuses_unknown_isa():
         ops.select_isa("v9")
 
 
+def test_a_hyper_takes_only_the_numbers_that_it_knows():
+    with pytest.raises(TypeError, match=r"Hyper: expected lr, momentum, .* rounding or state_dtype, got rate"):
+        ops.Hyper(rate=0.1)
+    with pytest.raises(TypeError, match=r"Hyper: lr expected a number, got 'much'"):
+        ops.Hyper(lr="much")
+    with pytest.raises(TypeError, match=r"Hyper: gauge expected a GaugeStep or None, got 3"):
+        ops.Hyper(gauge=3)
+    with pytest.raises(TypeError, match=r"Hyper: rounding expected \(seed, step\) or None, got 7"):
+        ops.Hyper(rounding=7)
+    with pytest.raises(TypeError, match=r"Hyper: state_dtype expected a position in the list of dtypes or None, got 4"):
+        ops.Hyper(state_dtype=4)
+
+
+def test_a_pass_knows_its_ops_and_their_state():
+    step, ones = ops.Pass(), [torch.ones(2)]
+    step.begin()
+    with pytest.raises(ValueError, match="Pass: expected the name of an op over lists of tensors, got adam_"):
+        step.add("adam_", ones, ones, None, None, ops.Hyper())
+    with pytest.raises(ValueError, match="sgd_: expected 1 lists of state buffers, got 2"):
+        step.add("sgd_", ones, ones, [ones, ones], None, ops.Hyper(momentum=0.9))
+    with pytest.raises(ValueError, match="gather: expected at most 2 keys, got 3"):
+        ops.gather(ones, {}, ("a", "b", "c"))
+
+
 def test_refuses_a_table_of_the_wrong_size():
     step = ops.Pass()
     step.begin()
-    step.add([torch.ones(2)], [torch.ones(2)], None, None, 0.1, 0.0, 0.0, 0.0, False, False, 1.0, 1, -1, None)
+    step.add("sgd_", [torch.ones(2)], [torch.ones(2)], None, None, ops.Hyper(lr=0.1), 1)
     step.check(None)
     with pytest.raises(ValueError, match=r"Pass.run: expected a dense float64 table of 1 x 5, got"):
         step.run(torch.empty(5))

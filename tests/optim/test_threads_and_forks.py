@@ -140,7 +140,7 @@ def test_a_large_step_lets_other_threads_run(size, others_run):
         gate.release()
         for _ in range(50 if others_run else 5000):  # a busy machine may wake the other thread late
             plan.begin()
-            plan.add([w], [g], None, None, 0.1, 0.0, 0.0, 0.0, False, False, 1.0, 0, -1, None)
+            plan.add("sgd_", [w], [g], None, None, ops.Hyper(lr=0.1))
             plan.check(None)
             plan.run(None)
             if ran:

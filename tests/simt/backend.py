@@ -34,7 +34,7 @@ class Backend:
 
     Args:
         checked: examine every access of every kernel, fifty times slower.
-        kernels: .cu files that take the place of the shipped ones of the same names.
+        kernels: units of .cu files that take the place of the shipped ones of the same names.
     """
 
     def __init__(self, checked, *, kernels=()):
@@ -90,7 +90,7 @@ class Backend:
         self._library.simt_forget_all()
 
     def blank(self, tensor):
-        """Nobody has written this memory: a kernel that reads it before it writes it is wrong."""
+        """Marks memory as unwritten: a kernel that reads it before it writes it is wrong."""
         pointer, size = ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)
         self._library.simt_allow(pointer, size, b"blank memory")
         self._library.simt_blank(pointer, size)

@@ -3,12 +3,14 @@
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -46,9 +48,34 @@ def headers_digest(folders) -> str:
     return digest(*(f"{p.name}\0{p.read_text()}" for p in files))
 
 
+def storage_types() -> list[str]:
+    """The types of scalar.h, as CMake reads them."""
+    return re.search(r"^using StorageTypes = List<(.*)>;", (CSRC / "core" / "scalar.h").read_text(), re.M)[1].split(
+        ", "
+    )
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One compilation of a file: some are compiled once for each storage type."""
+
+    path: Path
+    storage: str = ""
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.path.name, self.storage
+
+
+def units(paths) -> list[Unit]:
+    """What is compiled of these .cu files."""
+    types = {path: storage_types() if "NK_TYPE" in path.read_text() else [""] for path in paths}
+    return [Unit(path, storage) for path, all_types in types.items() for storage in all_types]
+
+
 def _compile(source: Path, flags) -> Path:
     near = source.parent.parent  # a mutant has a csrc/ of its own, and finds its headers beside itself
-    headers = headers_digest([near if (near / "formulas.h").exists() else CSRC, HERE])
+    headers = headers_digest([near if (near / "core").exists() else CSRC, HERE])
     command = ["g++", *FLAGS, *flags, f"-I{CSRC}", f"-I{HERE}", "-x", "c++", "-c", str(source)]
     target = BUILD / f"{source.stem}-{digest(headers, source.read_text(), command)}.o"
     _make(target, [*command, "-o"])
@@ -81,7 +108,7 @@ def library(name: str, kernels, *, checked: bool, host=(), flags=()) -> Path:
 
     Args:
         name: of the file.
-        kernels: .cu files, instrumented if `checked`.
+        kernels: .cu files or units of them, instrumented if `checked`.
         host: further sources.
         flags: for all of them.
 
@@ -92,7 +119,9 @@ def library(name: str, kernels, *, checked: bool, host=(), flags=()) -> Path:
     for old in BUILD.iterdir():  # of sources that have changed since
         if old.is_file() and time.time() - old.stat().st_mtime > 7 * 24 * 3600:
             old.unlink(missing_ok=True)
-    jobs = [(k, (*(CHECKED if checked else FAST), *flags)) for k in kernels]
+    cuda = [k if isinstance(k, Unit) else Unit(k) for k in kernels]
+    types = [(f"-DNK_TYPE={k.storage}",) if k.storage else () for k in cuda]
+    jobs = [(k.path, (*(CHECKED if checked else FAST), *flags, *of)) for k, of in zip(cuda, types, strict=True)]
     jobs += [(h, ("-O1", *flags)) for h in host]
     jobs += [(e, ("-O2",)) for e in EMULATOR]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -107,14 +136,15 @@ def binding(*, checked: bool, kernels=()) -> Path:
 
     Args:
         checked: examine every access.
-        kernels: .cu files that take the place of the shipped ones of the same names.
+        kernels: units that take the place of the shipped ones of the same names.
     """
     import pybind11
 
     name = "checked" if checked else "fast"
     # Types of the real binary, and of the other build, have other names.
     flags = (f"-Dnk=nk_{name}", f"-I{sysconfig.get_path('include')}", f"-I{pybind11.get_include()}")
-    shipped = {path.name: path for path in sorted((CSRC / "cuda").glob("*.cu"))}
-    chosen = (shipped | {path.name: path for path in kernels}).values()
-    host = [*sorted(CSRC.glob("*.cpp")), HERE / "no_cpu.cpp"]
+    shipped = {unit.name: unit for unit in units(sorted((CSRC / "cuda").glob("*.cu")))}
+    chosen = (shipped | {unit.name: unit for unit in kernels}).values()
+    host = [*sorted(CSRC.glob("core/*.cpp")), *sorted(CSRC.glob("binding/*.cpp")), CSRC / "cuda" / "kernels.cpp"]
+    host.append(HERE / "no_cpu.cpp")
     return library(f"_C-{name}", chosen, checked=checked, host=host, flags=flags)

@@ -16,21 +16,21 @@ class Rule:
     """A struct of formulas.h."""
 
     name: str
-    reads_v: bool
-    writes_v: bool
-    writes_w: bool
-    gauged: bool
+    buffers: int = 0
+    reads_buffers: bool = False
+    writes_w: bool = True
 
 
 def rules() -> dict[str, Rule]:
     """Every rule of formulas.h that back ends instantiate, in its order."""
-    text = (CSRC / "formulas.h").read_text()
+    text = (CSRC / "core" / "formulas.h").read_text()
     listed = re.search(r"using Rules = List<([^>]*)>", text)
     found = {}
     for name in re.findall(r"\w+", listed[1]):
-        body = re.search(rf"struct {name} \{{\s*static constexpr bool ([^;]*);", text)
-        flags = dict(re.findall(r"(\w+) = (true|false)", body[1]))
-        found[name] = Rule(name, **{flag: value == "true" for flag, value in flags.items()})
+        traits = re.search(rf"struct {name} \{{\s*static constexpr Traits traits = ([^;]*);", text)[1]
+        kept = re.search(r"keeping\((\d)\)", traits)
+        buffers = int(kept[1]) if kept else 0
+        found[name] = Rule(name, buffers, buffers > 0 and "first()" not in traits, "only_sums()" not in traits)
     return found
 
 
@@ -43,6 +43,6 @@ SAMPLE_KERNELS = {
 
 
 def bytes_per_coordinate(rule: str, measure: str, storage: str) -> tuple[int, int]:
-    """(read, written) of one coordinate: w and g, v where the rule keeps it, the first gradient of a pair."""
+    """(read, written) of one coordinate: w and g, the rule's state buffers, the first gradient of a pair."""
     r, size = rules()[rule], STORAGE[storage]
-    return size * (2 + r.reads_v + (measure == "pair")), size * (r.writes_w + r.writes_v)
+    return size * (2 + r.buffers * r.reads_buffers + (measure == "pair")), size * (r.writes_w + r.buffers)

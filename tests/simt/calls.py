@@ -34,7 +34,7 @@ class Call:
 
     @property
     def first(self):
-        """The momentum buffer is memory that nobody has written."""
+        """The momentum buffer is memory that is not written yet."""
         return self.rule.endswith("First")
 
     def __call__(self, w, g, v, h, blank=lambda tensor: None):
@@ -43,11 +43,11 @@ class Call:
         step = ops.Pass()
         step.begin()
         if self.rule == "SvagCombine":
-            refused = step.add_svag_combine(w, g, L)
+            refused = step.add("svag_combine_", w, g, None, None, ops.Hyper(l=L))
         elif self.rule == "Difference":
-            refused = step.add_difference(w, g, code)
+            refused = step.add("pair_sums", w, g, None, None, ops.Hyper(), code)
         elif self.rule == "Welford":
-            refused = step.add_welford(w, g, v, 1 / 7, code)
+            refused = step.add("welford_", w, g, [v], None, ops.Hyper(share=1 / 7), code)
         else:
             refused = self._add_step(step, w, g, v, h, code)
         assert not refused
@@ -72,11 +72,12 @@ class Call:
                 before, LR, options["momentum"], 0.0, WEIGHT_DECAY, options["nesterov"], buffers=buffers
             )
         pair = self.measure == "pair"
-        return step.add(
-            w, g, v if has_buffer else None, list(range(len(w))) if self.first else [], LR, options["momentum"], 0.0,
-            WEIGHT_DECAY, options["nesterov"], False, 0.5, code, -1, None, h if pair else None, 0.25 if pair else 1.0,
-            L if pair else 1.0, gauge,
+        hyper = ops.Hyper(
+            lr=LR, momentum=options["momentum"], weight_decay=WEIGHT_DECAY, nesterov=options["nesterov"],
+            inverse_scale=0.5, second_inverse_scale=0.25 if pair else 1.0, l=L if pair else 1.0, gauge=gauge,
         )  # fmt: skip
+        first = list(range(len(w))) if self.first else []
+        return step.add("sgd_", w, g, [v] if has_buffer else None, first, hyper, code, held=h if pair else None)
 
 
 def every_call():

@@ -2,7 +2,7 @@
 //
 // With -fsanitize=thread g++ calls __tsan_read4 and its like before each access that is not provably the thread's own.
 // Here are these functions, in place of libtsan's, and with CUDA's order of events: see State. Found: races in shared
-// and global memory, also between blocks; reads of memory that nobody has written; accesses outside every array;
+// and global memory, also between blocks; reads of unwritten memory; accesses outside every array;
 // misaligned ones. Counted: bytes, widths, and the 32-byte sectors that each warp touches.
 #include <algorithm>
 #include <map>
@@ -34,7 +34,7 @@ struct Cell {
 constexpr size_t kCell = 2, kPage = 4096;
 struct Page {
   Cell cells[kPage / kCell];
-  bool is_blank[kPage / kCell] = {};  // allowed memory that nobody has written
+  bool is_blank[kPage / kCell] = {};  // allowed memory that is not written yet
 };
 struct Region {
   uintptr_t end;
@@ -237,7 +237,7 @@ void examine(uintptr_t address, size_t size, bool is_write, bool is_atomic, bool
     Cell& cell = is_shared ? t.cells[a - address] : page->cells[a % kPage / kCell];
     const bool is_written = is_shared ? cell.written_in == state.block_start : !page->is_blank[a % kPage / kCell];
     if ((!is_write || is_atomic) && !is_written)
-      report(t, "read of memory that nobody has written", address, size, is_write, is_atomic);
+      report(t, "read of unwritten memory", address, size, is_write, is_atomic);
     if (const char* with = race(cell.write, is_atomic, is_shared))
       report(t, std::string(is_write ? "write-write" : "read-after-write") + " race with " + with, address, size,
              is_write, is_atomic);

@@ -3,6 +3,8 @@
 import torch
 from support.memory import same_bits
 
+from normkern import ops
+
 from . import byte_model
 from .calls import random_lists
 
@@ -72,7 +74,7 @@ def moves_what_it_must(backend, call, dtype):
     with backend.in_place():
         call(*random_lists([(COORDINATES,)], dtype))
         got_read, got_written, sectors, accesses, wide = backend.traffic()
-    more = 0 if call.measure == "nothing" else 2 * 9 * 8 * (COORDINATES / 8192 + 1)
+    more = 0 if call.measure == "nothing" else 2 * 8 * len(ops.SUMS + ops.PAIR_SUMS) * (COORDINATES / 8192 + 1)
     assert read <= got_read <= read + more, f"{got_read} bytes read, the formula reads {read}"
     assert wrote <= got_written <= wrote + more, f"{got_written} bytes written, the formula writes {wrote}"
     assert 32 * sectors <= 1.01 * (got_read + got_written), "the accesses of a warp do not fill their sectors"

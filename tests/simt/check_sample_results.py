@@ -12,7 +12,7 @@ SIZE = {torch.float64: 8, torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 
 
 def same_as_cpu(backend, name, dtype, seeds):
-    """The CPU's bits, sums near the CPU's and the same for every schedule, nothing read that nobody has written."""
+    """The CPU's bits, sums near the CPU's and the same for every schedule, nothing read that is not written."""
     expected, first = sample_calls.run(name, dtype), None
     for seed in seeds:
         with backend.in_place(seed), sample_calls.blank_memory(backend.blank):

@@ -1,4 +1,4 @@
-"""Calls of the kernel of streams that are stored differently, for `judgement`: bfloat16 weights and gradients."""
+"""Calls of the kernel of streams that are stored differently, for `check_results`: bfloat16 weights and gradients."""
 
 from dataclasses import dataclass
 
@@ -41,11 +41,15 @@ class MixedCall(Call):
         if self.rule.startswith("Gauged"):
             gauge = ops.gauge_step((1.2, 0.0, 5), LR, 0.0, 0.0, WEIGHT_DECAY, buffers=ops.Buffers.NONE)
         pair, rounding = self.measure == "pair", ops.Rounding(0x1234567890ABCDEF, 7, 5)
+        _, seeded, first_parameter = ops.precision(None, rounding if "random" in self.stored else None, 5)
+        hyper = ops.Hyper(
+            lr=LR, momentum=momentum, weight_decay=WEIGHT_DECAY, nesterov=options["nesterov"], inverse_scale=0.5,
+            second_inverse_scale=0.25 if pair else 1.0, l=L if pair else 1.0, gauge=gauge, rounding=seeded,
+        )  # fmt: skip
         return step.add(
-            w, g, v if momentum else None, list(range(len(w))) if self.first else [], LR, momentum, 0.0, WEIGHT_DECAY,
-            options["nesterov"], False, 0.5, code, -1, None, h if pair else None, 0.25 if pair else 1.0,
-            L if pair else 1.0, gauge, None, precision=ops.precision(None, rounding if "random" in self.stored else None, 5),
-            masters=h if self.stored == "master copies" else None,
+            "sgd_", w, g, [v] if momentum else None, list(range(len(w))) if self.first else [], hyper, code,
+            held=h if pair else None, masters=h if self.stored == "master copies" else None,
+            first_parameter=first_parameter,
         )  # fmt: skip
 
 

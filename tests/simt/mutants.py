@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from . import build
 from .product_mutants import EDITS
@@ -15,13 +14,13 @@ from .product_mutants import EDITS
 #: Kernels of float and launchers of a family, and the files that are its own.
 FAMILIES = {
     "samples": (
-        ("samples_f32.cu", "samples.cu"),
-        ("columns", "moments", "norm_sums", "row_sums", "embedding", "samples"),
+        ("samples.cu", "run_samples.cu"),
+        ("columns", "moments", "norm_sums", "row_sums", "embedding", "samples", "run_samples"),
     ),
     "products": (("outer.cu", "conv.cu", "product.cu"), ("tile", "outer", "conv", "product")),
     "clipping": (("sq_norms.cu",), ("sq_norms",)),
     "mixed": (("mixed.cu", "run.cu"), ("mixed",)),
-    "updates": (("update_f32.cu", "run.cu"), ()),
+    "updates": (("update.cu", "run.cu"), ()),
 }
 
 
@@ -40,7 +39,7 @@ class Mutant:
     def family(self) -> str:
         return next((name for name, (_, own) in FAMILIES.items() if self.file.split(".")[0] in own), "updates")
 
-    def sources(self) -> list[Path]:
+    def sources(self) -> list[build.Unit]:
         """The family's kernels of float and its launchers with the edit, in a folder of their own.
 
         Raises:
@@ -53,7 +52,8 @@ class Mutant:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(build.CSRC, folder)
         (folder / "cuda" / self.file).write_text(shipped.replace(self.old, self.new))
-        return [folder / "cuda" / name for name in FAMILIES[self.family][0]]
+        units = build.units([folder / "cuda" / name for name in FAMILIES[self.family][0]])
+        return [unit for unit in units if unit.storage in ("", "float")]
 
     def verdict(self) -> str:
         """What is said of it, by an interpreter of its own; nothing if nobody objects."""
@@ -70,7 +70,7 @@ MUTANTS = [
     Mutant(
         "missing barrier", "block.cuh",
         "  __syncthreads();\n  if (warp != 0) return;", "  if (warp != 0) return;",
-        "read of memory that nobody has written: read of 8 bytes at shared",
+        "read of unwritten memory: read of 8 bytes at shared",
         always=True,
     ),
     Mutant(
@@ -99,7 +99,7 @@ MUTANTS = [
     Mutant(
         "lost update in shared memory", "block.cuh",
         "from[j][warp] = s[0];", "from[j][0] += s[0];",
-        "read of memory that nobody has written",
+        "read of unwritten memory",
     ),
     Mutant(
         "misaligned packs", "update.cuh",
@@ -133,13 +133,15 @@ MUTANTS = [
         "  if (threadIdx.x == 0) write_sums(t.sums + block * columns, s, h, is_gauged);",
         "  in_user_units<N>(s, h, is_gauged);\n  if (threadIdx.x == 0)\n"
         "    for (int j = 0; j < N; j++) atomicAdd(t.sums + slot * each * columns + j, s[j]);",
-        "read of memory that nobody has written: atomic of 8 bytes",
+        "read of unwritten memory: atomic of 8 bytes",
         always=True,
     ),
     Mutant(
         "a new buffer is read", "update.cuh",
-        "if constexpr (Rule::reads_v) v[j].load(t.v + at);", "if constexpr (Rule::writes_v) (void)*(const volatile T*)(v[j].load(t.v + at), t.v + at);",
-        "read of memory that nobody has written: read of 4 bytes",
+        "for (int b = 0; b < kBuffers; b++) v[b][j].load(t.v[b] + at);",
+        "for (int b = 0; b < kBuffers; b++) v[b][j].load(t.v[b] + at);\n      else if constexpr (kBuffers > 0)\n"
+        "        (void)*(const volatile T*)(t.v[0] + at);",
+        "read of unwritten memory: read of 4 bytes",
     ),
     Mutant(
         "the gradient read twice", "update.cuh",
@@ -164,13 +166,13 @@ MUTANTS = [
     ),
     Mutant(
         "strides of another stream", "update.cuh",
-        "v += k * t.v[d]", "v += k * t.w[d]",
+        "at[stream] += k * t.strides[stream][d]", "at[stream] += k * t.strides[stream == kV ? kW : stream][d]",
         "access ",
     ),
     Mutant(
         "sums are added before they are there", "columns.cuh",
         "    __syncthreads();\n    if (threadIdx.x < Columns::kTile)", "    if (threadIdx.x < Columns::kTile)",
-        "read of memory that nobody has written: read of 4 bytes at sums",
+        "read of unwritten memory: read of 4 bytes at sums",
     ),
     Mutant(
         "sums are overwritten before they are added", "columns.cuh",
@@ -183,7 +185,7 @@ MUTANTS = [
         "moments.cuh",
         "share, R(0));\n        }\n        __syncthreads();",
         "share, R(0));\n        }",
-        "read of memory that nobody has written: read of 4 bytes at shifts",
+        "read of unwritten memory: read of 4 bytes at shifts",
     ),
     Mutant(
         "one column too many", "columns.cuh",
@@ -191,13 +193,13 @@ MUTANTS = [
         "access past the end",
     ),
     Mutant(
-        "packs of rows out of alignment", "samples.cu",
+        "packs of rows out of alignment", "run_samples.cu",
         "  return reinterpret_cast<uintptr_t>(p) % 16 == 0 && stride", "  return p && stride",
         "misaligned access: read of 16 bytes",
         always=True,
     ),
     Mutant(
-        "packs of rows of any stride", "samples.cu",
+        "packs of rows of any stride", "run_samples.cu",
         "% 16 == 0 && stride * item_size(dtype) % 16 == 0 &&", "% 16 == 0 && stride >= 0 &&",
         "misaligned access: read of 16 bytes",
     ),
@@ -214,14 +216,14 @@ MUTANTS = [
         always=True,
     ),
     Mutant(
-        "one line too many", "samples.cu",
+        "one line too many", "run_samples.cu",
         "for (int64_t i = begin + warp; i < end; i += kWarps) sum += lines", "for (int64_t i = begin + warp; i <= end; i += kWarps) sum += lines",
         "access past the end",
     ),
     Mutant(
         "positions without a square", "embedding.cuh",
         "        if (lane == 0) squares[at[j]] = 0;\n", "",
-        "read of memory that nobody has written: read of 8 bytes",
+        "read of unwritten memory: read of 8 bytes",
     ),
     Mutant(
         "the last sample forgotten", "embedding.cuh",

@@ -1,7 +1,7 @@
 // no_cpu.cpp - the emulated binary has no loops for the CPU: every tensor is in the memory of its device.
 #include <stdexcept>
 
-#include "backend.h"
+#include "core/backend.h"
 
 namespace nk::cpu {
 namespace {

@@ -232,7 +232,7 @@ void expect(bool holds, const std::string& what) {
 
 const std::vector<Planted> all = {
     {"barrier", "", one_block(reversed<true>, ints)},
-    {"missing barrier", "nobody has written: read of 4 bytes at s", one_block(reversed<false>, ints)},
+    {"missing barrier", "unwritten memory: read of 4 bytes at s", one_block(reversed<false>, ints)},
     {"barrier before reuse", "", one_block(reused<true>, ints)},
     {"missing barrier before reuse", "race with another warp", one_block(reused<false>, ints)},
     {"divergent barrier", "divergent __syncthreads", one_block(two_barriers)},
@@ -266,8 +266,8 @@ const std::vector<Planted> all = {
     {"past the end of a shared array", "access outside every shared array: write of 4 bytes at s+32",
      one_block(past_shared, results)},
     {"written shared memory", "", one_block(fresh_shared<true>, results)},
-    {"unwritten shared memory", "nobody has written", one_block(fresh_shared<false>, results)},
-    {"unwritten global memory", "nobody has written",
+    {"unwritten shared memory", "unwritten memory", one_block(fresh_shared<false>, results)},
+    {"unwritten global memory", "unwritten memory",
      [] {
        simt_blank(floats, sizeof memory.floats);
        NK_LAUNCH(fresh_global, 1, kBlock, 0, nullptr, (const float*)floats, results);

@@ -1,7 +1,7 @@
 """The kernels that own dW, broken on purpose: see mutants.py. Name, file, what is there, what takes its place, what is
 said of it, and whether there is always time for it."""
 
-UNWRITTEN = "read of memory that nobody has written: read of "
+UNWRITTEN = "read of unwritten memory: read of "
 
 EDITS = [
     (

@@ -8,7 +8,7 @@
 #include <string>
 #include <utility>
 
-#include "../../csrc/dlpack.h"
+#include "../../csrc/binding/dlpack.h"
 #include "state.h"
 
 using simt::state;

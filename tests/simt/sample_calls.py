@@ -113,7 +113,7 @@ def _all(steps, before):
 
 @contextlib.contextmanager
 def blank_memory(blank):
-    """Whatever ops make for results and scratch is memory that nobody has written."""
+    """Whatever ops make for results and scratch is unwritten memory."""
 
     def unwritten(function):
         def made(*args, **kwargs):

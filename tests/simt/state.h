@@ -39,7 +39,7 @@ extern State state;
 
 // Memory that kernels may touch. Stretches that overlap become one.
 void allow(const void* p, size_t size, const char* name);
-void blank(const void* p, size_t size);  // allowed memory that nobody has written
+void blank(const void* p, size_t size);  // allowed memory that is not written yet
 void forget_all();
 int allowed(uint64_t (*stretches)[2], int room);  // address and size of each; returns how many there are
 
