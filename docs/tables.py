@@ -1,7 +1,7 @@
 """Write every table of results into the pages that show it, between their marks: python docs/tables.py
 
-A page asks for a table by two comments, ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, with a NAME of `TABLES`. The numbers
-are those of bench/results and experiments/results. The benchmarks write their own tables too; this writes all of them.
+A page asks for a table by two comments, ``<!-- NAME:begin -->`` and ``<!-- NAME:end -->``, with a NAME of `TABLES`. The
+numbers are those of bench/results and experiments/. The benchmarks write their own tables too; this writes all of them.
 """
 
 from __future__ import annotations
@@ -64,8 +64,7 @@ def cpu_short() -> str:
     for case, name in CPU_SHORT.items():
         rows, out = results.groups[case], results.left_out.get(case, {})
         cells = [
-            scaled(rows[p].seconds) if p in rows else f"{report.short_reason(out[p])} result"
-            for p in CPU_SHORT_STEPS
+            scaled(rows[p].seconds) if p in rows else f"{report.short_reason(out[p])} result" for p in CPU_SHORT_STEPS
         ]
         lines.append(table_row(name, *cells))
     return "\n".join([*lines, "", report.where(results)])
@@ -109,6 +108,17 @@ def equilibrium() -> str:
     return "\n".join([*lines, "", f"{run}."])
 
 
+def papers() -> str:
+    lines = table_head("paper", "claim", "what the paper says", "verdict here")
+    lines[1] = "|---|--:|---|---|"
+    for name in ("auto_rate", "exponential", "intrinsic", "svag"):
+        told = read(ROOT / "experiments" / "papers" / "results" / f"{name}.json")
+        for claim in told["claims"]:
+            said = claim["paper"].replace("|", "\\|")
+            lines.append(table_row(told["authors"], str(claim["number"]), said, f"**{claim['verdict']}**"))
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "bench": lambda: report.readme_table(load(BENCH / "bench.json")),
     "bench-svag": lambda: report.svag_table(load(BENCH / "bench.json")),
@@ -120,6 +130,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu-call": lambda: gpu("step_us"),
     "gpu-device": lambda: gpu("device_us"),
     "equilibrium": equilibrium,
+    "papers": papers,
 }
 
 

@@ -26,7 +26,7 @@ from .figures import Figures
 from .runs import Results, Run, run_all
 
 ROOT = Path(__file__).parents[2]
-FULL, QUICK = ROOT / "bench" / "papers" / "results", ROOT / "build" / "papers"
+FULL, QUICK = ROOT / "experiments" / "papers" / "results", ROOT / "build" / "papers"
 
 
 class Scale(NamedTuple):
