@@ -22,7 +22,7 @@ extensions = [
     "sphinx_parts.links",
     "sphinx_parts.tables",
 ]
-exclude_patterns = ["figures", "notebooks", "sphinx_parts", "tables.py"]
+exclude_patterns = ["figures", "sphinx_parts"]
 highlight_language = "none"
 default_role = "py:obj"  # `SGD` in a docstring: a link where there is one to make, else code
 
