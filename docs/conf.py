@@ -1,4 +1,4 @@
-"""The documentation site: `make docs` writes build/docs/index.html, and reads no network, then or when it is shown."""
+"""Configure the documentation site: `make docs` writes build/docs/index.html. Building and reading need no network."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The gradient noise scale of a run, and the gradient norms of its samples at two moments."""
+"""Draw the gradient noise scale of a run, and the gradient norms of its samples at the start and at the end."""
 
 import torch
 from digits import batches, convnet
@@ -13,7 +13,7 @@ STEPS, SPAN, SEEDS = 400, 50, 5
 
 
 def run(seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The noise scale of each span of steps, and the gradient norms of the samples of each step."""
+    """Return the noise scale of each span of steps, and the gradient norms of the samples of each step."""
     torch.manual_seed(seed)
     model = convnet(nn.GroupNorm)
     opt = normkern.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -1,4 +1,4 @@
-"""SVAG on the way to the stochastic differential equation, and the noise that it measures as it goes."""
+"""Draw SVAG runs with growing l, which approach the SDE, and the noise that they measure."""
 
 import torch
 from digits import batches, convnet
@@ -12,7 +12,7 @@ STEPS, LR, SEEDS = 200, 0.8, 5
 
 
 def run(l: int, seed: int) -> torch.Tensor:
-    """Rows: time in steps of SGD, |w|^2 of the second convolution, the noise-to-signal ratio of the batch gradient."""
+    """Return rows: time in steps of SGD, |w|^2 of the second convolution, noise over signal of the batch gradient."""
     torch.manual_seed(seed)
     model = convnet()
     opt = normkern.SVAG(model.named_parameters(), lr=LR, l=l, weight_decay=0.01, noise_decay=0.95, stats="tensor")
