@@ -1,1 +1,1 @@
-"""Speed: cases x peers, interleaved, as JSON, table and plot. `make bench`; see the tables in cases.py and peers.py."""
+"""Speed: peers on cases, timed in turns, as JSON, table and plot (`make bench`). Tables: cases, jobs, peers, nets."""

@@ -13,18 +13,18 @@ from .cases import Shape
 
 #: A learning rate so small that a minute of steps leaves the weights where they are.
 HYPER = {"lr": 1e-6, "momentum": 0.9, "weight_decay": 5e-4}
-#: Of the steps from two gradients; the learning rate of such a step is `lr` divided by it.
+#: l of the SVAG steps, which are taken with the learning rate `lr` / l.
 SVAG_L = 4.0
-#: Of the steps that clip: far below the gradients' own. Who clips in place finds them clipped from its second turn on.
+#: Limit of the clipped steps, far below the norm of the gradients. A peer that clips in place clips once.
 MAX_NORM = 100.0
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Weights with their gradients, and momentum buffers: the same memory for every peer, so none has luck with it.
+    """Weights with their gradients, and momentum buffers: the same memory for every peer, so that none is lucky.
 
     graph: what a loss refers to that is still alive at the step, as it is in a training loop. A tensor to which only
-    Python refers costs torch two trips through the GIL machinery at every look, normkern's and everybody's.
+    Python refers costs torch two trips through the GIL machinery at every access, by normkern and by every peer.
     """
 
     params: list[nn.Parameter]
@@ -38,7 +38,7 @@ class Arrays:
 
     @functools.cached_property
     def held(self) -> list[Tensor]:
-        """The gradients of another batch, the first of each pair; made when somebody first asks, always the same."""
+        """The first gradients of the pairs: random, always the same, made on the first access."""
         make = torch.Generator().manual_seed(0)
         return [torch.randn(p.shape, generator=make, dtype=p.dtype) for p in self.params]
 

@@ -1,4 +1,4 @@
-"""A test per network and peer: time and peak memory of a forward and backward with statistics of single gradients."""
+"""A test per network and peer: time and peak memory of a forward and backward with per-sample gradient statistics."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .peak import peak_megabytes
 from .tape import Tape
 
 TAPE = Tape()
-#: Turns at the least: a step of seconds says little more in the fifth than in the third.
+#: The least number of turns, as a step of seconds is known well enough after three.
 LEAST = 3
 JOB_OF = {peer.name: peer.job for peer in NOISE_PEERS}
 
 
 @dataclass
 class Measured:
-    """One network: samples and peaks of everybody who is right, and why the others were not timed."""
+    """One network: the times of the peers with right results, and why the others were not timed."""
 
     net: Net
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Measured:
     left_out: dict[str, str] = field(default_factory=dict)
 
     def info(self, name: str) -> dict[str, Any]:
-        """What pytest-benchmark does not know of one peer."""
+        """Return what pytest-benchmark does not know about one peer."""
         plain, median = (statistics.median(self.samples[n]) for n in (PLAIN, name))
         return {
             "case": self.net.name,
@@ -70,7 +70,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @functools.lru_cache(maxsize=1)
 def measure_once(name: str, seconds: float) -> Measured:
-    """Judge everybody, then time the right ones, interleaved, each on a model of its own."""
+    """Check every peer, then time those with right results, interleaved, each on its own model."""
     result, steps = Measured(NETS[name]), {}
     for peer in NOISE_PEERS:
         if reason := fault(peer, name):

@@ -31,7 +31,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "peer"), tests)
 
 
-# Not a fixture of a wider scope: the tests of a case follow each other, and the next case needs the last one's memory.
+# No fixture of a wider scope: the tests of a case follow each other, and the next case needs the memory of this one.
 @functools.lru_cache(maxsize=1)
 def measure_once(case: str, seconds: float, quick: bool) -> Measured:
     return measure(CASES[case], seconds, quick=quick)

@@ -9,7 +9,7 @@ import torch
 
 Shape = tuple[int, ...]
 
-#: Jobs: of one gradient; clipped by all of them besides; of pairs besides; of the gradients of single samples.
+#: Sets of jobs: from one gradient; the same and clipped; the same and from pairs; on per-sample gradients.
 SGD = ("step", "step + statistics")
 CLIPPED = (*SGD, "clipped step")
 SVAG = (*SGD, "SVAG step")
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def array_bytes(self) -> int:
-        """Of one array of the job, such as the gradients."""
+        """The bytes of one array of the job, such as the gradients."""
         return self.coordinates * self.dtype.itemsize
 
 

@@ -2,12 +2,12 @@
 
 python -m bench.compare old.json new.json [--threshold 0.10] [--across-machines]
 
-Absolute times of two runs say little. A machine has good and bad minutes, and a bad one does to a loop that memory
-limits something else than to one that arithmetic or Python limits, so no single yardstick will do. The others are the
-yardstick: peers and limits, whose code is the same in both runs. The middle of their new / old ratios on a case is
-what the machine did; the band from the lowest to the highest tenth of them is how well that is known. A step has
-changed if its own ratio, over that middle, exceeds the threshold and lies outside the band, and the quartiles of its
-samples, over the middle too, do not touch. Changes of the others are told by the same rule and fail nothing.
+Absolute times of two runs say little. A machine has good and bad minutes, and a bad one slows a loop that is limited by
+memory differently from one that is limited by arithmetic or Python. So the yardstick are the others, peers and limits,
+whose code is the same in both runs. The middle of their new / old ratios on a case is what the machine did; the band
+from the lowest to the highest tenth of them is how well that is known. A step has changed if its own ratio, over that
+middle, exceeds the threshold and lies outside the band, and the quartiles of its samples, over the middle too, do not
+overlap. Changes of the others are reported by the same rule and fail nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from .results import Results, load
 
-#: What must agree for two runs to be of one machine; everything else that differs is told.
+#: What must agree for two runs to be of one machine; other differences are printed.
 IDENTITY = ("cpu", "cores", "threads", "system", "machine")
 
 
@@ -49,7 +49,7 @@ class Change:
 
 
 def differences(old: Results, new: Results) -> dict[str, tuple[object, object]]:
-    """Entries of the machine's description that are not the same."""
+    """Return the entries of the machine's description that differ."""
     keys = dict.fromkeys([*old.machine, *new.machine])
     pairs = {key: (old.machine.get(key), new.machine.get(key)) for key in keys}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
@@ -73,7 +73,7 @@ def changes(old: Results, new: Results) -> Iterator[Change]:
 
 
 def tenths(values: list[float]) -> tuple[float, float]:
-    """The band that leaves out the lowest and the highest tenth."""
+    """Return the band without the lowest and the highest tenth."""
     if len(values) == 1:
         return values[0], values[0]
     cuts = statistics.quantiles(values, n=10, method="inclusive")
@@ -81,7 +81,7 @@ def tenths(values: list[float]) -> tuple[float, float]:
 
 
 def no_longer_right(old: Results, new: Results) -> Iterator[tuple[str, str, str]]:
-    """(case, peer, reason) of those that the old run timed and the new one found wrong."""
+    """Yield (case, peer, reason) for each peer that the old run timed and the new one found wrong."""
     for group, out in new.left_out.items():
         for peer, reason in out.items():
             if peer in old.groups.get(group, {}) and not reason.startswith("not installed"):
@@ -133,8 +133,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(f"{peer} on {group} was right and is not: {reason}", style="red", highlight=False)
     bad = [c for c in found if c.ours and c.verdict(given.threshold) == "slower"]
     bad_numbers = [peer for _, peer, _ in wrong if peer.startswith("normkern")]
-    told = f"{len(found)} compared, {len(bad)} of normkern's slower by more than {given.threshold:.0%}"
-    console.print(told + (f", {len(bad_numbers)} no longer right." if bad_numbers else "."), highlight=False)
+    summary = f"{len(found)} compared, {len(bad)} of normkern's slower by more than {given.threshold:.0%}"
+    console.print(summary + (f", {len(bad_numbers)} no longer right." if bad_numbers else "."), highlight=False)
     return 1 if bad or bad_numbers else 0
 
 

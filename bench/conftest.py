@@ -1,4 +1,4 @@
-"""What pytest-benchmark writes into the JSON beside the samples' statistics: machine, versions, who was left out."""
+"""Adds to the JSON of pytest-benchmark: the machine, versions, and which peers were left out."""
 
 from __future__ import annotations
 

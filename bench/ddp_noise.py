@@ -1,4 +1,4 @@
-"""What DDPNoise adds to a forward and backward under DistributedDataParallel: processes of one thread each, over gloo.
+"""The time that DDPNoise adds to a forward and backward under DistributedDataParallel, in processes of one thread.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.ddp_noise \\
     --json bench/results/ddp_noise.json --readme README.md
@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 import normkern
 
 from .nets import NETS
-from .report import digits, scaled, table_head, table_row, write_between_marks
+from .report import scaled, table_head, table_row, write_between_marks
+from .results import digits
 
 MARKS = "<!-- bench-ddp:begin -->", "<!-- bench-ddp:end -->"
 PLAIN, HOOK, OURS = "DDP", "DDP, torch's hook", "DDP, DDPNoise"
@@ -49,7 +50,7 @@ WATCH: dict[str, Callable[[DistributedDataParallel], Any]] = {
 
 
 def stepper(name: str, watch: Callable[[DistributedDataParallel], Any]) -> Callable[[], None]:
-    """A forward and backward of a copy of its own."""
+    """Return a function that runs a forward and backward of its own copy of the network."""
     torch.manual_seed(0)
     task = NETS[name].make()
     model = DistributedDataParallel(task.model)
@@ -63,7 +64,7 @@ def stepper(name: str, watch: Callable[[DistributedDataParallel], Any]) -> Calla
 
 
 def measure(name: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every turn of everybody, of the slowest process."""
+    """Return the seconds of every turn of each variant, in the slowest process."""
     steps = {who: stepper(name, watch) for who, watch in WATCH.items()}
     for _ in range(WARM_UP):
         for step in steps.values():
@@ -95,15 +96,15 @@ def summary(name: str, samples: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """As Markdown."""
+    """Return the results as a Markdown table."""
     lines = table_head("network", "forward + backward", "torch's hook", "DDPNoise")
     for case in results["cases"]:
         ratios = [f"{case['times_of_plain'][who]:.3f}" for who in (HOOK, OURS)]
         size = digits(case["coordinates"] / 1e6)
         lines.append(table_row(f"{case['network']} ({size}M)", scaled(case["seconds"][PLAIN]["median"]), *ratios))
     processes, version = results["processes"], results["machine_info"]["torch"]
-    told = f"Times plain DDP; {processes} processes of one thread over gloo, torch {version}."
-    return "\n".join([*lines, "", told])
+    legend = f"Times plain DDP; {processes} processes of one thread over gloo, torch {version}."
+    return "\n".join([*lines, "", legend])
 
 
 def main() -> None:
@@ -121,12 +122,12 @@ def main() -> None:
     if dist.get_rank() == 0:
         from .machine import machine_info
 
-        told = {"machine_info": machine_info(), "processes": dist.get_world_size(), "quick": given.quick}
-        text = table(told | {"cases": cases})
+        document = {"machine_info": machine_info(), "processes": dist.get_world_size(), "quick": given.quick}
+        text = table(document | {"cases": cases})
         print(text, flush=True)
         if given.json:
             given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(told | {"cases": cases}, indent=1) + "\n")
+            given.json.write_text(json.dumps(document | {"cases": cases}, indent=1) + "\n")
         if given.readme:
             write_between_marks(given.readme, text, MARKS)
     dist.barrier()

@@ -23,7 +23,7 @@ from normkern import ops
 
 from .cases import CASES, Case
 
-#: What a copy on an H100 moves, bytes read and written: for times that nobody has measured.
+#: Bytes that a copy on an H100 reads and writes per second: for modelled times.
 MODEL_BYTES_PER_SECOND = 3.0e12
 LR, MOMENTUM, DECAY = 1e-3, 0.9, 1e-4
 
@@ -89,7 +89,7 @@ def tensors(case: Case) -> list[nn.Parameter]:
 
 
 def median(run: Callable[[], object], seconds: float, at_a_time: int) -> float:
-    """Seconds per run, by the device's clock."""
+    """Return the seconds per run, by the device's clock."""
     times: list[float] = []
     while sum(times) * at_a_time < seconds or len(times) < 5:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -104,7 +104,7 @@ def median(run: Callable[[], object], seconds: float, at_a_time: int) -> float:
 
 
 def captured(step: Callable[[], object]) -> Callable[[], object]:
-    """The step as a graph; ten of them, so that the launch of the graph itself counts for little."""
+    """Return the step as a CUDA graph of ten steps, so that launching the graph costs little."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -119,7 +119,7 @@ def captured(step: Callable[[], object]) -> Callable[[], object]:
 
 
 def roof(seconds: float) -> float:
-    """Bytes per second of a copy of 2 GB, read and written."""
+    """Return the bytes per second that a copy of 2 GB reads and writes."""
     a = torch.randint(255, (1 << 31,), dtype=torch.uint8, device="cuda")
     b = torch.empty_like(a)
     return 2 * a.numel() / median(lambda: b.copy_(a), seconds, 5)
@@ -139,7 +139,7 @@ def measure(seconds: float) -> dict[str, Any]:
                 row["step_us"] = 1e6 * median(step, seconds, 10)
                 row["device_us"] = 1e6 * median(captured(step), seconds, 1) / 10
                 row["of_roof"] = moved / row["device_us"] * 1e6 / top
-            except Exception as error:  # a peer's refusal is its answer
+            except Exception as error:  # the error is the peer's result
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append(row)
             print(_line(row), flush=True)

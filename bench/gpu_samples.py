@@ -33,7 +33,7 @@ Peers = dict[str, Run]
 
 @dataclass(frozen=True)
 class Problem:
-    """Operands on the device, who sums over their samples, and what that takes at least."""
+    """Operands on the device, the peers that sum over their samples, and the least work for it."""
 
     name: str
     flops: int
@@ -106,7 +106,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def problems() -> list[Callable[[], Problem]]:
-    """Made one after another: not all at once in memory."""
+    """Yield the problems one after another, so that only one is in memory."""
     single, half = torch.float32, torch.bfloat16
     return [
         lambda: linear(32, 128, 1024, 1024, single),
@@ -134,7 +134,7 @@ def measure(seconds: float) -> dict[str, Any]:
                 run()
                 row["call_us"] = 1e6 * median(run, seconds, 10)
                 row["device_us"] = 1e6 * median(captured(run), seconds, 1) / 10
-            except Exception as error:  # a peer's refusal is its answer
+            except Exception as error:  # the error is the peer's result
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append(row)
             print(_line(row), flush=True)

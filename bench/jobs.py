@@ -1,4 +1,4 @@
-"""The table of jobs: what is done to a case, how much memory that must move, and how a peer's result is judged.
+"""The table of jobs: what is done to a case, how much memory that must move, and how a peer's result is checked.
 
 Jobs that share a `prepare` share its data and are measured in one interleaved run. A new kernel adds a `Job` here, its
 check to right.py, its peers to peers.py, and names the job in the cases that it is for.
@@ -19,12 +19,12 @@ from .right import clipped_fault, moments_fault, sgd_fault, sgd_statistics_fault
 
 @dataclass(frozen=True)
 class Job:
-    """What peers compete in.
+    """One task that peers are timed on.
 
-    prepare: (shapes, dtype) -> what their makers receive.
+    prepare: (shapes, dtype) -> the argument of a peer's maker.
     streams: how many times every coordinate must be read or written; the bytes moved follow from it.
     limit: the loop of limits.py that moves memory in this way.
-    anchor: the peer of which the others' times are multiples.
+    anchor: the peer whose time is the unit for the others.
     fault: (maker, dtype) -> what is wrong with its numbers, or "".
     """
 
@@ -40,7 +40,7 @@ JOBS: dict[str, Job] = {
     job.name: job
     for job in (
         Job("step", arrays, 5, "five-stream loop", "normkern", sgd_fault),
-        # The sums come from numbers that the step has in its hands: no further stream.
+        # The sums come from numbers that the step reads anyway: no further stream.
         Job("step + statistics", arrays, 5, "five-stream loop", "normkern", sgd_statistics_fault),
         # All gradients are read before the first weight can be written.
         Job("clipped step", arrays, 6, "six-stream loop", "normkern clipped", clipped_fault),

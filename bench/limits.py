@@ -1,6 +1,6 @@
-"""The machine's own limits, measured in every run beside the peers: limits.cpp, compiled here and now.
+"""The machine's limits, measured in every run beside the peers: the loops of limits.cpp, compiled when they are needed.
 
-Each limit runs on float32 arrays of as many bytes as the case has, whatever its dtype: memory knows only bytes.
+Each limit runs on float32 arrays with as many bytes as the case has, whatever its dtype.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LONGEST_BYTES = 256 << 20
 
 
 def compiler() -> str | None:
-    """The user's C++ compiler, or None."""
+    """Return the user's C++ compiler, or None."""
     return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))), None)
 
 
@@ -50,12 +50,12 @@ def library() -> ctypes.CDLL:
 
 
 def limit_bytes(array_bytes: int) -> int:
-    """Of one array of the limits that belong to a case."""
+    """Return the bytes of one array of the limits, for a case with arrays of so many bytes."""
     return min(array_bytes, LONGEST_BYTES) // 4 * 4
 
 
 def limit_steps(array_bytes: int) -> dict[str, Callable[[], None]]:
-    """Name -> the loop over arrays of so many bytes, in the order of `LIMITS`; nothing without a compiler."""
+    """Return name -> loop over arrays of so many bytes, in the order of `LIMITS`; without a compiler none."""
     if compiler() is None:
         return {}
     n = limit_bytes(array_bytes) // 4

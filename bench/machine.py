@@ -1,4 +1,4 @@
-"""Where and with what a run was made: for the JSON's head, and for compare.py to refuse what cannot be compared."""
+"""The machine and the versions of a run, for the JSON; compare.py refuses runs of different machines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from normkern import ops
 
 from .limits import compiler
 
-#: Peers and what they stand on; absent ones are left out.
+#: Packages of the peers; those that are not installed are left out.
 PACKAGES = (
     "numpy",
     "torch-optimi",
@@ -34,7 +34,7 @@ PACKAGES = (
 
 
 def machine_info() -> dict[str, Any]:
-    """No name of the machine and nothing of its owner: what makes it fast or slow."""
+    """Return what makes the machine fast or slow, without its name or its owner."""
     import cpuinfo  # comes with pytest-benchmark
 
     brand = cpuinfo.get_cpu_info().get("brand_raw")
@@ -58,8 +58,8 @@ def _compiler_version() -> str | None:
     found = compiler()
     if found is None:
         return None
-    told = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
-    return told.splitlines()[0] if told else None
+    printed = subprocess.run([found, "--version"], capture_output=True, text=True, check=False).stdout
+    return printed.splitlines()[0] if printed else None
 
 
 def _version(package: str) -> str | None:
@@ -70,7 +70,7 @@ def _version(package: str) -> str | None:
 
 
 def build_numbers() -> dict[str, float]:
-    """Seconds to build a wheel from clean, its megabytes, milliseconds that the import adds to torch's."""
+    """Return seconds of a clean build, megabytes of its wheel, and milliseconds of the import after torch's."""
     root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory() as folder:
         begin = time.perf_counter()

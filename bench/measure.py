@@ -1,7 +1,7 @@
-"""Interleaved timing: everybody's turns are spread over the same seconds, in an order that is shuffled anew each round.
+"""Interleaved timing: the turns of all peers are spread over the same seconds, in an order that is shuffled each round.
 
-A machine's speed drifts by the second. Medians of turns that were taken among each other share the drift, and their
-ratios do not see it.
+A machine's speed drifts by the second. Medians of interleaved turns share the drift, so it cancels in their
+ratios.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Clock = Callable[[], float]
 
 
 def plan(costs: dict[str, float], seconds: float, seed: int = 0, least: int = LEAST) -> list[list[str]]:
-    """Who has a turn in which round: {name: seconds of a turn} -> rounds, each in an order of its own.
+    """Plan the rounds from {name: seconds of a turn}: the names that have a turn in each, in a shuffled order.
 
-    Everybody gets the same share of the time, so a slow peer has fewer turns; they are spread evenly over the rounds.
+    Each gets the same share of the time, so a slow peer has fewer turns; they are spread evenly over the rounds.
     """
     share = seconds / len(costs)
     turns = {name: max(least, min(MOST, int(share / cost))) for name, cost in costs.items()}
@@ -58,7 +58,7 @@ def settle(step: Callable[[], object], clock: Clock) -> None:
 
 
 def timed(step: Callable[[], object], repeats: int, clock: Clock) -> float:
-    """Seconds per step."""
+    """Return the seconds per step."""
     begin = clock()
     for _ in range(repeats):
         step()
@@ -68,7 +68,7 @@ def timed(step: Callable[[], object], repeats: int, clock: Clock) -> float:
 def interleave(
     steps: dict[str, Callable[[], object]], seconds: float, clock: Clock = time.perf_counter, least: int = LEAST
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """-> name: seconds per step, one number a turn; and name: steps in a turn."""
+    """Return name -> seconds per step, a number for each turn; and name -> steps in a turn."""
     costs, repeats, long = {}, {}, set()
     for name, step in steps.items():
         step()  # compiles, allocates
@@ -98,7 +98,7 @@ def interleave(
 
 @dataclass
 class Measured:
-    """One case: samples of everybody who was timed, limits included, and why the others were not."""
+    """One case: the times of peers and limits, and why other peers were not timed."""
 
     case: Case
     samples: dict[str, list[float]] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Measured:
     left_out: dict[str, str] = field(default_factory=dict)  # peer -> "wrong: …" or "not installed: …"
 
     def info(self, name: str) -> dict[str, Any]:
-        """What pytest-benchmark does not know of one peer or limit."""
+        """Return what pytest-benchmark does not know about one peer or limit."""
         case, median = self.case, statistics.median(self.samples[name])
         about: dict[str, Any] = {
             "case": case.name,
@@ -134,7 +134,7 @@ class Measured:
 
 @functools.cache
 def fault(peer: Peer, dtype: torch.dtype) -> str:
-    """Why a peer is not timed on tensors of this dtype, or "". What it raises is its answer, too."""
+    """Return why a peer is not timed on tensors of this dtype, or "". An exception is a reason, too."""
     try:
         return peer.missing() or JOBS[peer.job].fault(peer.make, dtype)
     except Exception as error:
@@ -146,7 +146,7 @@ def competitors(case: Case, peers: Iterable[Peer] = PEERS, quick: bool = False) 
 
 
 def measure(case: Case, seconds: float, peers: Sequence[Peer] = PEERS, quick: bool = False) -> Measured:
-    """Judge everybody, then time the right ones and the limits, interleaved."""
+    """Check every peer, then time those with right results and the limits, interleaved."""
     result = Measured(case)
     able = []
     for peer in competitors(case, peers, quick):
@@ -167,6 +167,6 @@ def measure(case: Case, seconds: float, peers: Sequence[Peer] = PEERS, quick: bo
 
 
 def _forget_compiled() -> None:
-    """torch.compile keeps a few versions of a function and then gives up, silently: each case starts from none."""
+    """Reset torch.compile: it keeps a few versions of a function and then silently gives up."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

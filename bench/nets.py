@@ -1,4 +1,4 @@
-"""The table of networks: models with a batch, whose gradients' noise is measured. A new one is a line of `NETS`."""
+"""The table of networks: models with a batch, whose gradient noise is measured. A new one is a line of `NETS`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Task:
         return self.loss(self.model(self.inputs), self.target)
 
     def to(self, dtype: torch.dtype) -> Task:
-        """A copy; ids and labels stay what they are."""
+        """Return a copy in this dtype; ids and labels keep theirs."""
 
         def cast(x: Tensor) -> Tensor:
             return x.to(dtype) if x.is_floating_point() else x
@@ -37,7 +37,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Net:
-    """make: -> the task that is timed. small: -> one of the same layers, on which peers are judged.
+    """make: -> the task that is timed. small: -> one of the same layers, on which peers are checked.
 
     tags: "quick", also in `make bench QUICK=1`.
     """
@@ -90,7 +90,7 @@ class Block(nn.Module):
 
 
 class Gpt(nn.Module):
-    """Neither ties nor broadcast positions, which some peers refuse and others get wrong: all of them may compete."""
+    """A language model without ties and broadcast positions, which some peers refuse and others get wrong."""
 
     def __init__(self, words: int, context: int, width: int, heads: int, blocks: int) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The table of peers in gradient noise: who does a job on a network. A maker takes a `Task`, returns a `Watched` step.
+"""The table of peers for gradient noise: which package does a job on a network. A maker turns a `Task` into `Watched`.
 
-Everybody does a forward and a backward, and statistics of the per-sample gradients besides; nobody steps an optimizer.
-Where a package gives the single gradients, torch's own sums of them are part of its time.
+Each does a forward and a backward with statistics of the per-sample gradients; no optimizer steps. Where a package
+returns the per-sample gradients, torch's sums of them are part of its time.
 
 Looked at and left out: Opacus' other modes (functorch, expanded weights) and its fixed copies for modules of torch's;
 private-transformers and fastDP 2.1, which need a torch of years ago; Cockpit 1.0, which is BackPACK underneath;
@@ -26,8 +26,8 @@ from .nets import Task
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a step found out of the gradients g_b of single samples. None: the job does not ask for it."""
+class Statistics:
+    """Statistics of the per-sample gradients g_b that a step has found. None: the job does not ask for it."""
 
     trace_sigma: Tensor | None = None
     sq_norms: Tensor | None = None
@@ -36,23 +36,23 @@ class Told:
 
 @dataclass(frozen=True)
 class Watched:
-    """One forward and backward of one peer. run: what gets timed. told: of the last run."""
+    """One forward and backward of one peer. run: what is timed. statistics: returns those of the last run."""
 
     run: Callable[[], object]
-    told: Callable[[], Told]
+    statistics: Callable[[], Statistics]
 
 
 Maker = Callable[[Task], Watched]
 
 
 def plain(task: Task) -> Watched:
-    """What everybody's time is a multiple of."""
+    """Plain forward and backward, whose time is the unit for all peers."""
 
     def run() -> None:
         task.model.zero_grad()
         task.value().backward()
 
-    return Watched(run, Told)
+    return Watched(run, Statistics)
 
 
 def ours(task: Task, stats: tuple[str, ...]) -> Watched:
@@ -65,26 +65,26 @@ def ours(task: Task, stats: tuple[str, ...]) -> Watched:
             task.value().backward()
         results[:] = [noise.result()]
 
-    def told() -> Told:
-        return Told(results[0].trace_sigma, results[0].sq_norms, results[0].variance)
+    def statistics() -> Statistics:
+        return Statistics(results[0].trace_sigma, results[0].sq_norms, results[0].variance)
 
-    return Watched(run, told)
+    return Watched(run, statistics)
 
 
-def of_rows(rows: dict[str, Tensor]) -> Told:
-    """Statistics of gradients that lie there, (B, *shape) each, which are gone afterwards.
+def of_rows(rows: dict[str, Tensor]) -> Statistics:
+    """Compute the statistics of per-sample gradients in memory, (B, *shape) each, and overwrite them.
 
     By the fastest operations that torch has for it: var(0) takes twice as long, and squares out of place more memory.
     """
     sq_norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in rows.values()]).square().sum(0)
     variance = {name: g.sub_(g.mean(0)).square_().sum(0) / (len(g) - 1) for name, g in rows.items()}
-    return Told(None, sq_norms, variance)
+    return Statistics(None, sq_norms, variance)
 
 
 def torch_func(task: Task) -> Watched:
     """As torch documents it: vmap over grad of the loss of one sample."""
     named = {name: p.detach() for name, p in task.model.named_parameters()}
-    found: list[Told] = []
+    found: list[Statistics] = []
 
     def loss(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         out = torch.func.functional_call(task.model, parameters, (x.unsqueeze(0),))
@@ -104,7 +104,7 @@ def opacus_hooks(task: Task) -> Watched:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = GradSampleModule(task.model, loss_reduction="mean")
-    found: list[Told] = []
+    found: list[Statistics] = []
 
     def run() -> None:
         model.zero_grad()
@@ -124,22 +124,22 @@ def opacus_ghost(task: Task) -> Watched:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = GradSampleModuleFastGradientClipping(task.model, loss_reduction="mean", max_grad_norm=1.0)
-    found: list[Told] = []
+    found: list[Statistics] = []
 
     def run() -> None:
         model.zero_grad()
         task.loss(model(task.inputs), task.target).backward()
-        found[:] = [Told(None, model.get_norm_sample().square())]
+        found[:] = [Statistics(None, model.get_norm_sample().square())]
 
     return Watched(run, lambda: found[0])
 
 
 def backpack(task: Task, variance: bool) -> Watched:
-    """Statistics of c_b = g_b / B, biased: told in the units of the others, outside of its time."""
+    """BackPACK's biased statistics of c_b = g_b / B, converted to the units of the others outside of its time."""
     from backpack import backpack as context
     from backpack import extend, extensions
 
-    model, found = extend(task.model), list[Told]()
+    model, found = extend(task.model), list[Statistics]()
     asked = [extensions.BatchL2Grad(), *([extensions.Variance()] if variance else [])]
 
     def run() -> None:
@@ -150,21 +150,21 @@ def backpack(task: Task, variance: bool) -> Watched:
                 task.loss(model(task.inputs), task.target).backward()
         named = dict(task.model.named_parameters())
         sq_norms = torch.stack([p.batch_l2 for p in named.values()]).sum(0)
-        found[:] = [Told(None, sq_norms, {n: p.variance for n, p in named.items()} if variance else None)]
+        found[:] = [Statistics(None, sq_norms, {n: p.variance for n, p in named.items()} if variance else None)]
 
-    def told() -> Told:
+    def statistics() -> Statistics:
         batch = len(task.inputs)
         unit, of_variance = batch**2, batch**3 / (batch - 1)
         said = found[0]
         spread = said.variance and {n: v * of_variance for n, v in said.variance.items()}
-        return Told(None, said.sq_norms * unit if said.sq_norms is not None else None, spread)
+        return Statistics(None, said.sq_norms * unit if said.sq_norms is not None else None, spread)
 
-    return Watched(run, told)
+    return Watched(run, statistics)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-#: What is asked for: fields of `Told`.
+#: Job -> the fields of `Statistics` that it asks for.
 JOBS: dict[str, tuple[str, ...]] = {
     "forward + backward": (),
     "noise scale": ("trace_sigma",),
@@ -176,7 +176,7 @@ PLAIN = "plain"
 
 @dataclass(frozen=True)
 class NoisePeer:
-    """One competitor in one job. needs: packages to import, as (module, name on the index)."""
+    """One peer in one job. needs: packages to import, as (module, name on the index)."""
 
     name: str
     job: str
@@ -184,7 +184,7 @@ class NoisePeer:
     needs: tuple[tuple[str, str], ...] = ()
 
     def missing(self) -> str:
-        """What must be installed first, or ""."""
+        """Return what must be installed first, or ""."""
         absent = [package for module, package in self.needs if importlib.util.find_spec(module) is None]
         return f"not installed: {', '.join(absent)}" if absent else ""
 

@@ -1,4 +1,4 @@
-"""Is a peer's gradient noise right? On a small net of the same layers, against a loop over samples in float64."""
+"""Checks a peer's gradient noise on a small net of the same layers, against a loop over samples in float64."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .nets import Net, Task
-from .noise_peers import JOBS, NoisePeer, Told
+from .noise_peers import JOBS, NoisePeer, Statistics
 
-#: Relative to the largest of the numbers that are compared: float32 through a few layers and norms.
+#: Relative to the largest of the compared numbers: float32 through a few layers and norms.
 TOLERANCE = 1e-3
 
 
@@ -20,8 +20,8 @@ def small_task(net: Net) -> Task:
         return net.small()
 
 
-def truth(task: Task) -> Told:
-    """All of it, by the definitions."""
+def truth(task: Task) -> Statistics:
+    """Return all statistics, by their definitions."""
     task = task.to(torch.float64)
     named = dict(task.model.named_parameters())
     samples = zip(task.inputs.split(1), task.target.split(1), strict=True)
@@ -29,12 +29,12 @@ def truth(task: Task) -> Told:
     gradients = {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(named)}
     sq_norms = torch.stack([g.flatten(1).square().sum(1) for g in gradients.values()]).sum(0)
     variance = {name: g.var(0) for name, g in gradients.items()}
-    return Told(torch.stack([v.sum() for v in variance.values()]).sum(), sq_norms, variance)
+    return Statistics(torch.stack([v.sum() for v in variance.values()]).sum(), sq_norms, variance)
 
 
 @functools.cache
 def fault(peer: NoisePeer, net_name: str) -> str:
-    """Why a peer is not timed on this net, or "". What it raises is its answer, too."""
+    """Return why a peer is not timed on this net, or "". An exception is a reason, too."""
     from .nets import NETS
 
     if reason := peer.missing():
@@ -42,24 +42,24 @@ def fault(peer: NoisePeer, net_name: str) -> str:
     net = NETS[net_name]
     try:
         watched = peer.make(small_task(net))
-        for _ in range(2):  # the second finds what the first has left
+        for _ in range(2):  # the second run finds what the first has left
             watched.run()
-        return _difference(watched.told(), truth(small_task(net)), JOBS[peer.job])
+        return _difference(watched.statistics(), truth(small_task(net)), JOBS[peer.job])
     except Exception as error:
         return f"fails: {type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def _difference(got: Told, wanted: Told, asked: tuple[str, ...]) -> str:
+def _difference(got: Statistics, wanted: Statistics, asked: tuple[str, ...]) -> str:
     for field in asked:
-        told, right = getattr(got, field), getattr(wanted, field)
-        if told is None:
+        found, right = getattr(got, field), getattr(wanted, field)
+        if found is None:
             return f"wrong: it does not tell {field}"
         if isinstance(right, dict):
-            if told.keys() != right.keys():
-                return f"wrong: {field} of {len(told)} parameters, expected {len(right)}"
-            off = max(_off(told[name], right[name], max(map(_largest, right.values()))) for name in right)
+            if found.keys() != right.keys():
+                return f"wrong: {field} of {len(found)} parameters, expected {len(right)}"
+            off = max(_off(found[name], right[name], max(map(_largest, right.values()))) for name in right)
         else:
-            off = _off(told, right, _largest(right))
+            off = _off(found, right, _largest(right))
         if not off < TOLERANCE:
             return f"wrong: {field} is off by {off:.1e} of its size"
     return ""

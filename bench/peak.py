@@ -15,32 +15,34 @@ from pathlib import Path
 #: The kernel keeps the peak of resident memory, and forgets it on request: Linux only.
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 MMAP_THRESHOLD = -3  # of glibc's mallopt
+#: What the server imports before it forks; packages that are not installed are passed over. No thread starts there.
+SERVER_IMPORTS = ("bench.nets", "bench.noise_peers", "backpack", "opacus")
 
 
 def peak_megabytes(net: str, peer: str, threads: int, timeout: float = 300.0) -> float | None:
-    """What two steps need beyond the model and its batch, gradients included; None: cannot be had here.
+    """Return what two steps need beyond the model and its batch, gradients included; None where there is no /proc.
 
     Raises:
-        RuntimeError: the child died or said why not.
+        RuntimeError: the child process died, or sent an error.
     """
     if not sys.platform.startswith("linux"):
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.peak_imports"])
+    context.set_forkserver_preload(list(SERVER_IMPORTS))
     answer, end = context.Pipe(duplex=False)
     child = context.Process(target=_measure, args=(end, net, peer, threads))
     child.start()
     end.close()
     try:
-        told = answer.recv() if answer.poll(timeout) else f"no answer after {timeout:.0f} s"
+        sent = answer.recv() if answer.poll(timeout) else f"no answer after {timeout:.0f} s"
     except EOFError:
-        told = "it died"
+        sent = "it died"
     finally:
         child.kill()
         child.join()
-    if isinstance(told, str):
-        raise RuntimeError(f"{peer} on {net}: {told}")
-    return float(told)
+    if isinstance(sent, str):
+        raise RuntimeError(f"{peer} on {net}: {sent}")
+    return float(sent)
 
 
 def _megabytes(field: str) -> float:

@@ -1,6 +1,6 @@
-"""The table of peers: who does a job, and for which cases. A new peer is a maker and one line of `PEERS`.
+"""The table of peers: which package does a job, and on which cases. A new peer is a maker and one line of `PEERS`.
 
-A maker takes what its job prepares and returns a `Step`; right.py judges it before it is timed.
+A maker takes what its job prepares and returns a `Step`; right.py checks it before it is timed.
 
 Looked at on the package index in November 2026 and left out. Their code was read or run:
 - another rule (the decay is decoupled, not part of the gradient): heavyball 3.2 SGD, timm 1.0 SGDW;
@@ -100,26 +100,26 @@ def normkern_measured(arrays: Arrays, stats: Any) -> Step:
     optimizer = shared(normkern.SGD(arrays.params, stats=stats, **arrays.hyper), arrays)
 
     def sums() -> Tensor:
-        told = optimizer.stats()
-        columns = torch.stack([told.weight_sq, told.grad_sq, told.weight_grad_dot], dim=1)
-        return torch.stack([columns[told.slots[name]].sum(0) for name in told.names])
+        last = optimizer.stats()
+        columns = torch.stack([last.weight_sq, last.grad_sq, last.weight_grad_dot], dim=1)
+        return torch.stack([columns[last.slots[name]].sum(0) for name in last.names])
 
     return Step(optimizer.step, sums)
 
 
 def reference_measured(arrays: Arrays) -> Step:
-    told: list[Tensor | None] = [None]
+    last: list[Tensor | None] = [None]
 
     def step() -> None:
         buffers: list[Tensor | None] = list(arrays.momentum_buffers)
-        told[0] = reference.sgd_(arrays.params, arrays.grads, buffers, stats="tensor", **arrays.hyper)
+        last[0] = reference.sgd_(arrays.params, arrays.grads, buffers, stats="tensor", **arrays.hyper)
 
-    return Step(step, lambda: told[0][:, :3])  # type: ignore[index]
+    return Step(step, lambda: last[0][:, :3])  # type: ignore[index]
 
 
 def torch_measured(arrays: Arrays, compiled: bool = False, **choice: bool) -> Step:
-    """What one has to add to torch's step to know |w|, |g| and <w,g>; not |u| and <w,u>, which would cost a copy."""
-    step, told = torch_step(arrays, **choice).run, []
+    """torch's step with |w|, |g| and <w,g>; without |u| and <w,u>, which would cost a copy."""
+    step, last = torch_step(arrays, **choice).run, []
 
     def norms_and_step() -> tuple[Any, Any, list[Tensor]]:
         params, grads = arrays.params, [p.grad for p in arrays.params]
@@ -132,10 +132,10 @@ def torch_measured(arrays: Arrays, compiled: bool = False, **choice: bool) -> St
     run = torch.compile(norms_and_step) if compiled else norms_and_step
 
     def measured() -> None:
-        told[:] = run()
+        last[:] = run()
 
     def sums() -> Tensor:
-        w, g, dots = (torch.stack(list(x)).double() for x in told)
+        w, g, dots = (torch.stack(list(x)).double() for x in last)
         return torch.stack([w**2, g**2, dots], dim=1)
 
     return Step(measured, sums)
@@ -162,17 +162,17 @@ def torch_clipped(arrays: Arrays, **choice: bool) -> Step:
 # --- makers: SVAG step ------------------------------------------------------------------------------------------------
 #
 # Two backwards leave their gradients in `.grad`, one after the other, and that is how every peer gets them: Python
-# assigns them in C's place, in everybody's time. What a step does with them is its own affair.
+# assigns them in place of C, within the time of every peer.
 
 
 def arrive(arrays: Arrays, grads: list[Any]) -> None:
-    """A backward's last act."""
+    """Assign the gradients, as a backward does last."""
     for p, g in zip(arrays.params, grads, strict=True):
         p.grad = g
 
 
 def both(arrays: Arrays, second: list[Any]) -> list[Any]:
-    """Two backwards, between which the first gradients are put aside: those."""
+    """Assign the gradients of two backwards; return the first ones, which were put aside."""
     arrive(arrays, arrays.held)
     first = arrays.grads
     arrive(arrays, second)
@@ -190,23 +190,23 @@ def normkern_pairs(arrays: Arrays) -> Step:
         optimizer.step()
 
     def sums() -> Tensor:  # an average of the noise over equal steps is that of the last
-        told, noise = optimizer.stats(), optimizer.noise()
+        last, noise = optimizer.stats(), optimizer.noise()
         of_pairs = noise.slot_grad_sq_norm_unbiased, 2 * noise.slot_trace_sigma
-        return torch.stack([told.weight_sq, told.grad_sq, told.weight_grad_dot, *of_pairs], dim=1)
+        return torch.stack([last.weight_sq, last.grad_sq, last.weight_grad_dot, *of_pairs], dim=1)
 
     return Step(step, sums)
 
 
 def reference_pairs(arrays: Arrays) -> Step:
-    told: list[Any] = []
+    last: list[Any] = []
     second = arrays.grads
     hyper: dict[str, Any] = {**arrays.hyper, "lr": arrays.hyper["lr"] / SVAG_L}
 
     def step() -> None:
         first, buffers = both(arrays, second), list(arrays.momentum_buffers)
-        told[:] = [reference.sgd_(arrays.params, second, buffers, held=first, l=SVAG_L, stats="tensor", **hyper)]
+        last[:] = [reference.sgd_(arrays.params, second, buffers, held=first, l=SVAG_L, stats="tensor", **hyper)]
 
-    return Step(step, lambda: told[0][:, [0, 1, 2, 5, 6]])
+    return Step(step, lambda: last[0][:, [0, 1, 2, 5, 6]])
 
 
 def torch_pairs(arrays: Arrays, compiled: bool = False, in_place: bool = False, **choice: bool) -> Step:
@@ -216,7 +216,7 @@ def torch_pairs(arrays: Arrays, compiled: bool = False, in_place: bool = False, 
     kept for it, by those that one thinks of first.
     """
     second, spread = arrays.grads, (2 * SVAG_L - 1) ** 0.5 / 2
-    told: list[Any] = []
+    last: list[Any] = []
     # The same weights under another name, which has the combined gradients for good.
     params: list[Any] = [torch.nn.Parameter(p.detach()) for p in arrays.params]
     mixed: list[Any] = second if in_place else [torch.empty_like(p, requires_grad=False) for p in params]
@@ -247,10 +247,10 @@ def torch_pairs(arrays: Arrays, compiled: bool = False, in_place: bool = False, 
 
     def measured() -> None:
         first = both(arrays, second)
-        told[:] = run(first, arrays.grads)
+        last[:] = run(first, arrays.grads)
 
     def sums(graph: list[Tensor] = graph) -> Tensor:  # keeps it alive
-        w, a, b, ab, g, wg = (torch.stack(list(x)).double() for x in told)
+        w, a, b, ab, g, wg = (torch.stack(list(x)).double() for x in last)
         return torch.stack([w**2, g**2, wg, ab, a**2 + b**2 - 2 * ab], dim=1)
 
     return Step(measured, sums)
@@ -263,7 +263,7 @@ def compiled_by_hand(arrays: Arrays) -> Step:
     second, to_first = arrays.grads, 0.5 + (2 * SVAG_L - 1) ** 0.5 / 2
     lr, momentum, decay = arrays.hyper["lr"] / SVAG_L, arrays.hyper["momentum"], arrays.hyper["weight_decay"]
     params = [p.detach() for p in arrays.params]
-    told: list[Any] = []
+    last: list[Any] = []
 
     @torch.compile
     def run(first: list[Any], second: list[Any]) -> list[Any]:
@@ -277,9 +277,9 @@ def compiled_by_hand(arrays: Arrays) -> Step:
 
     def measured() -> None:
         first = both(arrays, second)
-        told[:] = run(first, arrays.grads)
+        last[:] = run(first, arrays.grads)
 
-    return Step(measured, lambda: torch.stack([torch.stack(row) for row in told]).double())
+    return Step(measured, lambda: torch.stack([torch.stack(row) for row in last]).double())
 
 
 def dots(xs: list[Any], ys: list[Any]) -> list[Tensor]:
@@ -290,29 +290,29 @@ def dots(xs: list[Any], ys: list[Any]) -> list[Tensor]:
 
 
 def normkern_moments(matrix: Matrix) -> Step:
-    told: list[Any] = []
+    last: list[Any] = []
 
     def run() -> None:
-        told[:] = [normkern.moments(matrix.x)]
+        last[:] = [normkern.moments(matrix.x)]
 
-    return Step(run, lambda: torch.cat([told[0].mean.double(), told[0].variance.double(), told[0].sq_norms]))
+    return Step(run, lambda: torch.cat([last[0].mean.double(), last[0].variance.double(), last[0].sq_norms]))
 
 
 def op_moments(matrix: Matrix, through_torch: bool) -> Step:
-    """What a call of the op by way of torch's dispatcher costs besides the kernel."""
-    told: list[Any] = []
+    """The op through torch's dispatcher, for what that costs besides the kernel."""
+    last: list[Any] = []
     op = torch.ops.normkern.moments.default if through_torch else normkern.ops.moments
     factor = 1 / (len(matrix.x) - 1)
 
     def run() -> None:
-        told[:] = op(matrix.x, factor=factor)
+        last[:] = op(matrix.x, factor=factor)
 
-    return Step(run, lambda: torch.cat([x.double() for x in told[:3]]))
+    return Step(run, lambda: torch.cat([x.double() for x in last[:3]]))
 
 
 def torch_moments(matrix: Matrix, how: str, compiled: bool = False) -> Step:
     """Welford's algorithm as torch has it, or its vectorised operations, one after the other over a copy."""
-    told: list[Any] = []
+    last: list[Any] = []
 
     def every(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
@@ -326,9 +326,9 @@ def torch_moments(matrix: Matrix, how: str, compiled: bool = False) -> Step:
     every = torch.compile(every) if compiled else every
 
     def run() -> None:
-        told[:] = every(matrix.x)
+        last[:] = every(matrix.x)
 
-    return Step(run, lambda: torch.cat([told[0].double(), told[1].double(), told[2].double() ** 2]))
+    return Step(run, lambda: torch.cat([last[0].double(), last[1].double(), last[2].double() ** 2]))
 
 
 # --- makers: JAX ------------------------------------------------------------------------------------------------------
@@ -353,13 +353,13 @@ def optax_step(arrays: Arrays, measured: bool = False) -> Step:
         updates, state = rule.update(grads, state, params)
         return optax.apply_updates(params, updates), state, sums
 
-    params, grads, told = to_jax(list(arrays.params)), to_jax(arrays.grads), []
+    params, grads, last = to_jax(list(arrays.params)), to_jax(arrays.grads), []
     state = rule.init(params)
 
     def step() -> None:
-        nonlocal params, state, told
-        params, state, told = apply(params, state, grads)
-        jax.block_until_ready((params, state, told))
+        nonlocal params, state, last
+        params, state, last = apply(params, state, grads)
+        jax.block_until_ready((params, state, last))
 
     def write_back() -> None:
         with torch.no_grad():
@@ -367,7 +367,7 @@ def optax_step(arrays: Arrays, measured: bool = False) -> Step:
                 p.copy_(torch.tensor(jax.numpy.asarray(w, dtype="float32").tolist()))
 
     def sums() -> Tensor:
-        return torch.tensor([[float(x) for x in row] for row in told], dtype=torch.float64)
+        return torch.tensor([[float(x) for x in row] for row in last], dtype=torch.float64)
 
     return Step(step, sums if measured else None, write_back)
 
@@ -384,7 +384,7 @@ def up_to(coordinates: int) -> Callable[[Case], bool]:
 
 
 def compiles_soon(case: Case) -> bool:
-    """Each list compiles anew: a quarter of a minute for 150 tensors, so once per list and not in a quick run."""
+    """Whether to time torch.compile: a list of 150 tensors compiles for 15 seconds, so not in a quick run."""
     return few(case) or (case.dtype == torch.float32 and case.name != "161 of 32x32")
 
 
@@ -401,13 +401,13 @@ def few(case: Case) -> bool:
 
 
 def on_the_index(case: Case) -> bool:
-    """Peers from the index have memory and time of their own: the largest list is left to torch and us."""
+    """Whether to time other packages: not on the largest list, which takes too much memory and time."""
     return case.coordinates <= 64 * M and case.dtype != torch.float64
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One competitor in one job.
+    """One peer in one job.
 
     fits: is it worth its time and memory on this case?
     quick: and in a quick run?
@@ -422,7 +422,7 @@ class Peer:
     quick: Callable[[Case], bool] = anything
 
     def missing(self) -> str:
-        """What must be installed first, or ""."""
+        """Return what must be installed first, or ""."""
         for module, package in self.needs:
             if module == "c++" and compiler() is None:
                 return "not installed: a C++ compiler"

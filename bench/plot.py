@@ -10,8 +10,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from .report import digits
-from .results import Results, Row, short_reason
+from .results import Results, Row, digits, short_reason
 
 OURS, OTHERS, LIMIT, WRONG = "#1b7f5c", "#9aa5b1", "#c2410c", "#b91c1c"
 JOBS = ("step", "step + statistics")

@@ -1,4 +1,4 @@
-"""A results file as a table on the terminal, as the README's tables, and as a plot.
+"""Shows a results file: as tables on the terminal, as the tables of README, and as a plot.
 
 python -m bench.report bench/results/bench.json --readme README.md --plot docs/bench.png
 """
@@ -12,17 +12,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .results import Results, Row, load, short_reason
+from .results import Results, Row, digits, load, short_reason
 
 MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
 SVAG_MARKS = "<!-- bench-svag:begin -->", "<!-- bench-svag:end -->"
 NOISE_MARKS = "<!-- bench-noise:begin -->", "<!-- bench-noise:end -->"
 
-#: The terminal's, of steps over given tensors and of networks.
+#: Columns on the terminal, for steps over tensors and for networks.
 STEP_COLUMNS = ("GB/s", "of the limit", "x anchor")
 NET_COLUMNS = ("peak MB", "x plain")
 
-#: The README's columns after our own time: peer -> heading.
+#: Columns of README's table after the time of normkern: peer -> heading.
 COLUMNS = {
     "normkern tensor": "stats tensor",
     "normkern row": "stats row",
@@ -35,7 +35,7 @@ COLUMNS = {
     "torch compile + norms": "torch compile + norms",
     "five-stream loop": "five-stream loop",
 }
-#: The same of the second table, whose rows are the cases with steps from two gradients.
+#: The same for the second table, whose rows are the cases with SVAG steps.
 SVAG_COLUMNS = {
     "combine + torch fused + sums": "combine, torch fused, sums",
     "lerp + torch fused + sums": "lerp, torch fused, sums",
@@ -43,7 +43,7 @@ SVAG_COLUMNS = {
     "torch compile by hand + sums": "all by hand, compiled",
     "six-stream loop": "six-stream loop",
 }
-#: And of the third, whose rows are networks.
+#: The same for the third table, whose rows are networks.
 NOISE_COLUMNS = {
     "normkern nsr": "nsr",
     "normkern norms": "norms",
@@ -56,18 +56,13 @@ NOISE_COLUMNS = {
 }
 
 
-def digits(x: float) -> str:
-    """Three of them, which is more than any run is worth: 0.440, 7.80, 318, 1290."""
-    return f"{x:#.3g}".rstrip(".") if 0 < x < 999.5 else f"{x:.0f}"
-
-
 def scaled(seconds: float) -> str:
     unit, factor = next((u, f) for u, f in (("s", 1.0), ("ms", 1e3), ("us", 1e6)) if seconds * f >= 1 or u == "us")
     return f"{digits(seconds * factor)} {unit}"
 
 
 def show(console: Console, results: Results) -> None:
-    """One table per case: limits, then each job's peers, fastest first, then who was left out and why."""
+    """Print one table per case: limits, then the peers of each job, fastest first, then those left out and why."""
     for group in dict.fromkeys([*results.groups, *results.left_out]):
         rows = results.groups.get(group, {})
         some = next(iter(rows.values()), None)
@@ -105,21 +100,21 @@ def cells(row: Row) -> list[str]:
 
 
 def readme_table(results: Results) -> str:
-    """The cases as Markdown: our time and rate, and how many times longer the others take. Empty if there were none."""
+    """Return the cases as Markdown: time and rate of normkern, and multiples of it for peers. Empty without cases."""
     lines = table_head("case", "normkern", "GB/s", *COLUMNS.values())
     without_rows = len(lines)
     for group, rows in results.groups.items():
         if ours := rows.get("normkern"):
             rate = digits(ours.rate or 0.0)
             lines.append(table_row(group, scaled(ours.seconds), rate, *times(results, ours, COLUMNS)))
-    told = f"After GB/s: times normkern's step. -: not measured. {where(results)}"
-    return "\n".join([*lines, "", told]) if len(lines) > without_rows else ""
+    legend = f"After GB/s: times normkern's step. -: not measured. {where(results)}"
+    return "\n".join([*lines, "", legend]) if len(lines) > without_rows else ""
 
 
 def svag_table(results: Results) -> str:
-    """The steps from two gradients as Markdown: our time, over that of a plain step, and how much longer others take.
+    """Return the SVAG steps as Markdown: time of normkern, also over that of its plain step, and of the peers over it.
 
-    Empty if there were none.
+    Empty without cases.
     """
     lines = table_head("case", "normkern SVAG", "x SGD step", *SVAG_COLUMNS.values())
     without_rows = len(lines)
@@ -127,14 +122,14 @@ def svag_table(results: Results) -> str:
         if ours := rows.get("normkern SVAG"):
             plain = digits(ours.seconds / rows["normkern"].seconds) if "normkern" in rows else "-"
             lines.append(table_row(group, scaled(ours.seconds), plain, *times(results, ours, SVAG_COLUMNS)))
-    told = f"x SGD step: times normkern's step from one gradient; after it: times normkern's SVAG. {where(results)}"
-    return "\n".join([*lines, "", told]) if len(lines) > without_rows else ""
+    legend = f"x SGD step: times normkern's step from one gradient; after it: times normkern's SVAG. {where(results)}"
+    return "\n".join([*lines, "", legend]) if len(lines) > without_rows else ""
 
 
 def noise_table(results: Results) -> str:
-    """Statistics of single gradients as Markdown: times of a plain forward and backward, and megabytes at the peak.
+    """Return the per-sample statistics as Markdown: multiples of a plain forward and backward, and peak megabytes.
 
-    Empty if there were none.
+    Empty without cases.
     """
     lines = table_head("network", "forward + backward", *NOISE_COLUMNS.values())
     without_rows = len(lines)
@@ -143,8 +138,8 @@ def noise_table(results: Results) -> str:
             theirs = zip(times(results, plain, NOISE_COLUMNS), NOISE_COLUMNS, strict=True)
             cells = [f"{ratio}{peak_of(rows.get(peer))}" for ratio, peer in theirs]
             lines.append(table_row(group, scaled(plain.seconds) + peak_of(plain), *cells))
-    told = f"Times a plain forward and backward; peak memory beyond model and batch. {where(results)}"
-    return "\n".join([*lines, "", told]) if len(lines) > without_rows else ""
+    legend = f"Times a plain forward and backward; peak memory beyond model and batch. {where(results)}"
+    return "\n".join([*lines, "", legend]) if len(lines) > without_rows else ""
 
 
 def peak_of(row: Row | None) -> str:
@@ -160,7 +155,7 @@ def table_row(*cells: str) -> str:
 
 
 def times(results: Results, ours: Row, peers: Iterable[str]) -> list[str]:
-    """How many times longer than ours each of the others took on the same case, or why that is not known."""
+    """Return how many times longer than `ours` each peer took on the same case, or why that is not known."""
     rows, out = results.groups[ours.group], results.left_out.get(ours.group, {})
     return [
         digits(rows[peer].seconds / ours.seconds) if peer in rows else short_reason(out.get(peer, "")) or "-"
@@ -175,10 +170,10 @@ def where(results: Results) -> str:
 
 def write_between_marks(file: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     begin, end = marks
-    told = file.read_text()
-    if told.count(begin) != 1 or told.count(end) != 1 or told.index(begin) > told.index(end):
+    before = file.read_text()
+    if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
         raise ValueError(f"{file}: expected one {begin} and after it one {end}")
-    head, rest = told.split(begin)
+    head, rest = before.split(begin)
     file.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
 
 
@@ -190,10 +185,10 @@ def main() -> None:
     arguments = parser.parse_args()
     results = load(arguments.results)
     console = Console()
-    # Piped into a file, rich would cut the tables at 80 columns.
+    # When the output is a file, rich would cut the tables at 80 columns.
     show(console if console.is_terminal else Console(width=120), results)
     if arguments.readme:
-        # A file of some benchmarks alone leaves the other tables as they are.
+        # A results file with a part of the benchmarks leaves the other tables as they are.
         tables = ((readme_table, MARKS), (svag_table, SVAG_MARKS), (noise_table, NOISE_MARKS))
         for table, marks in ((make(results), marks) for make, marks in tables):
             if table and any(mark in arguments.readme.read_text() for mark in marks):

@@ -1,4 +1,4 @@
-"""A results file as plain rows: the one place that knows the layout of the JSON."""
+"""Reads a results file into plain rows. Only this file knows the layout of the JSON."""
 
 from __future__ import annotations
 
@@ -43,26 +43,26 @@ class Results:
     build: dict[str, Any]
     groups: dict[str, dict[str, Row]]
     left_out: dict[str, dict[str, str]]
-    jobs: dict[str, str]  # of everybody who was timed or left out; a file may not tell it of the latter
+    jobs: dict[str, str]  # peer -> job; a file may lack those of peers that were left out
 
 
 def load(path: Path) -> Results:
-    told = json.loads(path.read_text())
+    document = json.loads(path.read_text())
     groups: dict[str, dict[str, Row]] = {}
     left_out: dict[str, dict[str, str]] = {}
-    for entry in told["benchmarks"]:
+    for entry in document["benchmarks"]:
         row = read_row(entry)
         groups.setdefault(row.group, {})[row.peer] = row
-    for entry in told["normkern"]["left_out"]:
+    for entry in document["normkern"]["left_out"]:
         left_out.setdefault(entry["group"], {})[entry["peer"]] = entry["reason"]
-    jobs = {entry["peer"]: entry["job"] for entry in told["normkern"]["left_out"] if "job" in entry}
+    jobs = {entry["peer"]: entry["job"] for entry in document["normkern"]["left_out"] if "job" in entry}
     jobs |= {row.peer: row.job for rows in groups.values() for row in rows.values()}
-    commit = told["commit_info"]["id"][:10] + (" + changes" if told["commit_info"]["dirty"] else "")
-    more = told["normkern"]
+    commit = document["commit_info"]["id"][:10] + (" + changes" if document["commit_info"]["dirty"] else "")
+    more = document["normkern"]
     return Results(
-        told["machine_info"],
+        document["machine_info"],
         commit,
-        told["datetime"][:10],
+        document["datetime"][:10],
         more["quick"],
         more.get("build", {}),
         groups,
@@ -93,6 +93,11 @@ def read_row(entry: dict[str, Any]) -> Row:
     )
 
 
+def digits(x: float) -> str:
+    """Return x with three significant digits, which is as exact as any run: 0.440, 7.80, 318, 1290."""
+    return f"{x:#.3g}".rstrip(".") if 0 < x < 999.5 else f"{x:.0f}"
+
+
 def short_reason(reason: str) -> str:
-    """ "wrong", "fails" or "not installed": what a table's cell has room for."""
+    """Return the reason's first words, for a table's cell: "wrong", "fails" or "not installed"."""
     return reason.split(":")[0]

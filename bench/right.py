@@ -1,4 +1,4 @@
-"""Is a peer right? Its own maker, on tensors chosen to be awkward, against float64. Who is wrong is not timed."""
+"""Checks a peer's result against float64, on awkward tensors. A peer with wrong results is not timed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .arrays import MAX_NORM, SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
 from .cases import dtype_name
 
 STEPS = 3
-#: A decay that an exponential learning rate can follow, and that every dtype feels.
+#: The decay is small enough for an exponential learning rate and large enough to matter in every dtype.
 HYPER = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.025}
 #: Lengths: odd; whole vectors and nothing else; one more and one less than whole vectors; several pieces of work.
 LENGTHS = (1003, 256, 257, 255, 70001)
@@ -22,7 +22,7 @@ TOLERANCE = 8
 
 
 def awkward(dtype: torch.dtype) -> Arrays:
-    """Tensors of `LENGTHS`, then one that starts one coordinate off its storage, and one of three dimensions."""
+    """Return tensors of `LENGTHS`, one that starts one coordinate into its storage, and one of three dimensions."""
     weights = [torch.linspace(-1, 1, n).to(dtype) for n in LENGTHS]
     weights += [torch.linspace(1, -1, 516).to(dtype)[1:], torch.linspace(-1, 1, 3 * 5 * 7).to(dtype).view(3, 5, 7)]
     params = [nn.Parameter(w) for w in weights]
@@ -34,7 +34,7 @@ def awkward(dtype: torch.dtype) -> Arrays:
 def run(
     maker: Maker, dtype: torch.dtype, pairs: bool = False, clips: bool = False
 ) -> tuple[Step, Arrays, list[Tensor], list[Tensor]]:
-    """`STEPS` steps of a peer -> it, its arrays, and in float64 the weights after and before the last step."""
+    """Take `STEPS` steps; return the step, its arrays, and in float64 the weights after and before the last step."""
     given = awkward(dtype)
     rule: dict[str, Any] = HYPER
     if pairs:
@@ -61,19 +61,19 @@ def run(
 
 
 def sgd_fault(maker: Maker, dtype: torch.dtype) -> str:
-    """What is wrong with the weights of a step, or ""."""
+    """Return what is wrong with the weights of a step, or ""."""
     _, given, exact, _ = run(maker, dtype)
     return _weights_fault(given, exact, dtype)
 
 
 def clipped_fault(maker: Maker, dtype: torch.dtype) -> str:
-    """What is wrong with the weights of a step that clips by the global norm, or ""."""
+    """Return what is wrong with the weights of a step that clips by the global norm, or ""."""
     _, given, exact, _ = run(maker, dtype, clips=True)
     return _weights_fault(given, exact, dtype)
 
 
 def sgd_statistics_fault(maker: Maker, dtype: torch.dtype) -> str:
-    """What is wrong with the weights, or with |w|^2, |g|^2, <w,g> before the step, or ""."""
+    """Return what is wrong with the weights, or with |w|^2, |g|^2, <w,g> before the step, or ""."""
     step, given, exact, before = run(maker, dtype)
     if fault := _weights_fault(given, exact, dtype):
         return fault
@@ -86,7 +86,7 @@ def sgd_statistics_fault(maker: Maker, dtype: torch.dtype) -> str:
 
 
 def svag_fault(maker: Maker, dtype: torch.dtype) -> str:
-    """What is wrong with the weights of an SVAG step, or with its sums: of the combined gradient, and of the pair."""
+    """Return what is wrong with the weights of an SVAG step, or its sums (combined gradient, pair), or ""."""
     step, given, exact, before = run(maker, dtype, pairs=True)
     if fault := _weights_fault(given, exact, dtype):
         return fault
@@ -104,7 +104,7 @@ def svag_fault(maker: Maker, dtype: torch.dtype) -> str:
 
 
 def moments_fault(maker: MatrixMaker, dtype: torch.dtype) -> str:
-    """What is wrong with means, variances or norms of rows with a large mean and little noise."""
+    """Return what is wrong with means, variances or norms of rows with a large mean and little noise."""
     eps = torch.finfo(dtype).eps
     make = torch.Generator().manual_seed(0)
     columns = 0.1 * eps**-0.5 * torch.linspace(-1, 1, LENGTHS[0], dtype=torch.float64)

@@ -16,7 +16,7 @@ class Tape:
         self._instants: Iterator[float] = iter(())
 
     def load(self, durations: Sequence[float]) -> None:
-        # Every round starts at 0.0, so that the difference is the duration to the last bit.
+        # Every round starts at 0.0, so that the difference is exactly the duration.
         self._instants = iter([t for duration in durations for t in (0.0, duration)])
 
     def __call__(self) -> float:

@@ -1,4 +1,4 @@
-"""normkern/_C.pyi from the binary: `make stubs`, and `make lint-stubs` that it is up to date.
+"""normkern/_C.pyi from the binary: `make stubs`; `make lint` checks that it is up to date.
 
 pybind11-stubgen reads the signatures that pybind11 wrote. They say "object" where the binding looks for itself, so what
 the objects are stands here: a name means the same wherever it is bound. A vague type without an entry is an error, and

@@ -1,1 +1,1 @@
-"""Runs that test the theory: the claims of four papers, and training in bfloat16."""
+"""Training runs that test the theory: the claims of four papers, and training in bfloat16."""

@@ -1,4 +1,4 @@
-"""Fused, measured optimizers and the tools of normalised networks for PyTorch.
+"""Fused SGD that also returns weight, gradient and update norms, and diagnostics of gradient noise and normalisation.
 
 >>> import torch, normkern
 >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -46,7 +46,7 @@ try:
     from .optim.svag import SVAG, svag_combine_
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
 except Exception as _error:
-    # `python -m normkern` imports the package before its command line can speak: there a sentence says more than a
+    # `python -m normkern` imports the package before its command line can handle errors: it gets a sentence, not a
     # traceback. While Python looks for the module, sys.argv[0] is "-m" and the rest is what follows the module's name.
     if _sys.argv[:1] != ["-m"] or _sys.orig_argv[-len(_sys.argv)] != "normkern":
         raise

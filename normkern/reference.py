@@ -1,6 +1,6 @@
-"""The same functions as `ops`, with the same signatures, in eager torch: the definition of correct.
+"""The functions of `ops`, with the same signatures, in eager torch: they define what is correct.
 
-The oracle of the tests (give it float64 tensors) and the "eager implementation" of the benchmarks. One statement per
+The reference of the tests (give it float64 tensors) and the "eager implementation" of the benchmarks. One statement per
 line of the equations; never imported where speed matters.
 """
 
@@ -14,7 +14,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .ops import NEW_GAUGE, Buffers, Gauge, GaugeStep, Rounding, Stats
+from .ops.types import (
+    LOW_PRECISION,
+    NEW_GAUGE,
+    PAIR_SUMS,
+    SUMS,
+    Buffers,
+    Gauge,
+    GaugeStep,
+    Rounding,
+    Stats,
+)
 
 
 @torch.no_grad()
@@ -52,12 +62,12 @@ def sgd_(
     for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
         if grad is None:
             if stats:
-                table.append(_no_sums(p, stats, 9 if pairs else 5))
+                table.append(_no_sums(p, stats, SUMS + PAIR_SUMS if pairs else SUMS))
             continue
         real = _real_dtype(p)
         w, g = p.to(real), grad.to(real) / (grad_scale if held is None else held_scale)
         master = None
-        if masters is not None and p.dtype in (torch.bfloat16, torch.float16):
+        if masters is not None and p.dtype in LOW_PRECISION:
             master = masters[i]
             if master is None:
                 master = masters[i] = p.float()
@@ -67,7 +77,7 @@ def sgd_(
         if g1 is not None:
             g2 = grad.to(real) / grad_scale
             g = svag_combination(g1, g2, l)
-        if gauge is not None:  # everything up to the stores is of the run with weight decay
+        if gauge is not None:  # up to the stores, the numbers are those of the run with weight decay
             w, g = scale * w, g / scale
         w_before = w.clone() if stats else w
         d = -g if maximize else g
@@ -99,7 +109,9 @@ def sgd_(
         if stats:
             sums = [step_sums(w_before, g, new_scale * (p if master is None else master).to(real), stats)]
             if pairs:
-                sums.append(_no_sums(p, stats, 4) if g1 is None else gradient_sums(g1 / scale, g2 / scale, stats))
+                sums.append(
+                    _no_sums(p, stats, PAIR_SUMS) if g1 is None else gradient_sums(g1 / scale, g2 / scale, stats)
+                )
             table.append(torch.cat(sums, dim=1))
     return torch.cat(table) if stats else None
 
@@ -130,7 +142,7 @@ def grad_sq_norms(
 
 @torch.no_grad()
 def sq_norm(g: Tensor) -> Tensor:
-    """|g|^2 in float64, of any kind of tensor."""
+    """Return |g|^2 in float64; any kind of tensor is taken."""
     return _as_real(g.detach()).double().square().sum()
 
 
@@ -142,7 +154,7 @@ def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = N
 
 
 def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
-    """Philox4x32-7: four words, int64 from 0 to 2^32 - 1, of counters of four words each and a key of two.
+    """Return Philox4x32-7's four words, int64 from 0 to 2^32 - 1, for counters of four words and a key of two.
 
     Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3".
     """
@@ -160,7 +172,7 @@ def philox(counter: Sequence[Tensor], key: tuple[int, int]) -> list[Tensor]:
 
 
 def round_at_random(x: Tensor, seed: int, parameter: int, step: int) -> Tensor:
-    """float32 as bfloat16, up with the probability that is the position between the neighbours; see `ops.sgd_`."""
+    """Round float32 to bfloat16, up with the probability of its position between the neighbours; see `ops.sgd_`."""
     counters = torch.arange((x.numel() + 7) // 8, device=x.device)
     rest = [torch.full_like(counters, n) for n in (parameter, step % 2**32)]
     words = philox([counters & 0xFFFFFFFF, counters >> 32, *rest], (seed & 0xFFFFFFFF, seed >> 32))
@@ -181,7 +193,7 @@ def gauge_step(
     nesterov: bool = False,
     buffers: Buffers = Buffers.KEPT,
 ) -> Gauge:
-    """`ops.gauge_step`'s next gauge: `sgd_`, from w = 1 and b = z, with gradient 0. The exponent is that of `scale`."""
+    """Return the next gauge of `ops.gauge_step`: `sgd_` from w = 1 and b = z, with gradient 0."""
     scale, z, exponent = gauge
     w = torch.ones((), dtype=torch.float64)
     b = None if buffers in (Buffers.NONE, Buffers.FIRST) else torch.tensor(z, dtype=torch.float64)
@@ -196,7 +208,7 @@ def gauge_step(
 
 
 def svag_combination(g1: Tensor, g2: Tensor, l: float) -> Tensor:
-    """(g1 + g2)/2 + sqrt(2l - 1)/2 (g1 - g2); g1 for l = 1."""
+    """Return (g1 + g2)/2 + sqrt(2l - 1)/2 (g1 - g2); g1 for l = 1."""
     return g1 if l == 1 else (g1 + g2) * 0.5 + (g1 - g2) * (math.sqrt(2 * l - 1) / 2)
 
 
@@ -215,10 +227,10 @@ def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None]
     device = next((a.device for a in grads_a if a is not None), None)
     for a, b in zip(grads_a, grads_b, strict=True):
         if a is None or b is None:
-            table.append(torch.full((1, 4), torch.nan, dtype=torch.float64, device=device))
+            table.append(torch.full((1, len(PAIR_SUMS)), torch.nan, dtype=torch.float64, device=device))
         else:
             table.append(gradient_sums(a, b, stats))
-    return torch.cat(table) if table else torch.empty((0, 4), dtype=torch.float64)
+    return torch.cat(table) if table else torch.empty((0, len(PAIR_SUMS)), dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -230,7 +242,7 @@ def welford_(
     for m, x, s in zip(means, samples, squares, strict=True):
         if x is None:
             if stats:
-                table.append(_no_sums(m, stats, 5))
+                table.append(_no_sums(m, stats, SUMS))
             continue
         real = _real_dtype(m)
         before, sample = m.to(real), x.to(real)
@@ -280,7 +292,7 @@ def conv_moments(
 
 
 def contribution_sums(c: Tensor, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Total, sum of squared deviations and squared norms of contributions c (B, ...)."""
+    """Return total, sum of squared deviations and squared norms of contributions c (B, ...)."""
     total = c.sum(0)
     centred = (c - total / max(len(c), 1)).square().sum(0) if squares else None
     return total, centred, c.double().flatten(1).square().sum(1)
@@ -355,27 +367,40 @@ def row_sq_norms(x: Tensor) -> Tensor:
 
 
 def gradient_sums(g1: Tensor, g2: Tensor, stats: Stats) -> Tensor:
-    """<g1,g2>, |g1-g2|^2, |g1|^2, |g2|^2 over the tensor or each row: (slots, 4) float64."""
+    """Return `PAIR_SUMS` over the tensor or each row, (slots, len(PAIR_SUMS)) float64."""
     shape = (_slots(g1, stats), -1) if g1.numel() else (_slots(g1, stats), 0)
     a, b = (_as_real(x.detach()).reshape(shape).double() for x in (g1, g2))
-    return torch.stack([(x * y).sum(1) for x, y in ((a, b), (a - b, a - b), (a, a), (b, b))], dim=1)
+    products = {"pair_dot": (a, b), "pair_difference_sq": (a - b, a - b), "first_sq": (a, a), "second_sq": (b, b)}
+    return _sums(products, PAIR_SUMS)
 
 
 def step_sums(w: Tensor, g: Tensor, w_new: Tensor, stats: Stats) -> Tensor:
-    """|w|^2, |g|^2, <w,g>, |u|^2, <w,u> with u = w_new - w, over the tensor or each row: (slots, 5) float64."""
+    """Return `SUMS` over the tensor or each row, with u = w_new - w: (slots, len(SUMS)) float64."""
     shape = (_slots(w, stats), -1) if w.numel() else (_slots(w, stats), 0)
     w, g, w_new = (_as_real(x.detach()).reshape(shape).double() for x in (w, g, w_new))
     u = w_new - w
-    return torch.stack([(a * b).sum(1) for a, b in ((w, w), (g, g), (w, g), (u, u), (w, u))], dim=1)
+    products = {
+        "weight_sq": (w, w),
+        "grad_sq": (g, g),
+        "weight_grad_dot": (w, g),
+        "update_sq": (u, u),
+        "weight_update_dot": (w, u),
+    }
+    return _sums(products, SUMS)
+
+
+def _sums(products: dict[str, tuple[Tensor, Tensor]], columns: Sequence[str]) -> Tensor:
+    """Return the inner products of rows, a column for each name."""
+    return torch.stack([(a * b).sum(1) for a, b in map(products.__getitem__, columns)], dim=1)
 
 
 def _real_dtype(x: Tensor) -> torch.dtype:
     return x.dtype if x.dtype in (torch.float64, torch.complex64, torch.complex128) else torch.float32
 
 
-def _no_sums(p: Tensor, stats: Stats, columns: int) -> Tensor:
-    """The rows of an entry that was skipped."""
-    return torch.full((_slots(p, stats), columns), torch.nan, dtype=torch.float64, device=p.device)
+def _no_sums(p: Tensor, stats: Stats, columns: Sequence[str]) -> Tensor:
+    """Return the rows of a skipped entry."""
+    return torch.full((_slots(p, stats), len(columns)), torch.nan, dtype=torch.float64, device=p.device)
 
 
 def _slots(p: Tensor, stats: Stats) -> int:

@@ -1,4 +1,4 @@
-"""Whether torch traces, watches or fakes a tensor; `force_eager` runs compiled code as Python wrote it."""
+"""Asks whether torch traces, intercepts or fakes tensors; `force_eager` runs compiled code eagerly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 
 def is_materialized(x: Tensor) -> bool:
-    """Not a meta or fake tensor, and nobody looks on: there is something to measure."""
+    """Return whether a tensor has values to measure: it is not meta or fake, and no dispatch mode is active."""
     return (
         not x.is_meta
         and not in_dispatch_mode()
@@ -25,19 +25,19 @@ def is_materialized(x: Tensor) -> bool:
 
 
 def in_dispatch_mode() -> bool:
-    """A dispatch mode (make_fx, FakeTensorMode) or a torch.func transform wants to see every operation on a tensor."""
+    """Return whether a dispatch mode (make_fx, FakeTensorMode) or a torch.func transform intercepts operations."""
     return _len_torch_dispatch_stack() > 0 or peek_interpreter_stack() is not None
 
 
 def is_traced() -> bool:
-    """torch.compile, or a dispatch mode, wants ops as such: it cannot see what their kernels do to memory."""
+    """Return whether torch.compile or a dispatch mode records ops: it cannot see what kernels do to memory."""
     return is_dynamo_compiling() or (
         _len_torch_dispatch_stack() > 0 and not _dispatch_tls_is_dispatch_key_excluded(DispatchKey.Python)
     )
 
 
 def isinstance_if_imported(x: Any, module: str, name: str) -> bool:
-    """isinstance, without an import: where nobody imported the module there are no such objects."""
+    """Return isinstance without importing the module: until it is imported there are no such objects."""
     loaded = sys.modules.get(module)
     return loaded is not None and isinstance(x, getattr(loaded, name))
 
@@ -49,7 +49,7 @@ _stance: Any = None
 
 @contextmanager
 def force_eager() -> Iterator[None]:
-    """torch.compile's stance "force_eager", which is the process's: from when the first thread is inside to the last.
+    """Set torch.compile's stance "force_eager", for the process, until the last thread has left the context.
 
     Raises:
         RuntimeError: the caller is compiled itself.

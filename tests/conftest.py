@@ -49,7 +49,7 @@ def on_gpu():
 
 
 _CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
-#: The emulator takes minutes to build and to run: `make cuda-sweep` has it.
+#: The emulator takes minutes to build and to run: `make cuda SWEEP=1` has it.
 _SIMT = pytest.param("simt", marks=pytest.mark.slow)
 
 

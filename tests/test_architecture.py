@@ -1,4 +1,4 @@
-"""The rules of the house, checked by reading the files."""
+"""Check the rules of the architecture by reading the files: docs/architecture.md has them in words."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import import_graph
 
 import normkern
 from normkern import ops
@@ -61,7 +62,7 @@ def test_only_ops_imports_the_binary():
     assert importers == ["_binary.py"]
 
 
-def test_nobody_imports_the_reference_at_the_top():
+def test_only_the_package_imports_the_reference_at_module_level():
     for path in LOADS:
         if path.name == "__init__.py":  # the public name
             continue
@@ -144,9 +145,12 @@ def test_best_isa_is_the_default():
     assert chosen == best
 
 
+MAKEFILE = (ROOT / "Makefile").read_text()
+
+
 def targets():
-    """What the Makefile makes for people: its .PHONY line."""
-    return re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
+    """Return the targets that `make help` lists."""
+    return re.findall(r"^([a-z-]+):.*## ", MAKEFILE, re.MULTILINE)
 
 
 def test_no_other_file_has_a_version():
@@ -159,17 +163,154 @@ def test_no_other_file_has_a_version():
 
 @pytest.mark.parametrize("target", targets())
 def test_every_target_is_explained(target):
-    head = (ROOT / "Makefile").read_text().split("PYTHON ?=")[0]
-    assert re.search(rf"\b{target}\b", head), f"make {target} is missing in the Makefile's first comment"
     assert f"`make {target}" in (ROOT / "CONTRIBUTING.md").read_text()
 
 
+def test_make_help_lists_every_target_but_parts_of_others():
+    phony = MAKEFILE.split(".PHONY: ")[1].split("\n\n")[0].replace("\\\n", " ").split()
+    parts = {name for name in phony if name.startswith(("lint-", "bench-")) and name != "bench-compare"}
+    assert set(phony) - parts == set(targets())
+
+
+def test_make_alone_prints_the_targets():
+    made = subprocess.run(["make", "--no-print-directory"], cwd=ROOT, capture_output=True, text=True, check=True)
+    lines = made.stdout.splitlines()
+    assert [line.split()[:2] for line in lines] == [["make", target] for target in targets()]
+    assert all(len(line) <= 120 for line in lines), "a line of make help is too long for a terminal"
+
+
+def test_texts_name_only_targets_that_exist():
+    """Check every `make NAME` in code of the documents."""
+    texts = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", ".ci/run", ".ci/cuda", ".pre-commit-config.yaml")]
+    texts += [*(ROOT / "docs").rglob("*.md"), *(ROOT / ".github").rglob("*.yml"), *(ROOT / "bench").glob("*.md")]
+    quoted = r"(?:`|run: |entry: )make (?:--silent )?([a-z-]+)"
+    alone = r"^ *make ([a-z-]+)(?: +#.*| [A-Z]+=.*)?$"
+    unknown = {
+        f"{path.name}: make {name}"
+        for path in texts
+        for pattern in (quoted, alone)
+        for name in re.findall(pattern, path.read_text() if path.exists() else "", re.MULTILINE)  # no .ci in an sdist
+        if name not in targets()
+    }
+    assert not unknown
+
+
 def test_hooks_are_what_lint_does():
-    lint = re.search(r"^lint: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE).group(1).split()
-    hooks = re.findall(r"entry: make --silent (\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
+    lint = re.search(r"^lint: \$\(addprefix lint-,\$\(or \$\(ONLY\),(.*)\)\)", MAKEFILE, re.MULTILINE).group(1).split()
+    hooks = re.findall(r"entry: make --silent lint ONLY=(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert hooks == [*lint, "tidy"]
 
 
 def test_bug_reports_ask_for_info():
     form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text()
     assert "python -m normkern info --json" in form
+
+
+# --- who imports whom -------------------------------------------------------------------------------------------------
+
+GRAPH = import_graph.import_graph(ROOT, "normkern", "bench", "experiments")
+#: The parts of normkern, the lowest layer first. A part imports lower layers only, also inside functions.
+LAYERS = [
+    {"normkern.tracing", "normkern.theory"},
+    {"normkern.ops"},
+    {"normkern.reference"},
+    {"normkern.noise"},
+    {"normkern.optim"},
+    {"normkern.invariance", "normkern.monitors", "normkern.schedules"},
+    {"normkern"},
+    {"normkern.demo", "normkern.doctor"},
+    {"normkern.__main__"},
+]
+#: The files of normkern/ops. The ops themselves, all other files, form one layer between the two lists.
+BELOW_THE_OPS = [{"_load"}, {"_binary"}, {"types"}, {"checks", "launch"}]
+ABOVE_THE_OPS = [{"fake"}, {"schemas"}, {"__init__"}]
+
+
+def within(package):
+    """Return the graph of the files in one folder, by their last name."""
+    inner = {name for name in GRAPH if name == package or name.rpartition(".")[0] == package}
+
+    def last(name):
+        return "__init__" if name == package else name.removeprefix(f"{package}.")
+
+    return {last(name): {last(target) for target in GRAPH[name] & inner} for name in inner}
+
+
+def test_no_import_cycle():
+    found = [" -> ".join([*cycle, cycle[0]]) for cycle in import_graph.cycles(GRAPH)]
+    assert not found, "\n".join(["import cycles:", *found])
+
+
+def test_each_part_imports_lower_layers_only():
+    graph = import_graph.parts({name: GRAPH[name] for name in GRAPH if name.startswith("normkern")}, 2)
+    problems = import_graph.upward_imports(graph, LAYERS)
+    assert not problems, "\n".join(problems)
+
+
+def test_files_of_ops_import_lower_layers_only():
+    graph = within("normkern.ops")
+    ops_themselves = set(graph).difference(*BELOW_THE_OPS, *ABOVE_THE_OPS)
+    problems = import_graph.upward_imports(graph, [*BELOW_THE_OPS, ops_themselves, *ABOVE_THE_OPS])
+    assert not problems, "\n".join(problems)
+
+
+def test_normkern_and_bench_import_no_experiments():
+    tops = import_graph.parts(GRAPH, 1)
+    problems = import_graph.upward_imports(tops, [{"normkern"}, {"bench"}, {"experiments"}])
+    assert not problems, "\n".join(problems)
+
+
+def test_the_top_of_the_package_is_small():
+    files = [p.name for p in (ROOT / "normkern").iterdir() if p.is_file() and p.suffix != ".so"]
+    assert len(files) <= 8, f"a new file belongs into a folder of normkern/: {sorted(files)}"
+
+
+def graph_of(folder, files):
+    """Return the import graph of a package `p` of these files."""
+    for name, text in files.items():
+        path = folder / "p" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return import_graph.import_graph(folder, "p")
+
+
+IMPORTS = {
+    "at the top": "from p import a",
+    "of a name": "from p.a import x",
+    "of a module": "import p.a",
+    "relative": "from . import a",
+    "relative, of a name": "from .a import x as y",
+    "in a function": "def f():\n    from .a import x",
+    "for types alone": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .a import x",
+}
+
+
+@pytest.mark.parametrize("statement", IMPORTS.values(), ids=IMPORTS)
+def test_planted_cycle_is_found(tmp_path, statement):
+    graph = graph_of(tmp_path, {"__init__.py": "from .a import x", "a.py": "import p.b", "b.py": statement})
+    assert import_graph.cycles(graph) == [["p.a", "p.b"]]
+
+
+def test_planted_cycle_across_folders_is_found(tmp_path):
+    files = {"__init__.py": "", "c.py": "from .sub import x", "sub/__init__.py": "from .d import x"}
+    assert not import_graph.cycles(graph_of(tmp_path, {**files, "sub/d.py": "import p, torch"}))
+    graph = graph_of(tmp_path, {**files, "sub/d.py": "from ..c import x"})
+    assert import_graph.cycles(graph) == [["p.c", "p.sub", "p.sub.d"]]
+
+
+def test_a_diamond_is_no_cycle_and_a_shortest_cycle_is_named(tmp_path):
+    files = {"a.py": "from . import b, c", "b.py": "from . import d", "c.py": "from . import d", "d.py": "x = 1"}
+    assert import_graph.cycles(graph_of(tmp_path, files)) == []
+    graph = graph_of(tmp_path, {**files, "d.py": "from . import a, c"})
+    assert import_graph.cycles(graph) == [["p.c", "p.d"]]
+
+
+def test_planted_import_of_a_higher_layer_is_found(tmp_path):
+    graph = graph_of(
+        tmp_path, {"low.py": "import p.high", "high.py": "", "side.py": "from . import high", "new.py": ""}
+    )
+    assert import_graph.upward_imports(graph, [{"p.low"}, {"p.high", "p.side"}]) == [
+        "p.new is in no layer",
+        "p.low imports p.high, which is not in a lower layer",
+        "p.side imports p.high, which is not in a lower layer",
+    ]

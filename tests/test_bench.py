@@ -1,4 +1,4 @@
-"""The pieces of bench/: that its numbers mean what they say. The benchmarks themselves are `make bench`."""
+"""Check the pieces of bench/. The benchmarks themselves are `make bench`."""
 
 import itertools
 import json
@@ -21,7 +21,7 @@ from bench.limits import LIMITS, compiler, limit_steps
 from bench.measure import LEAST, MOST, fault, interleave, measure, plan
 from bench.nets import NETS
 from bench.noise_peers import JOBS as NOISE_JOBS
-from bench.noise_peers import NOISE_PEERS, PLAIN, NoisePeer, Told, Watched, plain, torch_func
+from bench.noise_peers import NOISE_PEERS, PLAIN, NoisePeer, Statistics, Watched, plain, torch_func
 from bench.peak import peak_megabytes
 from bench.peers import (
     PEERS,
@@ -36,9 +36,8 @@ from bench.peers import (
     torch_pairs,
     torch_step,
 )
-from bench.results import load
+from bench.results import digits, load
 from bench.tape import Tape
-from experiments import low_precision
 
 JOB_OF = {peer.name: peer.job for peer in (*PEERS, *NOISE_PEERS)}
 LITTLE = Case("little", ((8, 8), (3,)))
@@ -279,23 +278,23 @@ def biased(task):
     """A variance divided by B."""
     watched = torch_func(task)
 
-    def told():
-        said = watched.told()
+    def statistics():
+        said = watched.statistics()
         batch = len(task.inputs)
-        return Told(None, said.sq_norms, {n: v * (batch - 1) / batch for n, v in said.variance.items()})
+        return Statistics(None, said.sq_norms, {n: v * (batch - 1) / batch for n, v in said.variance.items()})
 
-    return Watched(watched.run, told)
+    return Watched(watched.run, statistics)
 
 
 def partial(task):
     """One that does not see biases."""
     watched = torch_func(task)
 
-    def told():
-        said = watched.told()
-        return Told(None, said.sq_norms, {n: v for n, v in said.variance.items() if n.endswith("weight")})
+    def statistics():
+        said = watched.statistics()
+        return Statistics(None, said.sq_norms, {n: v for n, v in said.variance.items() if n.endswith("weight")})
 
-    return Watched(watched.run, told)
+    return Watched(watched.run, statistics)
 
 
 def test_wrong_noise_is_found_wrong():
@@ -304,7 +303,7 @@ def test_wrong_noise_is_found_wrong():
     assert noise_right.fault(noise_peer("norms + variance", partial), net).startswith("wrong: variance of 3 parameters")
     assert noise_right.fault(noise_peer("norms", plain), net) == "wrong: it does not tell sq_norms"
     assert noise_right.fault(noise_peer("norms", lambda task: 1 / 0), net).startswith("fails: ZeroDivisionError")
-    scaled = noise_peer("noise scale", lambda task: Watched(lambda: None, lambda: Told(torch.tensor(1.0))))
+    scaled = noise_peer("noise scale", lambda task: Watched(lambda: None, lambda: Statistics(torch.tensor(1.0))))
     assert noise_right.fault(scaled, net).startswith("wrong: trace_sigma is off by")
 
 
@@ -320,7 +319,7 @@ def test_peak_is_that_of_the_step():
         peak_megabytes("Linear stack, B=32, T=16", "nobody", 2)
 
 
-def test_peer_that_raises_or_is_missing_is_told_not_run():
+def test_peer_that_raises_or_is_missing_is_reported_not_run():
     raising = Peer("raising", "step", lambda given: 1 / 0)
     assert fault(raising, torch.float32) == "fails: ZeroDivisionError: division by zero"
     missing = Peer("missing", "step", torch_step, needs=(("no_such_module", "no-such-package"),))
@@ -372,7 +371,7 @@ def results_file(path, seconds, left_out=(), cpu="some", commit="0123456789abcde
             info["peak_megabytes"] = peaks.get(peer)
         stats = {"median": median, "q1": low, "q3": high, "rounds": 9}
         entries.append({"group": "a case, float32", "stats": stats, "extra_info": info})
-    told = {
+    document = {
         "machine_info": {"cpu": cpu, "cores": 2, "threads": 2, "isa": "v4", "torch": "2.13.0"},
         "commit_info": {"id": commit, "dirty": False},
         "datetime": "2026-01-01T00:00:00+00:00",
@@ -384,7 +383,7 @@ def results_file(path, seconds, left_out=(), cpu="some", commit="0123456789abcde
             ],
         },
     }
-    path.write_text(json.dumps(told))
+    path.write_text(json.dumps(document))
     return path
 
 
@@ -402,7 +401,7 @@ BEFORE = {"five-stream loop": 1.0, "normkern": 1.0, "normkern row": 1.0, "torch 
         ({**BEFORE, "normkern": (0.9, 1.3, 1.9)}, 0, "noise"),  # its quartiles touch
         ({**BEFORE, "normkern": 1.3, "torch default": 4.5, "torch fused": 1.2}, 0, "noise"),  # others changed as much
         ({**BEFORE, "normkern": 0.7}, 0, "faster"),
-        ({**BEFORE, "torch default": 9.0}, 0, "slower"),  # told, not our fault
+        ({**BEFORE, "torch default": 9.0}, 0, "slower"),  # reported, and no failure
     ],
 )
 def test_compare_takes_the_machine_out(tmp_path, capsys, after, code, said):
@@ -478,18 +477,18 @@ def test_noise_has_a_table_of_its_own(tmp_path):
 def test_report_shows_networks_without_rates(tmp_path, capsys):
     file = results_file(tmp_path / "json", {PLAIN: 0.1, "normkern nsr": 0.105}, peaks={PLAIN: 50.0})
     report.show(report.Console(width=120), load(file))
-    told = capsys.readouterr().out
-    assert "peak MB" in told
-    assert "GB/s" not in told
-    assert "50.0" in told
+    printed = capsys.readouterr().out
+    assert "peak MB" in printed
+    assert "GB/s" not in printed
+    assert "50.0" in printed
 
 
 def test_report_shows_everybody_and_why_some_are_missing(tmp_path, capsys):
     out = [("torch fused", "wrong: 137 eps of bfloat16 off")]
     report.show(report.Console(width=120), load(results_file(tmp_path / "json", BEFORE, out)))
-    told = capsys.readouterr().out
-    assert all(peer in told for peer in BEFORE)
-    assert "torch fused, a case, float32: wrong: 137 eps of bfloat16 off" in told
+    printed = capsys.readouterr().out
+    assert all(peer in printed for peer in BEFORE)
+    assert "torch fused, a case, float32: wrong: 137 eps of bfloat16 off" in printed
 
 
 def test_plot_is_drawn(tmp_path):
@@ -508,33 +507,4 @@ def test_plot_is_drawn(tmp_path):
     ("x", "text"), [(0.44, "0.440"), (7.8, "7.80"), (318.4, "318"), (999.7, "1000"), (1290, "1290")]
 )
 def test_digits(x, text):
-    assert report.digits(x) == text
-
-
-# --- weights of 16 bits -----------------------------------------------------------------------------------------------
-
-
-def test_table_of_low_precision():
-    results = {
-        "variants": {"float32": [[(0.5, 9.0), (0.9, 2.0)], [(0.5, 9.0), (0.8, 4.0)]], "master weights": [[(1.0, 3.0)]]}
-    }
-    lines = low_precision.readme_table(results).splitlines()
-    assert lines[2:] == [
-        "| float32 | 85.00 ± 7.07 | 3.0 ± 1.4 |",
-        "| bfloat16, master weights | 100.00 ± 0.00 | 3.0 ± 0.0 |",
-    ]
-
-
-@pytest.mark.slow
-def test_run_of_low_precision(tmp_path, monkeypatch):
-    readme = tmp_path / "README.md"
-    readme.write_text("\n".join(low_precision.MARKS))
-    files = {"--json": tmp_path / "a.json", "--plot": tmp_path / "a.png", "--readme": readme}
-    arguments = ["--seeds", "1", "--epochs", "1", *(str(x) for pair in files.items() for x in pair)]
-    monkeypatch.setattr("sys.argv", ["low_precision", *arguments])
-    low_precision.main()
-    ends = {name: runs[0][-1] for name, runs in json.loads(files["--json"].read_text())["variants"].items()}
-    assert ends.keys() == low_precision.VARIANTS.keys()
-    assert ends["master weights"][1] == pytest.approx(ends["float32"][1], rel=0.01)
-    assert files["--plot"].stat().st_size > 10000
-    assert readme.read_text().count("|") > 20
+    assert digits(x) == text

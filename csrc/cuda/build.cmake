@@ -5,6 +5,9 @@ set_property(CACHE NORMKERN_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT NORMKERN_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "NORMKERN_CUDA: expected AUTO, ON or OFF, got ${NORMKERN_CUDA}")
 endif()
+if(NOT CMAKE_CUDA_COMPILER)
+  unset(CMAKE_CUDA_COMPILER CACHE)  # else check_language would not look again in a build folder where it found none
+endif()
 
 set(with_cuda OFF)
 if(NORMKERN_CUDA STREQUAL AUTO)

@@ -1,1 +1,1 @@
-"""What the papers say of normalised networks, on a network of one's own: one file per subject."""
+"""The claims of four papers about normalised networks, tested on small networks: one file per paper."""

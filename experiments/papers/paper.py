@@ -30,13 +30,13 @@ FULL, QUICK = ROOT / "experiments" / "papers" / "results", ROOT / "build" / "pap
 
 
 class Scale(NamedTuple):
-    """How much is to be run, and on what."""
+    """How much to run, and on which data."""
 
     quick: bool = False
     data: str | None = None
 
     def pick(self, quick: Any, full: Any) -> Any:
-        """One of two."""
+        """Return one of the two."""
         return quick if self.quick else full
 
 
@@ -61,7 +61,7 @@ class Paper:
 
 
 def options(description: str) -> argparse.Namespace:
-    """The command line."""
+    """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a minute each, into build/papers")
     parser.add_argument("--data", metavar="FOLDER", help="CIFAR-10 in torchvision's layout; default: the digits")
@@ -71,7 +71,7 @@ def options(description: str) -> argparse.Namespace:
 
 
 def reproduce(papers: Sequence[Paper], given: argparse.Namespace) -> bool:
-    """Runs what has not been run yet, prints each claim's line, and writes JSON, figures and report.
+    """Run what has not been run yet, print each claim's line, and write JSON, figures and report.
 
     Returns:
         Whether all claims passed.
@@ -103,7 +103,7 @@ def reproduce(papers: Sequence[Paper], given: argparse.Namespace) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of everything that the numbers depend on; no name of the machine."""
+    """Return the versions that the numbers depend on, without the name of the machine."""
     found = {"python": platform.python_version(), "torch": torch.__version__, "normkern": normkern.__version__}
     found |= {name: version(name) for name in ("numpy", "scipy", "scikit-learn", "matplotlib")}
     commit = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
@@ -115,9 +115,10 @@ def versions() -> dict[str, str]:
 
 
 def main(name: str) -> None:
-    """Of one paper's file, by its name: started as a script, its functions are not those that `make papers` runs.
+    """Reproduce one paper, for its file as a script. A claim that fails is a result, not an error.
 
-    A claim that fails is a result, not an error.
+    The module is imported once more by its name, because the functions of a script have other names than those that
+    `make papers` runs.
     """
     paper: Paper = import_module(f"{__package__}.{name}").PAPER
     reproduce([paper], options(paper.title))

@@ -1,4 +1,4 @@
-"""Runs, one after another or side by side; each result is appended to a file, so that none is made twice."""
+"""Runs, one after another or in parallel. Each result is appended to a file, so that no run is repeated."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Run:
 
     @cached_property
     def key(self) -> str:
-        """What the run is, and a digest of the source that it is run by: results of other source are not reused."""
+        """The run and a digest of its source: results of other source are not reused."""
         given = json.dumps(self.arguments, sort_keys=True)
         return f"{self.function.__name__}({given}) {source_digest(self.function)}"
 
@@ -52,24 +52,24 @@ class Results:
         self.records = list(records)
 
     def of(self, function: Callable[..., Any], **wanted: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-        """(arguments, result) of the function's runs that have these arguments, as they were asked for."""
+        """Yield (arguments, result) of the function's runs that have these arguments, in the order of the runs."""
         for run, record in self.records:
             if run.function is function and all(run.arguments[k] == v for k, v in wanted.items()):
                 yield run.arguments, record["result"]
 
     def one(self, function: Callable[..., Any], **wanted: Any) -> dict[str, Any]:
-        """The result of the only such run."""
+        """Return the result of the only such run."""
         ((_, result),) = self.of(function, **wanted)
         return result
 
     @property
     def seconds(self) -> float:
-        """Of computing, all runs together."""
+        """The seconds of computing, of all runs together."""
         return float(sum(record["seconds"] for _, record in self.records))
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """Key -> record. A last line that a killed run left unfinished is no result."""
+    """Return key -> record. A last line that a killed run left unfinished is no result."""
     records: dict[str, dict[str, Any]] = {}
     if not path.exists():
         return records
@@ -83,7 +83,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def append(path: Path, record: dict[str, Any]) -> None:
-    """One line, on the disk before this returns; on a line of its own, whatever a killed run left behind."""
+    """Append the record as a line of its own, also after an unfinished line; it is on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b") as file:
         if file.tell():
@@ -96,7 +96,7 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def run_all(runs: Sequence[Run], path: Path, *, workers: int, title: str = "", console: Console) -> Results:
-    """Makes the runs whose results are not in the file yet, and returns those of all.
+    """Make the runs whose results are not in the file yet, and return the results of all.
 
     Args:
         workers: processes, each with one thread: for small networks faster than one process with as many threads. 0:
@@ -158,21 +158,24 @@ def _start_worker(parent: int) -> None:
 
 
 def _leave_with(parent: int) -> None:
-    """A worker whose parent was killed is told by nobody."""
+    """End this worker when its parent is gone: a killed parent does not end it."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
 def source_digest(function: Callable[..., Any]) -> str:
-    """Of the function's source, and of everything of this package that it uses, directly or not."""
+    """Return a digest of the function's source, and of everything of this package that it uses, directly or not.
+
+    It does not depend on what the package is called.
+    """
     parts: dict[str, str] = {}
     _collect(function, parts)
     return hashlib.sha256("".join(parts[name] for name in sorted(parts)).encode()).hexdigest()[:12]
 
 
 def _collect(x: Any, parts: dict[str, str]) -> None:
-    name = f"{x.__module__}.{x.__qualname__}"
+    name = f"{_module(x)}.{x.__qualname__}"
     if name in parts:
         return
     parts[name] = inspect.getsource(x)
@@ -184,7 +187,12 @@ def _collect(x: Any, parts: dict[str, str]) -> None:
                 if value.__module__.startswith(PACKAGE):
                     _collect(value, parts)
             elif isinstance(value, (int, float, str, tuple, list, dict)):
-                parts[f"{f.__module__}.{used}"] = f"{used} = {value!r}"
+                parts[f"{_module(f)}.{used}"] = f"{used} = {value!r}"
+
+
+def _module(x: Any) -> str:
+    """Return the name of x's module, relative to this package if it lies in it: then it begins with a dot."""
+    return str(x.__module__).removeprefix(PACKAGE)
 
 
 def _names(code: CodeType) -> set[str]:

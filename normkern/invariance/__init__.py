@@ -1,4 +1,4 @@
-"""Who is scale-invariant: detection, param groups, and a monitor."""
+"""Scale invariance: detection, param groups, and a monitor."""
 
 from .groups import param_groups
 from .monitor import InvarianceMonitor

@@ -1,4 +1,4 @@
-"""How a model computes as if norms had no eps, in float64 throughout, without a change to its code."""
+"""Runs a model as if norms had no eps, in float64 throughout, without a change to its code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CASTS = ("half", "bfloat16", "float", "chalf", "cfloat")
 
 
 class Exact(TorchFunctionMode):
-    r"""Every eps that torch's functions see is next to nothing, and what is less precise than `dtype` is raised to it.
+    r"""Replaces every eps of torch's functions by nearly zero, and raises less precise tensors to `dtype`.
 
     A norm with eps > 0 breaks scale invariance by about :math:`\epsilon/\sigma^2`, which can't be told from a scale
     that matters a little. The eps that stays keeps 0/0 away, and the gradients of constant channels at rounding: those
@@ -90,7 +90,7 @@ class Exact(TorchFunctionMode):
 
 
 def drop_eps(model: nn.Module, eps: float) -> None:
-    """Numbers that modules keep under a name with "eps", for those whose kernels are not torch's."""
+    """Set numbers that modules keep under a name with "eps" to nearly zero, for kernels that are not torch's."""
     for module in model.modules():
         for name, x in vars(module).items():
             if "eps" in name.lower() and type(x) is float and 0 < x <= _LARGEST_EPS:

@@ -1,4 +1,4 @@
-"""Param groups by what the scale of a parameter means."""
+"""`param_groups`: a model's parameters by scale invariance."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def param_groups(
     rest: Mapping[str, Any] | None = None,
     include_norms: bool = False,
 ) -> list[dict[str, Any]]:
-    """A model's parameters as three param groups: scale-invariant weights, norms and biases, and the rest.
+    """Return a model's parameters as three param groups: scale-invariant weights, norms and biases, and the rest.
 
     What is invariant only together stays together: a joint set with a weight in it is in the first group as a whole,
     with its biases. Norm parameters and biases that are invariant without a weight, such as (weight, bias) of a batch
@@ -100,7 +100,7 @@ def _options(name: str, given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _norms_and_biases(model: nn.Module) -> set[str]:
-    """Parameters of norms, the lengths of weight normalisation, biases, and whatever has at most one dimension."""
+    """Return parameters of norms, lengths of weight normalisation, biases, and all with at most one dimension."""
     found = set()
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, p in model.named_parameters():

@@ -1,4 +1,4 @@
-"""Whether what was declared scale-invariant still is, from the statistics of steps."""
+"""`InvarianceMonitor`: whether declared scale-invariant parameters still are, from the statistics of steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .groups import JOINT
 
 
 class InvarianceMonitor:
-    r"""Averages :math:`\langle w,g\rangle / (|w| |g|)` of what was declared scale-invariant, and warns when it drifts.
+    r"""Averages :math:`\langle w,g\rangle / (|w| |g|)` of scale-invariant parameters, and warns when it drifts.
 
     It is zero, but for rounding, as long as a loss does not see the scale of w; the eps of a norm, statistics that are
     not those of the batch (eval mode), or a layer that has no norm behind it make it differ. `update` reads
@@ -76,7 +76,7 @@ class InvarianceMonitor:
         self._mean = self._weight = self._seen = torch.zeros(0, dtype=torch.float64)
 
     def update(self) -> None:
-        """Takes in the last step; once for each. What has NaN or no gradient keeps its average.
+        """Read the last step; call it once per step. Parameters without a gradient, or with NaN, keep their average.
 
         Raises:
             RuntimeError: there was no step.
@@ -100,7 +100,7 @@ class InvarianceMonitor:
             self._look()
 
     def report(self) -> dict[str, dict[str, float | int | bool]]:
-        """What is known: name, or names joined by " + ", -> cosine (the average; NaN without any), updates, drifted.
+        """Return for each name, or names joined by " + ": cosine (the average; NaN without any), updates, drifted.
 
         Synchronises, and warns as `update` does.
         """
@@ -114,7 +114,7 @@ class InvarianceMonitor:
         }
 
     def _declared(self) -> list[tuple[str, ...]]:
-        """Parameters and sets, each once."""
+        """Return declared parameters and sets, each once."""
         measured: list[str] = []
         everything: list[str] = []
         units: list[tuple[str, ...]] = []
@@ -143,7 +143,7 @@ class InvarianceMonitor:
         return units
 
     def _lay_out(self, stats: StepStats) -> None:
-        """Where the units' slots are; averages of those that were there before are kept."""
+        """Find the slots of the declared parameters, and keep the averages of those known before."""
         old = {} if self._layout is None else {unit: i for i, unit in enumerate(self._units)}
         self._units = self._declared()
         params: dict[str, Tensor] = {}
@@ -174,7 +174,7 @@ class InvarianceMonitor:
         self._mean, self._weight, self._seen = now.unbind(0)
 
     def _look(self) -> set[tuple[str, ...]]:
-        """Those above their limits; warns of each for the first time."""
+        """Return the parameters and sets above their limits; warn of each the first time."""
         above = (self._mean.abs() > self._limits).tolist()
         drifted = {unit for unit, is_above in zip(self._units, above, strict=True) if is_above}
         for i, unit in enumerate(self._units):

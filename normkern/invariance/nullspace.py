@@ -24,7 +24,7 @@ _ROUNDING = 1e-3  # of the entries of a reduced basis
 
 
 class NullSpace(NamedTuple):
-    """Of M with columns divided by `scale`: orthonormal rows (dimension, columns), and about how wrong those are."""
+    """The null space of M with columns divided by `scale`: orthonormal rows (dimension, columns), and their error."""
 
     rows: Tensor
     scale: Tensor
@@ -32,7 +32,7 @@ class NullSpace(NamedTuple):
 
 
 def null_space(m: Tensor, tolerance: float) -> NullSpace:
-    """The vectors that `m` (draws, tensors), float64, takes to next to nothing.
+    """Return the vectors that `m` (draws, tensors), float64, maps to nearly zero.
 
     Those to singular values, in units of the largest, below the widest gap between `tolerance` and a thousandth. Rows
     are as large as the gradients happened to be, and columns as what they are of: neither counts.
@@ -53,7 +53,7 @@ def null_space(m: Tensor, tolerance: float) -> NullSpace:
 
 
 def simplest_basis(space: NullSpace) -> list[Vector]:
-    """A basis of integers with few entries, preferably all equal; of each the first is positive.
+    """Return a basis of integers with few entries, preferably all equal; the first of each is positive.
 
     A vector without simple proportions, which no network of products and homogeneous functions has, stays as it is.
     """
@@ -63,12 +63,12 @@ def simplest_basis(space: NullSpace) -> list[Vector]:
 
 
 def is_joint(v: Sequence[float]) -> bool:
-    """Whether a vector scales its support as one."""
+    """Return whether a vector scales its support as one."""
     return all(x in (0.0, 1.0) for x in v)
 
 
 def separate(vectors: list[Vector]) -> tuple[list[Vector], list[Vector]]:
-    """Joint sets that share no tensor, the smallest first; and what else spans the space, of few entries."""
+    """Return joint sets that share no tensor, the smallest first; and what else spans the space, of few entries."""
     joint: list[Vector] = []
     others = [v for v in vectors if not is_joint(v)]
     for v in sorted(filter(is_joint, vectors), key=lambda v: _cost(v, prefer_joint=True)):
@@ -84,7 +84,7 @@ def separate(vectors: list[Vector]) -> tuple[list[Vector], list[Vector]]:
 
 
 def _reduced(space: NullSpace) -> Tensor:
-    """The basis that is an identity in the first columns that are independent, in the scale of M's own columns."""
+    """Return the basis that is an identity in the first independent columns, in the scale of M's own columns."""
     chosen: list[int] = []
     found = space.rows.new_zeros(0, len(space.rows))  # orthonormal
     for i, column in enumerate(space.rows.T):
@@ -103,7 +103,7 @@ def _reduced(space: NullSpace) -> Tensor:
 
 
 def _integers(row: list[float]) -> Vector:
-    """Small integers in the same proportions; the row itself where it has none."""
+    """Return small integers in the same proportions; the row itself where it has none."""
     fractions = [Fraction(x).limit_denominator(_DENOMINATORS) for x in row]
     if any(abs(f - x) > _ROUNDING * max(1.0, abs(x)) for f, x in zip(fractions, row, strict=True)):
         return _signed(tuple(0.0 if abs(x) < _ROUNDING else x for x in row))
@@ -126,7 +126,7 @@ def _overlap(a: Vector, b: Vector) -> bool:
 
 
 def _cost(v: Vector, prefer_joint: bool) -> tuple[float, ...]:
-    """Few entries first; then, of a joint set, late ones: what ends a branch rather than what is inside of it."""
+    """Sort key: few entries first; then, for joint sets, late ones, which end a branch."""
     support = [i for i, x in enumerate(v) if x]
     joint = is_joint(v)
     span = support[-1] - support[0] if support else 0
@@ -134,7 +134,7 @@ def _cost(v: Vector, prefer_joint: bool) -> tuple[float, ...]:
 
 
 def _simplify(vectors: list[Vector], prefer_joint: bool, start: int = 0) -> list[Vector]:
-    """Adds or takes away one vector from another as long as that makes it simpler; those before `start` stay."""
+    """Add or subtract vectors as long as that makes one simpler; those before `start` stay."""
     vectors = list(vectors)
     costs = [_cost(v, prefer_joint) for v in vectors]
     changed = True

@@ -1,4 +1,4 @@
-"""What was found: `Invariances`."""
+"""`Invariances`: the result of `find`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GRANULARITIES = ("row", "tensor", "joint", "none", "frozen", "unused", "no gradi
 
 @dataclass(frozen=True)
 class Invariances:
-    r"""Which parameters a loss does not see the scale of, up to the eps of norms.
+    r"""The parameters in which a loss is scale-invariant, up to the eps of norms.
 
     ================= ==================================================================================================
     ``"row"``         every slice along one dimension (an output channel) has a scale of its own that does not matter
@@ -63,7 +63,7 @@ class Invariances:
     _allowed: dict[str, float] = field(repr=False, compare=False)
 
     def names(self, *granularities: str) -> list[str]:
-        """The parameters of which one of these holds, in the model's order.
+        """Return the parameters of which one of these holds, in the model's order.
 
         Raises:
             ValueError: there is no such granularity.
@@ -75,16 +75,16 @@ class Invariances:
 
     @property
     def scale_invariant(self) -> frozenset[str]:
-        """Parameters whose own scale does not matter: of each row, or as a whole."""
+        """Parameters that are scale-invariant by themselves: each row, or as a whole."""
         return frozenset(self.names("row", "tensor"))
 
     @property
     def jointly_invariant(self) -> frozenset[str]:
-        """Parameters that are so only with others."""
+        """Parameters that are scale-invariant only together with others."""
         return frozenset(self.names("joint"))
 
     def is_invariant(self, *names: str) -> bool:
-        """Whether the loss is the same when all of these parameters are multiplied by one number.
+        """Return whether the loss is the same when all of these parameters are multiplied by one number.
 
         Of any set, also one that is no union of those found: from the inner products that were measured.
 
@@ -103,7 +103,7 @@ class Invariances:
         return bool((total.abs() <= max(self._allowed[n] for n in members) * size).all())
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as plain lists, numbers and strings, as JSON can hold them: None for NaN."""
+        """Return the result as plain lists, numbers and strings for JSON: None for NaN."""
 
         def plain(x: float) -> float | None:
             return x if x == x else None

@@ -22,14 +22,14 @@ class View(NamedTuple):
     kept: tuple[int, ...]
 
     def sums(self, x: Tensor) -> Tensor:
-        """Of every row; float64."""
+        """Return the sum of every row, in float64."""
         dims = [d for d in range(len(self.shape)) if d not in self.kept]
         x = x.reshape(self.shape)
         return (x.sum(dims, dtype=torch.float64) if dims else x.double()).flatten()
 
 
 class Rows:
-    """What the draws say of the rows of one view: <w,g> and |w| |g| of each, in units of the tensor's |w| |g|."""
+    """The draws for the rows of one view: <w,g> and |w| |g| of each, in units of the tensor's |w| |g|."""
 
     def __init__(self, view: View) -> None:
         self._view = view
@@ -38,29 +38,29 @@ class Rows:
         self._sizes: dict[int, Tensor] = {}
 
     def add(self, draw: int, products: Tensor, w_sq: Tensor, g_sq: Tensor) -> None:
-        """One draw: w * g, w^2 and g^2 of every entry."""
+        """Add one draw: w * g, w^2 and g^2 of every entry."""
         total = (w_sq.sum(dtype=torch.float64) * g_sq.sum(dtype=torch.float64)).sqrt()
         if total > 0:
             self._dots[draw] = (self._view.sums(products) / total).cpu()
             self._sizes[draw] = ((self._view.sums(w_sq) * self._view.sums(g_sq)).sqrt() / total).cpu()
 
     def keep(self, draws: list[int]) -> None:
-        """Forgets all draws but these."""
+        """Forget all draws but these."""
         self._dots = {r: x for r, x in self._dots.items() if r in draws}
         self._sizes = {r: x for r, x in self._sizes.items() if r in draws}
 
     @property
     def worst(self) -> float:
-        """The largest |cos| of a row."""
+        """Return the largest |cos| of a row."""
         pairs = zip(self._dots.values(), self._sizes.values(), strict=True)
         return max((float((a.abs() / s.clamp(min=_SHARE)).max()) for a, s in pairs), default=math.nan)
 
     def invariant(self, allowed: float) -> bool:
-        """Every row on its own."""
+        """Return whether every row is invariant on its own."""
         return self.worst <= allowed
 
     def blocks(self, allowed: float) -> tuple[tuple[int, int], ...]:
-        """The shortest ranges (start, stop) of adjacent rows whose <w,g> cancel in every draw."""
+        """Return the shortest ranges (start, stop) of adjacent rows whose <w,g> cancel in every draw."""
         if not self._dots:
             return ()
         dots, sizes = torch.stack([*self._dots.values()]), torch.stack([*self._sizes.values()])
@@ -91,7 +91,7 @@ class Rows:
 
 
 def views(model: nn.Module, name: str, p: Tensor) -> dict[int, View]:
-    """Ways to cut a parameter into rows, by the dimension that they go along: output channels first.
+    """Return ways to cut a parameter into rows, by the dimension that they go along: output channels first.
 
     No dimension of fewer than two entries, but the output channels'; of kernels not the places.
     """
@@ -112,7 +112,7 @@ def views(model: nn.Module, name: str, p: Tensor) -> dict[int, View]:
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:
-    """The module that a parameter, perhaps the original of a parametrization, belongs to."""
+    """Return the module that a parameter, perhaps the original of a parametrization, belongs to."""
     parametrized = re.match(r"(?:(.*)\.)?parametrizations\.", name)
     owner = (parametrized[1] or "") if parametrized else name.rpartition(".")[0]
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""Which parameters a loss does not see the scale of: by inner products <w, dL/dw> at random parameters."""
+"""`find`: the parameters in which a loss is scale-invariant, by inner products <w, dL/dw> at random parameters."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .trial import NO_GRADIENT, Generators, Loss, Trial, apart, as_loss, raised
 
 #: Draws that decide about single parameters; as many more as it takes about joint sets.
 _DRAWS = 6
-#: Draws that told nothing new before the null space counts as known.
+#: Draws without a new direction before the null space counts as known.
 _IDLE = 4
 _BATCHES = 8
 #: |<w,g>| / (|w| |g|) that counts as zero.
@@ -46,7 +46,7 @@ def find(
     dtype: torch.dtype | None = None,
     seed: int = 0,
 ) -> Invariances:
-    r"""The rows, tensors and sets of tensors whose scale the loss does not see, up to the eps of norms.
+    r"""Find the rows, tensors and sets of tensors in which a loss is scale-invariant, up to the eps of norms.
 
     Where :math:`L(cw) = L(w)` for all c, :math:`\langle w, \nabla_w L\rangle = 0`, for every batch and wherever w is.
     It is tested at random parameters around the model's own, because at initialisation it also holds by symmetry; a set
@@ -56,7 +56,7 @@ def find(
     and torch's generators stay as they are. Without eps: that of torch's norms, that which modules keep under such a
     name, and any number up to 1e-3 that is added to a tensor, is next to nothing meanwhile, and is otherwise no reason
     to see a scale. The loss is computed in float64 (meanwhile torch's default dtype), also where the model casts to
-    less, and in the model's dtype where that fails (which a note tells). A scripted model keeps its eps and its casts.
+    less, and in the model's dtype where that fails (a note reports it). A scripted model keeps its eps and its casts.
 
     Args:
         model: with trainable parameters.
@@ -80,9 +80,9 @@ def find(
     Raises:
         ValueError: an argument is of the wrong kind; there are no batches, or no trainable parameters; the loss is not
             one number, not finite, depends on no parameter, or is not deterministic even with torch's generators in the
-            same state (dropout is, and a UserWarning tells of it).
+            same state (dropout is, and a UserWarning says so).
 
-    Reference: arXiv 1812.03981, lemma 2.4, for single tensors; the null space is ours.
+    Reference: arXiv 1812.03981, lemma 2.4, for single tensors; sets of tensors, by a null space, are new here.
 
     >>> net = nn.Sequential(nn.Linear(5, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 3))
     >>> batches = [(torch.randn(9, 5), torch.randint(3, (9,))) for _ in range(2)]
@@ -128,11 +128,11 @@ def _check(model: Any, batches: Any, granularity: Any, draws: Any, dtype: Any) -
 
 @dataclass
 class _Draw:
-    """What one draw has measured, per parameter: <w,g> and |w| |g|; NaN where the loss did not use it."""
+    """The measurements of one draw, per parameter: <w,g> and |w| |g|; NaN where the loss did not use it."""
 
     dots: Tensor
     sizes: Tensor
-    told: Tensor  # the gradient is more than rounding
+    significant: Tensor  # the gradient is more than rounding
 
 
 class _Search:
@@ -152,7 +152,7 @@ class _Search:
     # ---- As it is ----------------------------------------------------------------------------------------------------
 
     def look_as_is(self, first: Tensor) -> None:
-        """One evaluation of the model as it is: finite, deterministic, and its cosines."""
+        """Evaluate the model as it is: check that it is finite and deterministic, and measure cosines."""
         batch, generators = self.batches[0], Generators(self.trial.model)
         if not first.isfinite():
             raise ValueError(f"find: loss expected a finite number, got {first.item()} at the model's own parameters")
@@ -184,7 +184,7 @@ class _Search:
     # ---- Exactly -----------------------------------------------------------------------------------------------------
 
     def make_exact(self, dtype: torch.dtype | None) -> None:
-        """Without eps, in float64 if that works."""
+        """Switch to norms without eps, in float64 if that works."""
         wanted = dtype or torch.float64
         plain = Trial(self.trial.model) if dtype is None else None
         try:
@@ -205,7 +205,7 @@ class _Search:
         self.generators = {d: torch.Generator(d).manual_seed(self.seed) for d in {p.device for p in self.base.values()}}
 
     def _randomise(self) -> None:
-        """Other parameters: every entry keeps its sign, those that are zero get one."""
+        """Return other parameters: every entry keeps its sign, zeros get one."""
         for name, p in self.trial.params.items():
             w, generator = self.base[name], self.generators[p.device]
             real = torch.view_as_real(w) if w.is_complex() else w
@@ -217,7 +217,7 @@ class _Search:
             p.data.copy_(torch.view_as_complex(new) if w.is_complex() else new)
 
     def _draw(self, names: Sequence[str]) -> list[Tensor | None]:
-        """Gradients of the named parameters at others, on the next batch; they are finite."""
+        """Return finite gradients of the named parameters at other parameters, on the next batch."""
         batch = self.batches[self.drawn % len(self.batches)]
         while True:
             with torch.no_grad():
@@ -235,7 +235,7 @@ class _Search:
             self.strength /= 2
 
     def _draw_again(self, names: Sequence[str]) -> tuple[list[Tensor | None], _Draw]:
-        """The last draw at parameters so near that nothing but rounding is another number, be it float32's."""
+        """Repeat the last draw at parameters so near that only rounding differs, float32's too."""
         params = self.trial.params.values()
         drawn = [p.detach().clone() for p in params]
         with torch.no_grad():
@@ -256,13 +256,13 @@ class _Search:
             w = self.trial.params[name].detach()
             dots.append(math.nan if g is None else float(_products(w, g).sum(dtype=torch.float64)))
             sizes.append(math.nan if g is None else float(w.norm()) * float(g.norm()))
-        told = torch.tensor([g is not None for g in grads])
-        return _Draw(torch.tensor(dots, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64), told)
+        significant = torch.tensor([g is not None for g in grads])
+        return _Draw(torch.tensor(dots, dtype=torch.float64), torch.tensor(sizes, dtype=torch.float64), significant)
 
     # ---- Single parameters -------------------------------------------------------------------------------------------
 
     def try_single(self, most: int | None) -> None:
-        """Rows and tensors; which have a gradient that is more than rounding."""
+        """Test rows and tensors, and find which have a gradient that is more than rounding."""
         most = 10**9 if most is None else most
         count = min(max(_DRAWS, len(self.batches)), most)
         self.used = dict.fromkeys(self.names, False)
@@ -280,7 +280,7 @@ class _Search:
                 self.used[name] |= g is not None
                 if g is None or h is None:
                     continue
-                draw.told[i] = bool((g - h).norm() < _CHANGED * g.norm())
+                draw.significant[i] = bool((g - h).norm() < _CHANGED * g.norm())
                 if self.rows.get(name):
                     w = self.trial.params[name].detach()
                     entries = _products(w, g), _products(w, w), _products(g, g)
@@ -289,9 +289,9 @@ class _Search:
             if self.drawn < count:
                 continue
             _, sizes = self._table(list(range(len(self.names))))
-            told = torch.stack([d.told for d in self.draws])
+            significant = torch.stack([d.significant for d in self.draws])
             # Rounding may be about the same number twice, but not most of the time.
-            self.live = 2 * told.sum(0) > (sizes > 0).sum(0)
+            self.live = 2 * significant.sum(0) > (sizes > 0).sum(0)
             regular = self._regular()
             if len(regular) >= min(count, 4) or self.drawn >= min(3 * count, most):
                 break
@@ -307,7 +307,7 @@ class _Search:
     # ---- Sets --------------------------------------------------------------------------------------------------------
 
     def try_sets(self, most: int | None) -> None:
-        """The null space of what is left: more draws, until they tell nothing new."""
+        """Find the null space of the remaining tensors: draw until no new direction appears."""
         self.left = [i for i in range(len(self.names)) if self.live[i] and not self.single[i]]
         self.joint: list[tuple[str, ...]] = []
         self.compensating: list[dict[str, float]] = []
@@ -328,8 +328,12 @@ class _Search:
                 )
                 return
             part = self._record(names, self._draw(names))
-            draw = _Draw(*(torch.zeros(len(self.names)).to(x.dtype) for x in (part.dots, part.sizes, part.told)))
-            draw.dots[self.left], draw.sizes[self.left], draw.told[self.left] = part.dots, part.sizes, part.told
+            draw = _Draw(*(torch.zeros(len(self.names)).to(x.dtype) for x in (part.dots, part.sizes, part.significant)))
+            draw.dots[self.left], draw.sizes[self.left], draw.significant[self.left] = (
+                part.dots,
+                part.sizes,
+                part.significant,
+            )
             self.draws.append(draw)
             self.draws = [self.draws[r] for r in self._regular()]
         vectors = nullspace.simplest_basis(space)
@@ -346,18 +350,18 @@ class _Search:
         self.compensating = [{names[i]: x for i, x in enumerate(v) if x} for v in others]
 
     def _regular(self) -> list[int]:
-        """Draws in which no gradient is rounding, or next to nothing, that is not in others.
+        """Return draws in which no gradient is rounding, or nearly zero, that is not in others.
 
         Those have met a singular point, such as a norm of constants, where rounding and what is left of eps decide.
         """
         _, sizes = self._table(list(range(len(self.names))))
         shares = sizes / sizes.amax(1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
-        told = torch.stack([d.told for d in self.draws]) & (shares >= _SINGULAR * shares.amax(0))
-        singular = (self.live & (shares > 0) & ~told).any(1)
+        significant = torch.stack([d.significant for d in self.draws]) & (shares >= _SINGULAR * shares.amax(0))
+        singular = (self.live & (shares > 0) & ~significant).any(1)
         return [r for r, x in enumerate(singular.tolist()) if not x] or list(range(len(self.draws)))
 
     def _table(self, which: list[int]) -> tuple[Tensor, Tensor]:
-        """<w,g> and |w| |g|, both (draws, parameters); 0 where there was no gradient."""
+        """Return <w,g> and |w| |g|, both (draws, parameters); 0 where there was no gradient."""
         dots = torch.stack([d.dots[which] for d in self.draws])
         sizes = torch.stack([d.sizes[which] for d in self.draws])
         return dots.nan_to_num(0.0), sizes.nan_to_num(0.0)
@@ -365,7 +369,7 @@ class _Search:
     # ---- The result --------------------------------------------------------------------------------------------------
 
     def result(self) -> Invariances:
-        """What the draws say."""
+        """Return the result of the draws."""
         kinds: dict[str, str] = {}
         blocks: dict[str, tuple[tuple[int, int], ...]] = {}
         dims: dict[str, int] = {}
@@ -449,18 +453,18 @@ class _Search:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """Of entries, whose sum is the inner product of real numbers."""
+    """Return products of entries, whose sum is the real inner product."""
     return (a * b.conj()).real if a.is_complex() else a * b
 
 
 def _worst(dots: Tensor, sizes: Tensor) -> float:
-    """The largest of the draws' |sum of <w,g>| / sum of |w| |g|; NaN if there was no gradient in any."""
+    """Return the largest of the draws' |sum of <w,g>| / sum of |w| |g|; NaN if there was no gradient in any."""
     cosines = dots.sum(1).abs() / sizes.sum(1)
     return max(cosines[cosines == cosines].tolist(), default=math.nan)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First name of a parameter -> its others."""
+    """Return first name of a parameter -> its other names."""
     first: dict[nn.Parameter, str] = {}
     others: dict[str, tuple[str, ...]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

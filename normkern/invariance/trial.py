@@ -26,7 +26,7 @@ NO_GRADIENT = (
 
 
 class _NotOneNumber(ValueError):
-    """What a loss that ran has returned."""
+    """Raised for the value that a loss returned."""
 
 
 class Trial:
@@ -65,14 +65,14 @@ class Trial:
         ]
 
     def materialise(self, loss: Loss, batch: Any) -> None:
-        """Gives lazy parameters their shapes."""
+        """Give lazy parameters their shapes."""
         if any(is_lazy(x) for x in (*self.model.parameters(), *self.model.buffers())):
             with torch.no_grad():
                 loss(self.model, batch)
             self._remember()
 
     def make_exact(self, dtype: torch.dtype) -> None:
-        """From now on the copy computes without eps, and at least in `dtype`."""
+        """Let the copy compute without eps, and at least in `dtype`, from now on."""
         dtype = torch.promote_types(dtype, self.dtype)
         self._mode = Exact(dtype)
         drop_eps(self.model, self._mode.eps)
@@ -86,7 +86,7 @@ class Trial:
         self._remember()
 
     def loss(self, loss: Loss, batch: Any) -> Tensor:
-        """The scalar, with its graph.
+        """Return the scalar, with its graph.
 
         Raises:
             ValueError: it is none.
@@ -105,7 +105,7 @@ class Trial:
         return value.reshape(())
 
     def gradients(self, loss: Loss, batch: Any, names: Sequence[str]) -> tuple[Tensor, list[Tensor | None]]:
-        """The loss, and its gradients with respect to the named parameters.
+        """Return the loss, and its gradients with respect to the named parameters.
 
         Raises:
             ValueError: it depends on none of the model's.
@@ -118,13 +118,13 @@ class Trial:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which real numbers the parameters are."""
+        """Return the real dtype of the parameters."""
         dtypes = [_real(p.dtype) for p in self.model.parameters() if p.is_floating_point() or p.is_complex()]
         return functools.reduce(torch.promote_types, dtypes)
 
 
 def as_loss(loss: Any, trial: Trial, batch: Any) -> tuple[Loss, Tensor]:
-    """`loss` as a function of model and batch, and its value on this batch; see `find` for the rule.
+    """Return `loss` as a function of model and batch, and its value on this batch; see `find` for the rule.
 
     Raises:
         ValueError: it is no function, it needs pairs and the batch is none, or it fails either way.
@@ -166,7 +166,7 @@ def as_loss(loss: Any, trial: Trial, batch: Any) -> tuple[Loss, Tensor]:
 
 
 class Generators:
-    """The states of torch's generators that a model can draw from: to begin with the same again."""
+    """The states of torch's generators that a model can draw from, to restore them."""
 
     def __init__(self, model: nn.Module) -> None:
         tensors = (*model.parameters(), *model.buffers())
@@ -176,7 +176,7 @@ class Generators:
         self._cpu = torch.get_rng_state()
 
     def restore(self) -> None:
-        """Sets them."""
+        """Restore the states."""
         torch.set_rng_state(self._cpu)
         for module, device, state in self._states:
             module.set_rng_state(state, device)
@@ -184,7 +184,7 @@ class Generators:
 
 @contextmanager
 def apart(model: nn.Module) -> Iterator[None]:
-    """Whatever is drawn, or set, inside: torch's generators and autograd's modes are as before afterwards."""
+    """Restore torch's generators and autograd's modes after the context, whatever the code inside draws or sets."""
     generators = Generators(model)
     try:
         with torch.inference_mode(False), torch.enable_grad(), force_eager():
@@ -212,7 +212,7 @@ def _real(dtype: torch.dtype) -> torch.dtype:
 
 
 def raised(x: Any, dtype: torch.dtype) -> Any:
-    """Floating point tensors, also in tuples, lists and dicts, in at least this dtype."""
+    """Return floating point tensors, also in tuples, lists and dicts, in at least this dtype."""
     if isinstance(x, Tensor):
         if x.is_complex():
             dtype = dtype.to_complex()

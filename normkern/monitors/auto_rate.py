@@ -1,4 +1,4 @@
-"""`AutoRateMonitor`: how scale-invariant weights tune their own learning rate, and what that says of convergence."""
+"""`AutoRateMonitor`: how scale-invariant weights tune their own learning rate, and the bound on convergence."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 from ..optim.sgd import SGD
 from ..theory import least_unit_grad_bound
-from .report import Report, Told, arranged, table
-from .step_reader import Hyperparameters, Levels, Steps
+from .report import Report, ReportEntry, arrange, table
+from .step_reader import Hyperparameters, RowIndex, StepReader
 
 #: Sums over steps, the least |g_v|^2, and |w|^2 before the first and after the last; NaN where there is none.
 _COLUMNS = ("unit_grad_sq_sum", "growth_sum", "lr_sq_sum", "least_unit_grad_sq", "first_weight_sq", "last_weight_sq",
@@ -20,20 +20,20 @@ _COLUMNS = ("unit_grad_sq_sum", "growth_sum", "lr_sq_sum", "least_unit_grad_sq",
 
 
 @dataclass(frozen=True)
-class AutoRate(Told):
-    r"""What an `AutoRateMonitor` knows of one slot, one parameter or one param group.
+class AutoRate(ReportEntry):
+    r"""The results of an `AutoRateMonitor` for one slot, one parameter or one param group.
 
     Attributes:
         group: position of the param group.
-        steps: taken in; those where it was not stepped, its lr was 0 or its sums were no finite numbers are not.
+        steps: number of steps read, without those where it was not stepped, lr was 0 or a sum was not finite.
         unit_grad_sq_sum: :math:`\sum_t |g_{v,t}|^2 = \sum_t N_t |g_t|^2`, from gradients and norms, N = |w|^2.
         growth_sum: :math:`\sum_t N_t (N_{t+1} - N_t)/\eta_t^2`, from norms alone.
         mismatch: growth_sum / unit_grad_sq_sum - 1: 0 up to rounding for a scale-invariant loss.
-        least_unit_grad: :math:`\min_t |g_{v,t}|`, what the theorems speak of.
-        bound: :math:`\sqrt{N_T (N_T - N_0) / \sum_t \eta_t^2}`, which it cannot exceed.
+        least_unit_grad: :math:`\min_t |g_{v,t}|`, the quantity of the theorems.
+        bound: :math:`\sqrt{N_T (N_T - N_0) / \sum_t \eta_t^2}`, an upper limit of least_unit_grad.
         first_weight_norm, last_weight_norm: :math:`|w|` before the first and after the last step.
         effective_lr: :math:`\eta/|w|^2` of the last step: the rate that was tuned.
-        reason: why mismatch and bound say nothing, being None then; None if they do.
+        reason: why mismatch or bound is None or not valid; None if both hold.
     """
 
     group: int
@@ -64,7 +64,7 @@ class AutoRateReport(Report[AutoRate]):
 
 
 class AutoRateMonitor:
-    r"""Watches scale-invariant weights tune their own learning rate, at no extra pass.
+    r"""Monitors how scale-invariant weights tune their own learning rate, without another pass over memory.
 
     Without momentum and weight decay every step lengthens them by :math:`\eta^2|g|^2`. For the gradient
     :math:`g_v = |w| g` at w/|w|, and :math:`N = |w|^2`, at any lr and for any batches,
@@ -73,7 +73,7 @@ class AutoRateMonitor:
         \sum_{t<T} |g_{v,t}|^2 = \sum_{t<T} \frac{N_t (N_{t+1}-N_t)}{\eta_t^2}, \qquad
         \min_{t<T} |g_{v,t}| \le \sqrt{\frac{N_T (N_T-N_0)}{\sum_t \eta_t^2}}
 
-    The monitor adds up both sides of each, from the first step that it sees. `normkern.invariance.param_groups` splits
+    The monitor adds up both sides of each, from the first step that it reads. `normkern.invariance.param_groups` splits
     a model, `normkern.schedules.PowerDecayLR` is the schedule.
 
     Args:
@@ -84,7 +84,7 @@ class AutoRateMonitor:
     the sums begin anew.
 
     Raises:
-        TypeError: the optimizer is no `normkern.SGD`. ValueError: it measures nothing.
+        TypeError: the optimizer is no `normkern.SGD`. ValueError: it has no statistics.
 
     Reference: Arora, Li, Lyu 2018, arXiv 1812.03981; see `theory.unit_grad_sq_from_growth`, `least_unit_grad_bound`.
 
@@ -104,34 +104,34 @@ class AutoRateMonitor:
     steps: int
 
     def __init__(self, optimizer: SGD) -> None:
-        self._source = Steps(optimizer, "AutoRateMonitor")
+        self._reader = StepReader(optimizer, "AutoRateMonitor")
         self.steps = 0
-        self._levels: Levels | None = None
+        self._row_index: RowIndex | None = None
 
-    def _begin(self, levels: Levels, device: torch.device) -> None:
-        self._levels = levels
+    def _begin(self, row_index: RowIndex, device: torch.device) -> None:
+        self._row_index = row_index
         self.steps = 0
-        self._columns = torch.zeros(levels.rows, len(_COLUMNS), dtype=torch.float64, device=device)
+        self._columns = torch.zeros(row_index.rows, len(_COLUMNS), dtype=torch.float64, device=device)
         self._columns[:, _COLUMNS.index("least_unit_grad_sq")] = torch.inf
-        self._reasons: list[str | None] = [None] * len(levels.layout)
+        self._reasons: list[str | None] = [None] * len(row_index.layout)
 
     def update(self) -> bool:
-        """Takes in the optimizer's last step.
+        """Read the optimizer's last step.
 
         Returns:
             Whether there was a new one: not before the first, not twice, and not where a GradScaler skipped it.
 
         Raises:
-            ValueError: the optimizer no longer measures anything.
+            ValueError: the optimizer no longer has statistics.
         """
-        step = self._source.read()
+        step = self._reader.read()
         if step is None:
             return False
         x = step.sums
-        if self._levels is None or step.levels.layout != self._levels.layout:
-            self._begin(step.levels, x.weight_sq.device)
+        if self._row_index is None or step.row_index.layout != self._row_index.layout:
+            self._begin(step.row_index, x.weight_sq.device)
         self._reasons = [old or _why_not(h) for old, h in zip(self._reasons, step.groups, strict=True)]
-        (lr,) = step.levels.of_groups([[h.lr] for h in step.groups], x.weight_sq.device).unbind(1)
+        (lr,) = step.row_index.of_groups([[h.lr] for h in step.groups], x.weight_sq.device).unbind(1)
         w, unit = x.weight_sq, x.weight_sq * x.grad_sq
         growth = w * (2 * x.weight_update_dot + x.update_sq) / lr.square()
         sums, growths, lr_sq, least, first, _, _, count = self._columns.unbind(1)
@@ -153,46 +153,46 @@ class AutoRateMonitor:
         return True
 
     def report(self) -> AutoRateReport:
-        """What the steps so far have told. Synchronises.
+        """Return the results of the steps so far. Synchronises.
 
         Raises:
-            RuntimeError: no step has been taken in.
+            RuntimeError: no step has been read.
         """
-        levels = self._levels
-        if levels is None:
+        row_index = self._row_index
+        if row_index is None:
             raise RuntimeError(
                 "AutoRateMonitor.report: expected an update() after a step before it, but none has been taken in"
             )
-        columns, of = self._columns.tolist(), levels.group_of_rows()
-        rows = [_auto_rate(levels.indices[g], columns[i], self._reasons[g]) for i, g in enumerate(of)]
-        return AutoRateReport(self.steps, *arranged(levels, self._source.names(levels), rows))
+        columns, of = self._columns.tolist(), row_index.group_of_rows()
+        rows = [_auto_rate(row_index.indices[g], columns[i], self._reasons[g]) for i, g in enumerate(of)]
+        return AutoRateReport(self.steps, *arrange(row_index, self._reader.names(row_index), rows))
 
     def to_dict(self) -> dict[str, Any]:
-        """`report` as plain numbers: ``{"steps", "groups", "parameters", "rows"}``. Synchronises."""
+        """Return `report` as plain numbers: ``{"steps", "groups", "parameters", "rows"}``. Synchronises."""
         return self.report().to_dict()
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and a tensor, for `load_state_dict`."""
+        """Return numbers and a tensor, for `load_state_dict`."""
         state: dict[str, Any] = {"steps": self.steps, "layout": None}
-        if self._levels is not None:
-            state |= {"layout": self._levels.layout, "reasons": list(self._reasons), "columns": self._columns}
+        if self._row_index is not None:
+            state |= {"layout": self._row_index.layout, "reasons": list(self._reasons), "columns": self._columns}
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
+        """Continue where `state_dict` was taken.
 
         Raises:
-            ValueError: it is no monitor's, or one of another optimizer; nothing is changed.
+            ValueError: it is no state of such a monitor, or does not fit the optimizer; nothing is changed.
         """
         where = "AutoRateMonitor.load_state_dict"
-        levels = self._source.check_state(where, state_dict, (), {"columns": len(_COLUMNS)}, ("reasons",))
-        self._levels = None
+        row_index = self._reader.check_state(where, state_dict, (), {"columns": len(_COLUMNS)}, ("reasons",))
+        self._row_index = None
         self.steps = 0
-        if levels is None:
+        if row_index is None:
             return
-        self._source.pass_over()
-        device = self._source.device()
-        self._begin(levels, device)
+        self._reader.pass_over()
+        device = self._reader.device()
+        self._begin(row_index, device)
         self.steps = state_dict["steps"]
         self._reasons, self._columns = list(state_dict["reasons"]), state_dict["columns"].to(device)
 
@@ -204,7 +204,7 @@ class AutoRateMonitor:
 
 
 def _why_not(h: Hyperparameters) -> str | None:
-    """Why a step grows by more, or less, than its own gradient."""
+    """Return why the weight norm grows by more, or less, than the gradient makes it; None if it does not."""
     if h.momentum:
         return f"momentum was {h.momentum:g}: steps are not their own gradients alone"
     if h.weight_decay:

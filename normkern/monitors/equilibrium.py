@@ -14,37 +14,37 @@ from torch import Tensor
 from ..optim.sgd import SGD
 from ..optim.svag import SVAG
 from .equilibrium_report import COLUMNS, EquilibriumReport, equilibrium, numbers
-from .momentum_sums import BufferSums
-from .report import arranged
-from .step_reader import Average, Hyperparameters, Levels, Steps
+from .momentum_sums import MomentumSums
+from .report import arrange
+from .step_reader import Average, Hyperparameters, RowIndex, StepReader
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-#: Moments that a monitor keeps for its plot; when there are so many, every other one goes.
+#: Steps that a monitor keeps for its plot; when there are so many, every other one is dropped.
 _HISTORY = 512
 _TENSORS = {"mean": len(COLUMNS), "weight": 1, "count": 1, "seen": 1, "time": 1, "buffer_sq": 1}
 
 
 class EquilibriumMonitor:
-    r"""Watches the balance of weight decay and updates in a network with normalisation, at no extra pass.
+    r"""Monitors the balance of weight decay and updates in a network with normalisation, without another pass.
 
-    Weights that the loss is scale-invariant in settle at a length where decay and updates balance, and turn there by an
-    angle per step that lr, weight decay and momentum alone decide: :math:`\sqrt{2\eta\lambda/(1+\mu)}`. The monitor
-    compares: see `Equilibrium` for what it tells, and :mod:`normkern.theory` for the formulas. Groups may differ in
-    all options; nesterov, dampening, ``decay="exponential"`` (weights are told at their true scale), ``stats="row"``
-    and SVAG (lr and momentum as the kernel has them) are allowed for.
+    Scale-invariant weights settle at a length where decay and updates balance, and turn there by an angle per step that
+    lr, weight decay and momentum alone decide: :math:`\sqrt{2\eta\lambda/(1+\mu)}`. The monitor compares measured
+    and predicted values: see `Equilibrium` for the results, and :mod:`normkern.theory` for the formulas. Groups may
+    differ in all options; nesterov, dampening, ``decay="exponential"`` (with weights at their true scale),
+    ``stats="row"`` and SVAG (with lr and momentum as the kernel has them) are supported.
 
     Args:
         optimizer: a `normkern.SGD` or `SVAG` with statistics.
         ema: decay of the averages per step, in [0, 1). Their weights are normalised, so that the first steps are not
-            biased towards zero; 0 is the last step alone.
+            biased towards zero; 0 keeps the last step alone.
 
     `update` after each step, before the scheduler's; it does not synchronise, `report` does. When parameters are added,
     or ``stats`` changes, the averages begin anew.
 
     Raises:
-        TypeError: the optimizer is no `normkern.SGD`. ValueError: it measures nothing, or `ema` is outside [0, 1).
+        TypeError: the optimizer is no `normkern.SGD`. ValueError: it has no statistics, or `ema` is outside [0, 1).
 
     Reference: Li, Lyu, Arora 2020, arXiv 2010.02916; Wan et al., arXiv 2006.08419.
 
@@ -67,45 +67,45 @@ class EquilibriumMonitor:
     steps: int
 
     def __init__(self, optimizer: SGD, ema: float = 0.99) -> None:
-        self._source = Steps(optimizer, "EquilibriumMonitor")
+        self._reader = StepReader(optimizer, "EquilibriumMonitor")
         if isinstance(ema, bool) or not isinstance(ema, Real) or not 0 <= ema < 1:
             raise ValueError(f"EquilibriumMonitor: ema expected a number in [0, 1), got {ema!r}")
         self.ema = float(ema)
         self.steps = 0
-        self._levels: Levels | None = None
+        self._row_index: RowIndex | None = None
 
-    def _begin(self, levels: Levels, device: torch.device) -> None:
-        self._levels = levels
+    def _begin(self, row_index: RowIndex, device: torch.device) -> None:
+        self._row_index = row_index
         self.steps = 0
-        self._average = Average(self.ema, levels.rows, len(COLUMNS), device)
-        self._time = torch.zeros(levels.rows, 1, dtype=torch.float64, device=device)
-        self._seen = torch.zeros(levels.rows, 1, dtype=torch.bool, device=device)
-        self._buffers = BufferSums(levels.rows, device)
+        self._average = Average(self.ema, row_index.rows, len(COLUMNS), device)
+        self._time = torch.zeros(row_index.rows, 1, dtype=torch.float64, device=device)
+        self._seen = torch.zeros(row_index.rows, 1, dtype=torch.bool, device=device)
+        self._momentum_sums = MomentumSums(row_index.rows, device)
         self._groups: tuple[Hyperparameters, ...] = ()
         self._numbers = self._time
         self._interval = 1
         self._history: list[tuple[int, Tensor]] = []
 
     def update(self) -> bool:
-        """Takes in the optimizer's last step.
+        """Read the optimizer's last step.
 
         Returns:
             Whether there was a new one: not before the first, not twice, and not where a GradScaler skipped it.
 
         Raises:
-            ValueError: the optimizer no longer measures anything.
+            ValueError: the optimizer no longer has statistics.
         """
-        step = self._source.read()
+        step = self._reader.read()
         if step is None:
             return False
         x = step.sums
-        if self._levels is None or step.levels.layout != self._levels.layout:
-            self._begin(step.levels, x.weight_sq.device)
+        if self._row_index is None or step.row_index.layout != self._row_index.layout:
+            self._begin(step.row_index, x.weight_sq.device)
         if step.groups != self._groups:
             self._groups = step.groups
-            self._numbers = step.levels.of_groups([numbers(h) for h in step.groups], x.weight_sq.device)
+            self._numbers = step.row_index.of_groups([numbers(h) for h in step.groups], x.weight_sq.device)
         lr, decay, balanced, weight_of_grad, weight_of_dot, update_of_grad, update_of_dot = self._numbers.unbind(1)
-        w, g, dot = x.weight_sq, x.grad_sq, self._buffers.dots(step)
+        w, g, dot = x.weight_sq, x.grad_sq, self._momentum_sums.dots(step)
         columns = torch.stack(
             [
                 w,
@@ -130,56 +130,56 @@ class EquilibriumMonitor:
         return True
 
     def _remember(self) -> None:
-        assert self._levels is not None
-        begin = self._levels.first_parameter
+        assert self._row_index is not None
+        begin = self._row_index.first_parameter
         self._history.append((self.steps, torch.cat([self._average.mean[begin:], self._time[begin:]], 1)))
         if len(self._history) >= _HISTORY:
             self._history = self._history[1::2]
             self._interval *= 2
 
     def report(self) -> EquilibriumReport:
-        """What the steps so far have told. Synchronises.
+        """Return the results of the steps so far. Synchronises.
 
         Raises:
-            RuntimeError: no step has been taken in.
+            RuntimeError: no step has been read.
         """
-        levels = self._taken_in("report")
+        row_index = self._taken_in("report")
         count, seen = self._average.count[:, 0].tolist(), self._seen[:, 0].tolist()
         means, time = self._average.mean.tolist(), self._time[:, 0].tolist()
-        nsr = self._nsr(levels)
+        nsr = self._nsr(row_index)
         rows = [
-            equilibrium(levels.indices[g], self._groups[g], means[i], int(count[i]), seen[i], time[i], nsr[i])
-            for i, g in enumerate(levels.group_of_rows())
+            equilibrium(row_index.indices[g], self._groups[g], means[i], int(count[i]), seen[i], time[i], nsr[i])
+            for i, g in enumerate(row_index.group_of_rows())
         ]
-        return EquilibriumReport(self.steps, *arranged(levels, self._source.names(levels), rows))
+        return EquilibriumReport(self.steps, *arrange(row_index, self._reader.names(row_index), rows))
 
-    def _taken_in(self, method: str) -> Levels:
-        if self._levels is None or self.steps == 0:
+    def _taken_in(self, method: str) -> RowIndex:
+        if self._row_index is None or self.steps == 0:
             raise RuntimeError(
                 f"EquilibriumMonitor.{method}: expected an update() after a step before it, but none has been taken in"
             )
-        return self._levels
+        return self._row_index
 
-    def _nsr(self, levels: Levels) -> list[float | None]:
-        optimizer = self._source.optimizer
+    def _nsr(self, row_index: RowIndex) -> list[float | None]:
+        optimizer = self._reader.optimizer
         if not isinstance(optimizer, SVAG):
-            return [None] * levels.rows
+            return [None] * row_index.rows
         try:
             noise = optimizer.noise()
         except RuntimeError:  # no pair of gradients yet
-            return [None] * levels.rows
+            return [None] * row_index.rows
         table = torch.stack([noise.slot_grad_sq_norm_unbiased, noise.slot_trace_sigma], 1)
-        if len(table) != levels.slots:
-            return [None] * levels.rows
-        signal, spread = levels.sums(table.to(self._time.device)).unbind(1)
+        if len(table) != row_index.slots:
+            return [None] * row_index.rows
+        signal, spread = row_index.sums(table.to(self._time.device)).unbind(1)
         return [None if math.isnan(x) else x for x in (spread / signal).tolist()]
 
     def to_dict(self) -> dict[str, Any]:
-        """`report` as plain numbers: ``{"steps", "groups", "parameters", "rows"}``. Synchronises."""
+        """Return `report` as plain numbers: ``{"steps", "groups", "parameters", "rows"}``. Synchronises."""
         return self.report().to_dict()
 
     def plot(self, to: Any) -> list[Axes]:
-        """Draws angular updates, and lengths over those of balance, against time: solid measured, dashed predicted.
+        """Draw angular updates, and lengths over those of balance, against time: solid measured, dashed predicted.
 
         Parameters that have no equilibrium are left out. Time is the sum of lr * weight_decay.
 
@@ -190,7 +190,7 @@ class EquilibriumMonitor:
             The axes drawn on.
 
         Raises:
-            RuntimeError: no step has been taken in. TypeError: `to` is nothing of these. ImportError: no matplotlib.
+            RuntimeError: no step has been read. TypeError: `to` is nothing of these. ImportError: no matplotlib.
         """
         self._taken_in("plot")
         figure = None
@@ -209,7 +209,7 @@ class EquilibriumMonitor:
         return axes
 
     def _draw(self, axes: list[Axes]) -> None:
-        report, levels = self.report(), self._taken_in("plot")
+        report, row_index = self.report(), self._taken_in("plot")
         history = torch.stack([x for _, x in self._history]).cpu()  # (moments, parameters and groups, columns)
         columns = dict(zip((*COLUMNS, "time"), history.unbind(2), strict=True))
         angle, time = columns["angle_sq"].sqrt(), columns["time"]
@@ -224,62 +224,62 @@ class EquilibriumMonitor:
             if parameter.group not in drawn:
                 drawn.add(parameter.group)
                 label = "predicted" if len(drawn) == 1 else None
-                g = levels.parameters + levels.indices.index(parameter.group)
+                g = row_index.parameters + row_index.indices.index(parameter.group)
                 axes[0].plot(time[:, g], predicted[:, g], "k--", linewidth=1.5, label=label, zorder=3)
             if len(axes) == 2:
                 axes[1].plot(time[:, i], length[:, i], color=color, linewidth=1, label=name)
         axes[0].set_ylabel("angle between w and w' (radians)")
         axes[-1].set_xlabel("time: sum of lr * weight_decay")
-        if drawn and levels.parameters <= 20:
+        if drawn and row_index.parameters <= 20:
             axes[0].legend(fontsize="small")
         if len(axes) == 2:
             axes[1].axhline(1, color="k", linestyle="--", linewidth=1.5)
             axes[1].set_ylabel("|w| / |w| at equilibrium")
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers and tensors, for `load_state_dict`."""
+        """Return numbers and tensors, for `load_state_dict`."""
         state: dict[str, Any] = {"ema": self.ema, "steps": self.steps, "layout": None}
-        if self._levels is not None:
+        if self._row_index is not None:
             state |= {
-                "layout": self._levels.layout,
+                "layout": self._row_index.layout,
                 "groups": [tuple(h) for h in self._groups],
                 "mean": self._average.mean,
                 "weight": self._average.weight,
                 "count": self._average.count,
                 "seen": self._seen,
                 "time": self._time,
-                "buffer_sq": self._buffers.buffer_sq.unsqueeze(1),
+                "buffer_sq": self._momentum_sums.buffer_sq.unsqueeze(1),
                 "interval": self._interval,
                 "history": list(self._history),
             }
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
+        """Continue where `state_dict` was taken.
 
         Raises:
-            ValueError: it is no monitor's, or one of another optimizer; nothing is changed.
+            ValueError: it is no state of such a monitor, or does not fit the optimizer; nothing is changed.
         """
         where = "EquilibriumMonitor.load_state_dict"
-        levels = self._source.check_state(where, state_dict, ("ema",), _TENSORS, ("groups", "interval", "history"))
+        row_index = self._reader.check_state(where, state_dict, ("ema",), _TENSORS, ("groups", "interval", "history"))
         ema = state_dict["ema"]
         if isinstance(ema, bool) or not isinstance(ema, float) or not 0 <= ema < 1:
             raise ValueError(f"{where}: ema expected a number in [0, 1), got {ema!r}")
         self.ema = ema
         self.steps = 0
-        self._levels = None
-        if levels is None:
+        self._row_index = None
+        if row_index is None:
             return
-        self._source.pass_over()
-        device = self._source.device()
-        self._begin(levels, device)
+        self._reader.pass_over()
+        device = self._reader.device()
+        self._begin(row_index, device)
         self.steps = state_dict["steps"]
         self._average.mean, self._average.weight, self._average.count, self._seen, self._time, buffer_sq = (
             state_dict[name].to(device) for name in _TENSORS
         )
-        self._buffers.buffer_sq = buffer_sq[:, 0]
+        self._momentum_sums.buffer_sq = buffer_sq[:, 0]
         self._groups = tuple(Hyperparameters(*h) for h in state_dict["groups"])
-        self._numbers = levels.of_groups([numbers(h) for h in self._groups], device)
+        self._numbers = row_index.of_groups([numbers(h) for h in self._groups], device)
         self._interval = state_dict["interval"]
         self._history = [(k, x.to(device)) for k, x in state_dict["history"]]
 

@@ -1,4 +1,4 @@
-"""What an `EquilibriumMonitor` tells: `Equilibrium`, `EquilibriumReport`; and how its averages become that."""
+"""`Equilibrium` and `EquilibriumReport`, the results of an `EquilibriumMonitor`, from its averages."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from ..theory.equilibrium import Balance, balance
 from ..theory.relaxation import steps_to_equilibrium
-from .report import Report, Told, table
+from .report import Report, ReportEntry, table
 from .step_reader import Hyperparameters
 
-#: Root mean square of <w,g>/(|w||g|) above which weights are no set that the loss is scale-invariant in.
+#: Root mean square of <w,g>/(|w||g|) above which the loss is not scale-invariant in the weights.
 _COSINE = 1e-2
-#: What is averaged. balance_sq is the |w|^2 at which a step's |g|^2 and <b,g> would be in balance, balance_update_sq
+#: The averaged columns: balance_sq is the |w|^2 at which |g|^2 and <b,g> of a step would balance, balance_update_sq
 #: the |u|^2 there, balanced_weight_sq the |w|^2 that it is compared with; all are 0 in steps without equilibrium.
 COLUMNS = (
     "weight_sq",
@@ -29,15 +29,15 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Equilibrium(Told):
-    r"""What an `EquilibriumMonitor` knows of one slot, one parameter or one param group.
+class Equilibrium(ReportEntry):
+    r"""The results of an `EquilibriumMonitor` for one slot, one parameter or one param group.
 
     Measured numbers are averages over the steps taken in, with the monitor's `ema`, and so are the two predictions that
-    are compared with them; None where there is no equilibrium, and then `reason` says why.
+    are compared with them; None where there is no equilibrium, for the `reason` given.
 
     Attributes:
         group: position of the param group.
-        steps: taken in; those where it was not stepped, or its sums were no finite numbers, are not.
+        steps: number of steps read, without those where it was not stepped or a sum was not finite.
         weight_norm, grad_norm: root mean squares of :math:`|w|` and :math:`|g|`.
         effective_lr: :math:`\eta/|w|^2`, a ratio of means.
         intrinsic_lr: :math:`\eta\lambda` of the last step.
@@ -45,15 +45,15 @@ class Equilibrium(Told):
         predicted_angular_update: the same at equilibrium, `normkern.theory.equilibrium_angle`: lr, weight decay and
             momentum alone decide it, except that with nesterov the correlation has a part.
         residual: :math:`|w|_*^4/|w|^4 - 1`, where :math:`|w|_*` is the length at which the present gradients would be
-            in balance: 0 at equilibrium, above where the norm is still to grow, below where it is still to shrink.
+            in balance: 0 at equilibrium, above where the norm will grow, below where it will shrink.
         equilibrium_weight_norm: that length, for the hyperparameters of the last step.
-        steps_to_equilibrium: in which :math:`|w|^4` comes closer to it by a factor of e; inf where there is none.
-        time: the sum of lr * weight_decay over its steps; of order 1 where an equilibrium has had the time to come.
+        steps_to_equilibrium: steps in which :math:`|w|^4` approaches it by a factor of e; inf without equilibrium.
+        time: the sum of lr * weight_decay over its steps; of order 1 once equilibrium can have been reached.
         correlation: :math:`r = \langle b,g\rangle/|g|^2`, b the momentum buffer before the step, ratio of means: 0
-            where noise dominates. The predictions allow for it (see :mod:`normkern.theory`); it costs no pass either.
+            where noise dominates. The predictions include it (see :mod:`normkern.theory`).
         cosine: root mean square of :math:`\langle w,g\rangle/(|w||g|)`: 0 where the loss is scale-invariant.
         nsr: noise-to-signal ratio of the batch gradient, from `SVAG.noise`; None with other optimizers.
-        reason: why there is no prediction, or what is missing; None if nothing is.
+        reason: why there is no prediction, or what is missing; else None.
     """
 
     group: int
@@ -95,7 +95,7 @@ class EquilibriumReport(Report[Equilibrium]):
 
 
 def _why_none(h: Hyperparameters) -> str | None:
-    """Why a group has no equilibrium."""
+    """Return why a group has no equilibrium; None if it has one."""
     if h.lr == 0:
         return "lr is 0: nothing moves"
     if h.weight_decay == 0:
@@ -108,12 +108,12 @@ def _why_none(h: Hyperparameters) -> str | None:
 
 
 def _arguments(h: Hyperparameters) -> tuple[float, float, float, bool]:
-    """lr, weight_decay, momentum and nesterov of the run without dampening that a group is."""
+    """Return lr, weight_decay, momentum and nesterov of the equivalent run without dampening."""
     return h.lr * (1 - h.dampening), h.weight_decay, h.momentum, h.nesterov
 
 
 def numbers(h: Hyperparameters) -> list[float]:
-    """Of a group: lr, lr * weight_decay, whether there is an equilibrium, and its `Balance`."""
+    """Return lr, lr * weight_decay, whether there is an equilibrium, and its `Balance`, of a group."""
     at = _NO_BALANCE if _why_none(h) else balance("equilibrium", *_arguments(h))
     return [h.lr, h.lr * h.weight_decay, float(at is not _NO_BALANCE), *at]
 
@@ -124,7 +124,7 @@ _NO_BALANCE = Balance(0.0, 0.0, 0.0, 0.0)
 def equilibrium(
     group: int, h: Hyperparameters, means: list[float], steps: int, seen: bool, time: float, nsr: float | None
 ) -> Equilibrium:
-    """From the means of one row, in the order of `COLUMNS`."""
+    """Return the results of one row from its means, in the order of `COLUMNS`."""
     m = dict(zip(COLUMNS, means if steps else [math.nan] * len(means), strict=True))
     reason, cosine = _why_none(h), math.sqrt(m["cosine_sq"])
     slow = math.inf

@@ -1,4 +1,4 @@
-"""What the sums of steps tell of momentum buffers, which they do not contain: `BufferSums`."""
+"""`MomentumSums`: norms and inner products of momentum buffers, derived from the sums of the steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from .step_reader import Hyperparameters, Step
 
 
-class BufferSums:
+class MomentumSums:
     r"""Follows :math:`|b|^2` and :math:`\langle b,g\rangle`, b the buffer before the step, from step to step.
 
     For heavy ball :math:`u = -\eta b'`, so that :math:`|b'|^2` is known, and
@@ -27,13 +27,13 @@ class BufferSums:
         self.buffer_sq = torch.full((rows,), torch.nan, dtype=torch.float64, device=device)
 
     def dots(self, step: Step) -> Tensor:
-        """<b,g> of each row in this step."""
+        """Return <b,g> of each row in this step."""
         x = step.sums
         if all(h.momentum == 0 for h in step.groups):
             self.buffer_sq = torch.full_like(self.buffer_sq, torch.nan)
             return torch.zeros_like(x.weight_sq)
         numbers = [_numbers(h) for h in step.groups]
-        lr, mu, decay, nesterov = step.levels.of_groups(numbers, x.weight_sq.device).unbind(1)
+        lr, mu, decay, nesterov = step.row_index.of_groups(numbers, x.weight_sq.device).unbind(1)
         step_sq, step_dot = x.update_sq / lr.square(), -x.weight_update_dot / lr  # |s|^2 and <w,s>, u = -lr s
         followed = ~self.buffer_sq.isnan()
         unfollowed_dot = (step_sq - 2 * decay * step_dot + decay.square() * x.weight_sq) - x.grad_sq
@@ -50,7 +50,7 @@ class BufferSums:
             is_nesterov = nesterov > 0
             dot = torch.where(is_nesterov, d_dot - decay * weight_dot, dot)
             buffer_sq = torch.where(is_nesterov, mu.square() * before + d_sq + 2 * mu * d_dot, buffer_sq)
-        most = (self.buffer_sq * x.grad_sq).clamp(min=0).sqrt()  # rounding knows no Cauchy and Schwarz
+        most = (self.buffer_sq * x.grad_sq).clamp(min=0).sqrt()  # rounding may break the Cauchy-Schwarz inequality
         dot = torch.where(followed & dot.isfinite(), torch.minimum(torch.maximum(dot, -most), most), 0.0)
         self.buffer_sq = torch.where(buffer_sq.isfinite() & (mu > 0), buffer_sq, torch.nan)
         return dot

@@ -1,4 +1,4 @@
-"""What a monitor tells, at three levels: `Report`."""
+"""`Report`: the results of a monitor for param groups, parameters and slots."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from .step_reader import Levels
+from .step_reader import RowIndex
 
 
 class _Entry(Protocol):
@@ -18,11 +18,11 @@ Entry = TypeVar("Entry", bound=_Entry)
 
 @dataclass(frozen=True)
 class Report(Generic[Entry]):
-    """What a monitor knows; `print` it for a table.
+    """The results of a monitor; `print` it for a table.
 
     Attributes:
-        steps: that the monitor has taken in.
-        groups: param groups by position, each as one vector: what counts where its tensors are invariant together only.
+        steps: number of steps that the monitor has read.
+        groups: param groups by position, each as one vector, for tensors that are invariant only together.
         parameters: by name, each as one vector.
         slots: by name, the slots of ``opt.stats()``: with ``stats="row"`` one per row, else the parameter itself.
     """
@@ -33,7 +33,7 @@ class Report(Generic[Entry]):
     slots: dict[str, list[Entry]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for a logger: ``{"steps", "groups", "parameters", "rows"}``.
+        """Return plain numbers for a logger: ``{"steps", "groups", "parameters", "rows"}``.
 
         "groups" and "parameters" are name -> quantity -> number; "rows", of parameters with several slots, is name ->
         quantity -> list.
@@ -52,28 +52,28 @@ class Report(Generic[Entry]):
 
 
 @dataclass(frozen=True)
-class Told:
+class ReportEntry:
     """One entry of a report."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for a logger."""
+        """Return plain numbers for a logger."""
         return asdict(self)
 
 
-def arranged(
-    levels: Levels, names: Sequence[str], rows: Sequence[Entry]
+def arrange(
+    row_index: RowIndex, names: Sequence[str], rows: Sequence[Entry]
 ) -> tuple[dict[int, Entry], dict[str, Entry], dict[str, list[Entry]]]:
-    """`rows`, one for each of the levels', as a report has them: groups, parameters, slots."""
-    parameters = rows[levels.first_parameter : levels.first_group]
+    """Arrange `rows`, one for each of `row_index`, as a report has them: groups, parameters, slots."""
+    parameters = rows[row_index.first_parameter : row_index.first_group]
     return (
-        dict(zip(levels.indices, rows[levels.first_group :], strict=True)),
+        dict(zip(row_index.indices, rows[row_index.first_group :], strict=True)),
         dict(zip(names, parameters, strict=True)),
-        {name: list(rows[s]) for name, s in zip(names, levels.slices, strict=True)},
+        {name: list(rows[s]) for name, s in zip(names, row_index.slices, strict=True)},
     )
 
 
 def table(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of cells under each other: the first ones to the left, the others to the right, remarks behind."""
+    """Align lines of cells: the first column to the left, the others to the right, remarks last."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     out = []
     for first, *cells, remark in lines:

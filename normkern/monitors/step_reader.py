@@ -1,4 +1,4 @@
-"""What an optimizer's steps measured, at three levels: slots, parameters, param groups. For monitors."""
+"""`StepReader`: the sums of an optimizer's steps, for slots, parameters and param groups. Used by monitors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..optim.svag import SVAG
 
 
 class Hyperparameters(NamedTuple):
-    """Of one param group in one step, as the kernel has them."""
+    """The hyperparameters of one param group in one step, as the kernel has them."""
 
     lr: float
     momentum: float
@@ -27,21 +27,21 @@ class Hyperparameters(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One step: `levels.sums` of its table, and the hyperparameters of each measured group."""
+    """One step: the sums of every row, and the hyperparameters of each measured group."""
 
-    levels: Levels
+    row_index: RowIndex
     sums: StepStats
     groups: tuple[Hyperparameters, ...]
 
 
-class Levels:
-    """A row for every slot, then one for every parameter (unless each has one slot), then one for every param group.
+class RowIndex:
+    """Rows of a monitor: one for every slot, then one for every parameter (unless each has one slot) and every group.
 
-    The last two are of the slots together, as one vector: norms squared and inner products are sums.
+    The last two have the sums of all their slots, as of one vector.
     """
 
     def __init__(self, groups: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """The measured groups: their position in the optimizer, and how many slots each of their parameters has."""
+        """`groups`: of each measured one its position in the optimizer and the number of slots of each parameter."""
         self.layout = tuple((index, tuple(counts)) for index, counts in groups)
         self.indices = [index for index, _ in self.layout]
         counts = [count for _, group in self.layout for count in group]
@@ -62,7 +62,7 @@ class Levels:
         self._group_of_row = torch.cat([*parts, torch.arange(len(self.layout))])
 
     def sums(self, table: Tensor) -> Tensor:
-        """The rows for a table of slots. A slot that is all NaN was not stepped and counts for nothing."""
+        """Return the rows for a table of slots. A slot that is all NaN was not stepped, and adds nothing."""
         self._go_to(table.device)
         stepped = ~table.isnan().all(1, keepdim=True)
         x = torch.cat([torch.where(stepped, table, 0.0), stepped.to(table.dtype)], 1)
@@ -76,14 +76,14 @@ class Levels:
         return torch.cat(parts)
 
     def of_groups(self, numbers: Sequence[Sequence[float]], device: torch.device) -> Tensor:
-        """Numbers of the groups, for every row those of its group."""
+        """Return for every row the numbers of its group."""
         self._go_to(device)
-        # From pinned memory: the host does not wait for the device.
+        # From pinned memory, so that the host does not wait for the device.
         host = torch.tensor(numbers, dtype=torch.float64, device="cpu", pin_memory=device.type == "cuda")
         return host.to(device, non_blocking=True)[self._group_of_row]
 
     def group_of_rows(self) -> list[int]:
-        """Which of the measured groups each row belongs to."""
+        """Return which of the measured groups each row belongs to."""
         of: list[int] = self._group_of_row.tolist()
         return of
 
@@ -93,8 +93,8 @@ class Levels:
             self._group_of_slot, self._group_of_row = self._group_of_slot.to(device), self._group_of_row.to(device)
 
 
-class Steps:
-    """The steps of an optimizer, each one once."""
+class StepReader:
+    """Reads the steps of an optimizer, each one once."""
 
     def __init__(self, optimizer: Any, who: str) -> None:
         if not isinstance(optimizer, SGD):
@@ -102,11 +102,11 @@ class Steps:
         self.optimizer, self._who = optimizer, who
         self._last: object = None
         self._key: object = None
-        self._levels: Levels | None = None
+        self._row_index: RowIndex | None = None
         self.check()
 
     def check(self) -> None:
-        """There is something to read."""
+        """Check that the optimizer measures something, and has one learning rate for each group."""
         if all(group["stats"] is None for group in self.optimizer.param_groups):
             raise ValueError(
                 f'{self._who}: optimizer expected one with stats="tensor" or "row", got one that measures nothing'
@@ -117,23 +117,23 @@ class Steps:
     def _check_multipliers(self, groups: Iterable[int]) -> None:
         for index in groups:
             raise ValueError(
-                f"{self._who}: param_groups[{index}]: lr_multipliers expected None, as a monitor knows one learning "
+                f"{self._who}: param_groups[{index}]: lr_multipliers expected None, as a monitor needs one learning "
                 "rate for each group; give each multiplier a group"
             )
 
-    def levels(self) -> Levels:
-        """Those of the next step, as far as the param groups tell."""
-        default = "tensor" if isinstance(self.optimizer, SVAG) else None  # it always measures
+    def row_index(self) -> RowIndex:
+        """Return the rows of the next step, according to the param groups."""
+        default = "tensor" if isinstance(self.optimizer, SVAG) else None  # SVAG always measures
         groups: list[tuple[int, list[int]]] = []
         for i, group in enumerate(self.optimizer.param_groups):
             stats = group["stats"] or default
             if stats is not None:
                 code = ops.stats_code(stats, self._who)  # type: ignore[arg-type]
                 groups.append((i, [ops.slot_count(p, code) for p in group["params"]]))
-        return Levels(groups)
+        return RowIndex(groups)
 
     def read(self) -> Step | None:
-        """The last step, unless it was read before or there was none. Nothing is synchronised."""
+        """Return the last step, unless it was read before or there was none. Nothing is synchronised."""
         measured = self.optimizer._measured
         if measured is None or measured is self._last:
             self.check()
@@ -142,25 +142,25 @@ class Steps:
         self._last = measured
         table, sizes = measured.table, [(index, size) for index, _, size in measured.groups]
         key = (measured.offsets, len(table), sizes)
-        if self._levels is None or key != self._key:
+        if self._row_index is None or key != self._key:
             ends = [*measured.offsets[1:], len(table)]
             counts = [b - a for a, b in zip(measured.offsets, ends, strict=True)]
             groups, at = [], 0
             for index, size in sizes:
                 groups.append((index, counts[at : at + size]))
                 at += size
-            self._key, self._levels = key, Levels(groups)
+            self._key, self._row_index = key, RowIndex(groups)
         table = table[:, : len(ops.SUMS)]
         if measured.clip_coef is not None:  # a step of the clipped gradient is an ordinary one
             once = measured.clip_coef.to(table.device)
             of_grad = torch.ones_like(table[:1])
             of_grad[:, ops.SUMS.index("grad_sq")], of_grad[:, ops.SUMS.index("weight_grad_dot")] = once.square(), once
             table = table * of_grad
-        sums = self._levels.sums(table)
+        sums = self._row_index.sums(table)
         hyperparameters = tuple(
             self._hyperparameters(index, number(lr, "lr", self._who)) for index, lr, _ in measured.groups
         )
-        return Step(self._levels, StepStats(sums, [""], (0,), [math.nan]), hyperparameters)
+        return Step(self._row_index, StepStats(sums, [""], (0,), [math.nan]), hyperparameters)
 
     def _hyperparameters(self, index: int, lr: float) -> Hyperparameters:
         options = self.optimizer.param_groups[index]
@@ -170,29 +170,32 @@ class Steps:
         momentum, dampening, decay = (number(options[k], k, where) for k in ("momentum", "dampening", "weight_decay"))
         return Hyperparameters(lr, momentum, dampening if momentum else 0.0, decay, bool(options["nesterov"]))
 
-    def names(self, levels: Levels) -> list[str]:
-        """Of the parameters."""
+    def names(self, row_index: RowIndex) -> list[str]:
+        """Return the names of the parameters."""
         names: list[str] = []
-        for index, counts in levels.layout:
+        for index, counts in row_index.layout:
             given = self.optimizer.param_groups[index].get("param_names")
             names += given[: len(counts)] if given else [f"{index}.{i}" for i in range(len(counts))]
         return names
 
     def pass_over(self) -> None:
-        """The last step was read by somebody whose state we go on with."""
+        """Skip the last step: the loaded state contains it."""
         self._last = self.optimizer._measured
 
     def device(self) -> torch.device:
-        """Where sums are."""
+        """Return the device of the sums."""
         return next((p.device for g in self.optimizer.param_groups for p in g["params"]), torch.device("cpu"))
 
     def check_state(
         self, where: str, state: Any, always: Sequence[str], tensors: Mapping[str, int], others: Sequence[str]
-    ) -> Levels | None:
-        """A monitor's state_dict fits the optimizer: its `tensors` have a row for every row, and so many columns.
+    ) -> RowIndex | None:
+        """Check that a monitor's state_dict fits the optimizer: rows and columns of its `tensors`.
 
         Returns:
-            The levels; None if no step had been taken in.
+            The rows; None if the state is of a monitor before its first step.
+
+        Raises:
+            ValueError: it does not fit.
         """
         if not isinstance(state, Mapping) or not {"steps", "layout", *always} <= set(state):
             got = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
@@ -202,18 +205,18 @@ class Steps:
         layout = state["layout"]
         if layout is None:
             return None
-        levels = self.levels()
-        if tuple((index, tuple(counts)) for index, counts in layout) != levels.layout:
-            raise ValueError(f"{where}: layout expected {_words(levels.layout)}, got {_words(layout)}")
+        row_index = self.row_index()
+        if tuple((index, tuple(counts)) for index, counts in layout) != row_index.layout:
+            raise ValueError(f"{where}: layout expected {_words(row_index.layout)}, got {_words(layout)}")
         for name in (*others, *tensors):
             if name not in state:
                 raise ValueError(f"{where}: state_dict expected {name!r}, got {sorted(map(str, state))}")
         for name, width in tensors.items():
             x = state[name]
-            if not isinstance(x, Tensor) or x.shape != (levels.rows, width):
+            if not isinstance(x, Tensor) or x.shape != (row_index.rows, width):
                 shape = tuple(x.shape) if isinstance(x, Tensor) else x
-                raise ValueError(f"{where}: {name} expected shape {(levels.rows, width)}, got {shape!r}")
-        return levels
+                raise ValueError(f"{where}: {name} expected shape {(row_index.rows, width)}, got {shape!r}")
+        return row_index
 
 
 def _words(layout: Any) -> str:
@@ -221,7 +224,7 @@ def _words(layout: Any) -> str:
 
 
 class Average:
-    """Means over steps of columns, row by row, weighted by ``decay**age``, normalised: nothing is biased towards zero.
+    """Means over steps of columns, row by row, with normalised weights ``decay**age``, so without bias towards zero.
 
     ``decay=1`` is the plain mean. A row that is not seen in a step keeps its mean.
     """
@@ -233,7 +236,7 @@ class Average:
         self.mean = torch.zeros(rows, columns, dtype=torch.float64, device=device)
 
     def add(self, x: Tensor, seen: Tensor) -> None:
-        """One step: `x` (rows, columns), `seen` (rows, 1)."""
+        """Add one step: `x` (rows, columns), `seen` (rows, 1)."""
         self.count = self.count + seen
         self.weight = torch.where(seen, self.decay * self.weight + 1, self.weight)
         self.mean = torch.where(seen, self.mean + (x - self.mean) / self.weight, self.mean)

@@ -1,4 +1,4 @@
-r"""`DDPNoise`: gradient noise from what the ranks of a `DistributedDataParallel` model send each other anyway."""
+r"""`DDPNoise`: gradient noise from the gradients that the ranks of a `DistributedDataParallel` model average."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from ..tracing import isinstance_if_imported
 
 @dataclass(frozen=True, eq=False)
 class DDPNoiseResult:
-    r"""What the local gradients :math:`g_r` of m ranks say of :math:`\nabla L` and of their covariance :math:`\Sigma`.
+    r"""Estimates of :math:`\nabla L` and of the covariance :math:`\Sigma` from local gradients :math:`g_r` of m ranks.
 
     Means over the steps, float64 tensors of no dimension, and ``slot_*`` of shape (parameters,), the same on every
-    rank. What has no bias can be negative, and is not clipped. Ratios are of means, as a mean of ratios has a bias.
+    rank. Unbiased estimates can be negative, and are not clipped. Ratios are of means, as a mean of ratios is biased.
 
     Attributes:
-        steps: how many were measured.
-        skipped: how many were not, as some gradient was no number: those that a GradScaler skips.
+        steps: number of measured steps.
+        skipped: number of steps left out, as a gradient was infinite or NaN: those that a GradScaler skips.
         ranks: m.
         count: gradients :math:`g_r` in all, steps times m.
         batch_size: samples of one rank in a step, or None.
-        trace_sigma: of :math:`\mathrm{tr}\,\Sigma`, the covariance of one rank's gradient.
+        trace_sigma: estimate of :math:`\mathrm{tr}\,\Sigma`, the covariance of one rank's gradient.
         grad_sq_norm: :math:`|\bar g|^2`, of the mean over ranks.
-        grad_sq_norm_unbiased: of :math:`|\nabla L|^2`.
+        grad_sq_norm_unbiased: estimate of :math:`|\nabla L|^2`.
         nsr: trace_sigma / grad_sq_norm_unbiased, the noise-to-signal ratio of one rank's gradient.
         nsr_batch: nsr / m, that of the batch gradient :math:`\bar g`, which the optimizer gets.
         gns: the gradient noise scale :math:`\mathrm{tr}\,\Sigma_1/|\nabla L|^2` in samples; NaN without `batch_size`.
-        names, slots: of the parameters, and where each one is in ``slot_*``.
+        names, slots: names of the parameters, and where each one is in ``slot_*``.
         slot_trace_sigma, slot_grad_sq_norm, slot_grad_sq_norm_unbiased, slot_nsr_batch: the same per parameter.
     """
 
@@ -57,7 +57,7 @@ class DDPNoiseResult:
 
 
 class DDPNoise:
-    r"""Gradient noise of data-parallel training, from a communication hook: no further pass over the network.
+    r"""Measures the gradient noise of data-parallel training in a communication hook, without another backward pass.
 
     Each bucket is measured before the ranks' gradients are averaged, and after:
 
@@ -66,22 +66,21 @@ class DDPNoise:
         \widehat{|\nabla L|^2} = \frac{m|\bar g|^2 - S/m}{m-1}
 
     without bias, as `RunningMoments` has them with the ranks for its micro-batches. One small all_reduce per step, of a
-    number per parameter, goes along with the last bucket and is not waited for. So `result` is a rank's own affair: any
-    may ask, alone.
+    number per parameter, is started with the last bucket and is not waited for. So any rank may call `result` alone.
 
     Args:
         ddp_model: a `DistributedDataParallel` of at least two ranks, of any process group, without a hook so far.
         inner: the hook that averages, or (state, hook), such as those of
             ``torch.distributed.algorithms.ddp_comm_hooks``; a bare hook has the model's process group for its state.
-            None: torch's ``allreduce_hook``, the mean that DDP takes by itself. What it gives is taken for
-            :math:`\bar g`: where it compresses, its rounding is in the estimates.
+            None: torch's ``allreduce_hook``, the mean that DDP takes by itself. Its result is used as
+            :math:`\bar g`: if it compresses, its rounding is in the estimates.
         batch_size: samples of one rank in a step, for `gns`.
-        grad_scale: what the losses are multiplied with, or a function that tells, such as ``scaler.get_scale``: asked
-            in each backward. Ratios do not need it while it is constant.
+        grad_scale: the factor of the losses, or a function that returns it, such as ``scaler.get_scale``, called in
+            each backward. Ratios do not need it while it is constant.
 
     Every backward that averages gradients is a step: under ``no_sync`` gradients add up, and what was accumulated is
     measured where it is averaged. A parameter that a rank does not use counts as a zero gradient of this rank. Steps
-    with a gradient that is no number are left out and counted.
+    with an infinite or NaN gradient are left out and counted.
 
     Raises:
         TypeError: ddp_model is no `DistributedDataParallel`, inner no hook. ValueError: a single rank, a `batch_size`
@@ -156,14 +155,14 @@ class DDPNoise:
         )
 
     def reset(self) -> None:
-        """Forgets all steps."""
+        """Forget all steps."""
         self._step: _Step | None = None  # one that is under way, or not added yet
         self._sums: Tensor | None = None  # (2, parameters): of S and of |mean|^2, over the steps
         self._measured: Tensor | None = None  # steps in them
         self._seen = 0
 
     def _reduce(self, bucket: Any) -> Any:
-        """The hook."""
+        """Measure and average one bucket: the communication hook."""
         buffer = bucket.buffer()
         gradients = [buffer] if buffer.layout != torch.strided else bucket.gradients()  # sparse: one of its own
         if bucket.index() == 0:  # what an error has cut short before is forgotten
@@ -198,7 +197,7 @@ class DDPNoise:
         return future
 
     def _add_last(self) -> None:
-        """The step before this one, if its numbers have arrived."""
+        """Add the previous step, if its sums have arrived."""
         step = self._step
         if step is None or step.work is None or step.pending:
             return
@@ -212,7 +211,7 @@ class DDPNoise:
         self._seen += 1
 
     def result(self) -> DDPNoiseResult:
-        """Of the steps since the start or the last `reset`; more may follow, and do not change it.
+        """Return the estimates from the steps since the start or the last `reset`; later steps do not change them.
 
         Synchronises with the device, and with no other rank.
 
@@ -253,7 +252,7 @@ class DDPNoise:
 
 
 class _Step:
-    """What is known of one backward: per parameter, |local gradient|^2, then their sum over ranks, and |mean|^2."""
+    """The sums of one backward: per parameter |local gradient|^2, then its sum over ranks, and |mean|^2."""
 
     __slots__ = ("inverse_square", "local", "mean", "pending", "work")
 
@@ -266,7 +265,7 @@ class _Step:
 
 @torch.no_grad()
 def _sq_norms(tensors: list[Tensor]) -> Tensor:
-    """|x|^2 of each, (n,) float64. Nothing is synchronised."""
+    """Return |x|^2 of each tensor, (n,) float64. Nothing is synchronised."""
     flat = [x.detach() for x in tensors]
     if all(x.layout == torch.strided and ops.kernel_takes(x) for x in flat):
         return ops.grad_sq_norms(flat)

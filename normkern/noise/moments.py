@@ -14,19 +14,19 @@ from ..tracing import is_traced
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    r"""What B per-sample gradients :math:`g_b` say of :math:`\nabla L` and of their covariance :math:`\Sigma`.
+    r"""Estimates of :math:`\nabla L` and of the covariance :math:`\Sigma` from B per-sample gradients :math:`g_b`.
 
-    Scalars are float64 tensors of no dimension, on the samples' device. What has no bias can be negative, and is not
-    clipped.
+    Scalars are float64 tensors of no dimension, on the samples' device. Unbiased estimates can be negative, and
+    are not clipped.
 
     Attributes:
-        batch_size: B, the samples.
-        mean: :math:`\bar g`, elementwise; float64 for float64 samples, else float32. Of a list, a list.
+        batch_size: B, the number of samples.
+        mean: :math:`\bar g`, elementwise; float64 for float64 samples, else float32. A list for a list.
         variance: elementwise, without bias; like `mean`.
         sq_norms: (B,) float64, :math:`|g_b|^2` over all tensors.
-        trace_sigma: of :math:`\mathrm{tr}\,\Sigma`: the sum of all variances.
+        trace_sigma: estimate of :math:`\mathrm{tr}\,\Sigma`: the sum of all variances.
         grad_sq_norm: :math:`|\bar g|^2`.
-        grad_sq_norm_unbiased: of :math:`|\nabla L|^2`: grad_sq_norm - trace_sigma / B.
+        grad_sq_norm_unbiased: estimate of :math:`|\nabla L|^2`: grad_sq_norm - trace_sigma / B.
         nsr: trace_sigma / grad_sq_norm, the noise-to-signal ratio of one sample's gradient.
         nsr_batch: nsr / B, that of the batch gradient.
         gns: trace_sigma / grad_sq_norm_unbiased, the simple gradient noise scale, in samples.
@@ -45,7 +45,7 @@ class Moments:
 
 
 def moments(x: Tensor | Sequence[Tensor]) -> Moments:
-    r"""Mean, elementwise variance, norms and noise scale of per-sample gradients, in one pass over memory.
+    r"""Compute mean, elementwise variance, norms and noise scale of per-sample gradients, in one pass over memory.
 
     .. math::
         \bar g = \frac1B \sum_b g_b, \qquad \widehat{\mathrm{tr}\,\Sigma} = \frac1{B-1} \sum_b |g_b - \bar g|^2,
@@ -61,7 +61,8 @@ def moments(x: Tensor | Sequence[Tensor]) -> Moments:
     Returns:
         `Moments`. NaN and infinities flow through: a sample that has one has it in its norm, a column in its mean and
         variance, and the scalars in theirs. Float32 variances below 1e-38 or above 3e38 leave its range; norms and
-        scalars, in float64, do not. Nothing is synchronised. Where no kernel runs, torch makes several passes.
+        scalars, in float64, do not. Nothing is synchronised. Tensors that no kernel takes
+        fall back to torch, in several passes.
 
     Raises:
         TypeError: not a strided, plain tensor of these dtypes, or a list of such; dtypes or devices differ.
@@ -109,7 +110,7 @@ def moments(x: Tensor | Sequence[Tensor]) -> Moments:
 
 
 def _samples(x: object, name: str) -> Tensor:
-    """`x` as it is read."""
+    """Check one tensor of `moments`, and return it without its graph."""
     if not isinstance(x, Tensor):
         raise TypeError(
             f"moments: {name} is {ops.describe(x)}; expected a tensor (B, P), or a list or tuple of tensors (B, *shape)"
@@ -118,14 +119,13 @@ def _samples(x: object, name: str) -> Tensor:
     plain = plain or (is_traced() and not x.is_meta and ops.would_take(x))
     if not plain or x.dtype not in ops.DTYPES:
         raise TypeError(
-            f"moments: {name} is {ops.describe(x)}; "
-            "expected a plain, strided torch.Tensor of float64, float32, bfloat16 or float16"
+            f"moments: {name} is {ops.describe(x)}; expected a plain, strided torch.Tensor of {ops.one_of()}"
         )
     return x.detach().resolve_neg()
 
 
 def _moments(tensors: list[Tensor], b: int) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """`ops.moments` and its totals, or its eager twin for tensors that no kernel can take."""
+    """Return `ops.moments` and its totals, or those of `reference` for tensors that no kernel takes."""
     traced = is_traced()
     is_taken = ops.kernels_take(tensors) if traced else all(map(ops.kernel_takes, tensors))
     if is_taken and traced:

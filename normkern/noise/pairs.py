@@ -1,9 +1,9 @@
-"""Gradient noise from pairs: what two independent batch gradients say, once or averaged over many steps."""
+"""Gradient noise from pairs of independent batch gradients, once or averaged over many steps."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,17 +17,17 @@ class Noise:
     r"""Signal and noise of a batch gradient g, with mean :math:`\nabla L` and covariance :math:`\Sigma`.
 
     float64 tensors of no dimension, or of shape (slots,). Estimates without bias can be negative, and are not clipped.
-    ``nan`` in a standard error: one observation says nothing of its own spread.
+    A standard error is ``nan`` after one observation.
 
     Attributes:
-        grad_sq_norm_unbiased: of :math:`|\nabla L|^2`.
-        trace_sigma: of :math:`\mathrm{tr}\,\Sigma`, the covariance of the batch gradient.
+        grad_sq_norm_unbiased: estimate of :math:`|\nabla L|^2`.
+        trace_sigma: estimate of :math:`\mathrm{tr}\,\Sigma`, the covariance of the batch gradient.
         nsr_batch: trace_sigma / grad_sq_norm_unbiased, the noise-to-signal ratio of the batch gradient.
         grad_sq_norm_unbiased_stderr, trace_sigma_stderr, nsr_batch_stderr: standard errors over the steps, as if those
-            were independent; of the ratio by the delta method.
-        names, slots: of the parameters and where their slots are, as in `StepStats`.
+            were independent; that of the ratio by the delta method.
+        names, slots: names of the parameters and where their slots are, as in `StepStats`.
         slot_grad_sq_norm_unbiased, slot_trace_sigma, slot_nsr_batch: the same per slot; NaN where there was no pair.
-        count: steps, or pairs, that went in.
+        count: number of steps, or pairs.
     """
 
     grad_sq_norm_unbiased: Tensor
@@ -57,33 +57,51 @@ class NoiseAverage:
         self.count = 0
         self._all = _Average(decay)
 
-    def add(self, pair_sums: Tensor, seen: Tensor | None = None) -> None:
-        """One step's sums, (slots, 4) in the order of `ops.PAIR_SUMS`; NaN rows, or those not `seen`, have no pair."""
-        x = pair_sums[:, :2] * pair_sums.new_tensor([1.0, 0.5])
-        seen = ~pair_sums[:, 2:].isnan().all(1, keepdim=True) if seen is None else seen.view(-1, 1)
+    def add(self, pair_sums: Tensor, seen: Callable[[], Tensor] | None = None) -> None:
+        """Add one step's sums, a column for each of `ops.PAIR_SUMS`; NaN in rows without a pair. Synchronises.
+
+        `seen` returns which rows have a pair, as a pair may hold a NaN; it is called only if there is one. Without it
+        rows whose norms are NaN have none.
+        """
         if self.count == 0:
-            self._weight, self._mean = x.new_zeros(len(x), 1), x.new_zeros(x.shape)
+            names = [ops.PAIR_SUMS.index(name) for name in ("pair_dot", "pair_difference_sq")]
+            self._columns = torch.tensor(names, device=pair_sums.device)
+            self._weight = pair_sums.new_zeros(len(pair_sums), 1)
+            self._mean = pair_sums.new_zeros(len(pair_sums), len(names))
         self.count += 1
-        self._weight = torch.where(seen, self.decay * self._weight + 1, self._weight)
-        self._mean = torch.where(seen, self._mean + (x - self._mean) / self._weight, self._mean)
-        signal, noise = torch.where(seen, x, 0.0).sum(0).tolist()  # a pair with NaN is seen, and shows
-        self._all.add(signal, noise)
+        x = pair_sums.index_select(1, self._columns)
+        dot, difference_sq = x.sum(0).tolist()
+        if math.isnan(dot) or math.isnan(difference_sq):
+            rows = (_has_norms(pair_sums) if seen is None else seen()).view(-1, 1)
+            dot, difference_sq = torch.where(rows, x, 0.0).sum(0).tolist()
+            self._weight = torch.where(rows, self.decay * self._weight + 1, self._weight)
+            self._mean = torch.where(rows, self._mean + (x - self._mean) / self._weight, self._mean)
+        else:
+            self._weight.mul_(self.decay).add_(1)
+            self._mean.add_((x - self._mean).div_(self._weight))
+        self._all.add(dot, 0.5 * difference_sq)
 
     @property
     def slots(self) -> int:
-        """How many."""
+        """The number of slots; 0 before the first step."""
         return 0 if self.count == 0 else len(self._mean)
 
     def fits(self, slots: int) -> bool:
-        """Whether sums of so many slots can be added."""
+        """Return whether sums of so many slots can be added."""
         return self.count == 0 or self.slots == slots
 
     def result(self, names: list[str], slots: dict[str, slice]) -> Noise:
-        """What is known now."""
-        signal, noise = torch.where(self._weight > 0, self._mean, torch.nan).unbind(1)
+        """Return the averages so far."""
+        signal, difference_sq = torch.where(self._weight > 0, self._mean, torch.nan).unbind(1)
+        noise = 0.5 * difference_sq
         a, b, c = (self._mean.new_tensor(x) for x in self._all.estimates())
         d, e, f = (self._mean.new_tensor(x) for x in self._all.standard_errors())
         return Noise(a, b, c, d, e, f, names, slots, signal, noise, noise / signal, self.count)
+
+
+def _has_norms(pair_sums: Tensor) -> Tensor:
+    first_sq, second_sq = (ops.column(pair_sums, name, ops.PAIR_SUMS) for name in ("first_sq", "second_sq"))
+    return ~(first_sq.isnan() & second_sq.isnan())
 
 
 class _Average:
@@ -108,11 +126,14 @@ class _Average:
         self.squares = keep**2 * self.squares + share**2
 
     def estimates(self) -> tuple[float, float, float]:
-        """Signal, noise and their ratio."""
+        """Return signal, noise and their ratio."""
         return self.signal, self.noise, _ratio(self.noise, self.signal)
 
     def standard_errors(self) -> tuple[float, float, float]:
-        """Of the same: the variance of a weighted mean is that of one observation times its weights' sum of squares."""
+        """Return the standard errors of the estimates.
+
+        The variance of a weighted mean is that of one observation times the sum of squares of its weights.
+        """
         if self.squares >= 1:  # one observation
             return math.nan, math.nan, math.nan
         spread = self.squares / (1 - self.squares)  # the division makes the variance unbiased
@@ -123,7 +144,7 @@ class _Average:
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b as floating point has it, also for b = 0."""
+    """Return a / b as floating-point hardware does, also for b = 0."""
     return a / b if b != 0 else math.copysign(math.inf, a) if a else math.nan
 
 
@@ -133,12 +154,11 @@ def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor |
     .. math::
         \widehat{|\nabla L|^2} = \langle a, b\rangle, \qquad \widehat{\mathrm{tr}\,\Sigma} = \tfrac12 |a - b|^2
 
-    Both without bias; one pair is a noisy witness: average them separately over many (as `SVAG.noise` does), then
-    divide.
+    Both are unbiased, but one pair is noisy: average them separately over many (as `SVAG.noise` does), then divide.
 
     Args:
         grads_a, grads_b: lists of equal shapes, dtypes and devices; an entry may be None if its partner is.
-            What no kernel can take is read by torch.
+            Tensors that no kernel takes fall back to torch.
 
     Returns:
         `Noise`; names are the positions in the lists, standard errors NaN.
@@ -155,13 +175,13 @@ def noise_from_pair(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor |
     a, b = list(grads_a), list(grads_b)
     sums = pair_sums_of(a, b)
     average = NoiseAverage(0.0)
-    average.add(sums, torch.tensor([x is not None for x in a], dtype=torch.bool, device=sums.device))
+    average.add(sums, lambda: torch.tensor([x is not None for x in a], dtype=torch.bool, device=sums.device))
     names = [str(i) for i in range(len(sums))]
     return average.result(names, {name: slice(i, i + 1) for i, name in enumerate(names)})
 
 
 def pair_sums_of(a: list[Tensor | None], b: list[Tensor | None]) -> Tensor:
-    """`ops.pair_sums`, or its eager twin for tensors that no kernel can take."""
+    """Return `ops.pair_sums`, or those of `reference` for tensors that no kernel takes."""
     if ops.kernels_take((*a, *b)):
         return ops.pair_sums(a, b)
     from .. import reference

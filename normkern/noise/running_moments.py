@@ -14,24 +14,24 @@ from .pairs import pair_sums_of
 
 @dataclass(frozen=True, eq=False)
 class RunningMomentsResult:
-    r"""What m micro-batch gradients :math:`g_i` say of :math:`\nabla L` and of their covariance :math:`\Sigma_b`.
+    r"""Estimates of :math:`\nabla L` and of the covariance :math:`\Sigma_b` from m micro-batch gradients :math:`g_i`.
 
     Scalars are float64 tensors of no dimension, and ``slot_*`` of shape (parameters,), NaN for a parameter without a
     gradient; what has no bias can be negative, and is not clipped.
 
     Attributes:
-        count: m, how many.
+        count: m, the number of micro-batches.
         batch_size: samples per micro-batch, or None.
         population: samples that they were drawn from without replacement, or None.
         mean: per parameter, :math:`\bar g`, of its shape; None for one without a gradient.
         variance: per parameter, elementwise, without bias, of one micro-batch's gradient; real for complex gradients.
         sq_norms: (m,), :math:`|g_i|^2`.
-        trace_sigma: of :math:`\mathrm{tr}\,\Sigma_b`, of one micro-batch's gradient: the sum of all variances.
+        trace_sigma: estimate of :math:`\mathrm{tr}\,\Sigma_b`, of one micro-batch's gradient: the sum of all variances.
         grad_sq_norm: :math:`|\bar g|^2`.
-        grad_sq_norm_unbiased: of :math:`|\nabla L|^2`.
+        grad_sq_norm_unbiased: estimate of :math:`|\nabla L|^2`.
         nsr_batch: trace_sigma / grad_sq_norm_unbiased, the noise-to-signal ratio of one micro-batch's gradient.
         gns: the gradient noise scale :math:`\mathrm{tr}\,\Sigma_1/|\nabla L|^2` in samples; NaN without `batch_size`.
-        names, slots: of the parameters, and where each one is in ``slot_*``.
+        names, slots: names of the parameters, and where each one is in ``slot_*``.
         slot_trace_sigma, slot_grad_sq_norm, slot_grad_sq_norm_unbiased, slot_nsr_batch: the same per parameter.
     """
 
@@ -66,7 +66,7 @@ class RunningMoments:
     Args:
         params: tensors, or pairs (name, tensor), of which ``.grad`` is read; any iterable of them. Names are positions
             where none is given.
-        batch_size: samples per micro-batch, for whatever is per sample.
+        batch_size: samples per micro-batch; `gns` and `population` need it.
 
     Call `update` after each micro-batch's backward, and clear the gradients before the next. Gradients are taken as
     they are: unscale them before. Means and squares are kept in float64 for float64 and complex128 gradients, else in
@@ -84,7 +84,7 @@ class RunningMoments:
     >>> w = torch.nn.Parameter(torch.zeros(2))
     >>> moments = RunningMoments([("w", w)], batch_size=7)
     >>> for g in ([1.0, 5.0], [3.0, 5.0]):
-    ...     w.grad = torch.tensor(g)  # in earnest: zero_grad, backward
+    ...     w.grad = torch.tensor(g)  # in a training loop: zero_grad, backward
     ...     moments.update()
     >>> result = moments.result()
     >>> result.mean, result.variance, result.sq_norms
@@ -101,7 +101,7 @@ class RunningMoments:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all micro-batches."""
+        """Forget all micro-batches."""
         self.count = 0  # m, so far
         self._means: dict[int, Tensor] = {}  # by the parameter's position, real
         self._squares: dict[int, Tensor] = {}  # sums of squared deviations
@@ -109,10 +109,10 @@ class RunningMoments:
         self._complex: set[int] = set()
 
     def update(self) -> None:
-        """Takes in every parameter's ``.grad``, which is left as it is. Nothing is synchronised.
+        """Add every parameter's ``.grad``, which is only read. Nothing is synchronised.
 
         Raises:
-            RuntimeError: no parameter has a gradient; one has in some micro-batches but not in others.
+            RuntimeError: no parameter has a gradient; one has a gradient in some micro-batches but not in others.
             ValueError: a gradient's shape, precision or device changed.
             TypeError: it is a subclass, such as a DTensor. Nothing is written.
         """
@@ -129,7 +129,7 @@ class RunningMoments:
         self.count += 1
 
     def _check(self, samples: dict[int, Tensor]) -> None:
-        """Against the first micro-batch."""
+        """Check the gradients against those of the first micro-batch."""
         where = "RunningMoments.update"
         if not samples:
             raise RuntimeError(f"{where}: expected a backward before it, but no parameter has a gradient")
@@ -150,7 +150,7 @@ class RunningMoments:
                 )
 
     def result(self, *, population: int | None = None) -> RunningMomentsResult:
-        r"""What is known now; more micro-batches may follow, and do not change it. Nothing is synchronised.
+        r"""Return the estimates so far; later micro-batches do not change them. Nothing is synchronised.
 
         Args:
             population: N, if the micro-batches are disjoint parts of one data set of N samples, drawn without
@@ -163,7 +163,7 @@ class RunningMoments:
             \widehat{|\nabla L|^2} = |\bar g|^2 - (\tfrac1m - f)\,\hat t, \qquad
             \widehat{\mathrm{tr}\,\Sigma_1} = b\,(1 - \tfrac1N)\,\hat t
 
-        of which the last is the covariance of one sample (divisor N), and makes the noise scale.
+        The last is the covariance of one sample (divisor N), from which the noise scale follows.
 
         Raises:
             RuntimeError: fewer than two micro-batches. ValueError: `population` without `batch_size`, or smaller than
@@ -208,10 +208,11 @@ class RunningMoments:
         )
 
     def _sums(self) -> tuple[Tensor, Tensor]:
-        """|mean|^2 and the sum of squares of each parameter that has a gradient, in float64."""
+        """Return |mean|^2 and the sum of squares of each parameter that has a gradient, in float64."""
         means, squares = list(self._means.values()), list(self._squares.values())
         ones = [x.new_ones(()).expand_as(x) for x in squares]
-        return pair_sums_of([*means], [*squares])[:, 2], pair_sums_of([*squares], [*ones])[:, 0]
+        of_means, of_squares = pair_sums_of([*means], [*squares]), pair_sums_of([*squares], [*ones])
+        return ops.column(of_means, "first_sq", ops.PAIR_SUMS), ops.column(of_squares, "pair_dot", ops.PAIR_SUMS)
 
     def _mean(self) -> list[Tensor | None]:
         out: list[Tensor | None] = [None] * len(self._params)
@@ -226,7 +227,7 @@ class RunningMoments:
         return out
 
     def _slots(self, values: Tensor) -> Tensor:
-        """The same with a NaN for each parameter without a gradient."""
+        """Return `values` with a NaN for each parameter without a gradient."""
         out = values.new_full((len(self._params),), nan)
         out[list(self._means)] = values
         return out
@@ -236,7 +237,7 @@ class RunningMoments:
 
 
 def _named(params: Iterable[Tensor] | Iterable[tuple[str, Tensor]]) -> tuple[list[Tensor], list[str]]:
-    """Parameters and their names."""
+    """Return the parameters and their names."""
     if isinstance(params, Tensor):
         raise TypeError(
             f"RunningMoments: params is {ops.describe(params)}; expected several tensors, or pairs (name, tensor)"
@@ -265,7 +266,7 @@ def _whole(x: object, what: str) -> int:
     return x
 
 
-#: What gradients are widened to; those not here to float32.
+#: The dtypes that gradients are widened to; others are widened to float32.
 _REAL = {
     torch.float64: torch.float64,
     torch.complex128: torch.complex128,
@@ -275,7 +276,7 @@ _REAL = {
 
 
 def _sample(grad: Tensor, name: str) -> Tensor:
-    """A gradient as the pass reads it: dense, real, float64 or float32; itself where it is so."""
+    """Return a gradient as the pass reads it: dense, real, float64 or float32; no copy where it is so already."""
     if type(grad) not in (Tensor, torch.nn.Parameter):
         raise TypeError(
             f"RunningMoments.update: the gradient of {name!r} is {ops.describe(grad)}; expected a plain torch.Tensor"
@@ -286,16 +287,16 @@ def _sample(grad: Tensor, name: str) -> Tensor:
 
 
 def _welford(means: list[Tensor], samples: list[Tensor], squares: list[Tensor], n: int) -> Tensor:
-    """One pass; |sample|^2 of each, in float64."""
+    """Make one pass, and return |sample|^2 of each parameter in float64."""
     if ops.kernels_take(samples):
         table = ops.welford_(means, samples, squares, n=n, stats="tensor")
         assert table is not None
-        return table[:, 1]
+        return ops.column(table, "grad_sq")
     from .. import reference
 
     rows = []
     for m, x, s in zip(means, samples, squares, strict=True):
         row = reference.welford_([m], [x], [s], n=n, stats="tensor")
         assert row is not None
-        rows.append(row[:, 1].to(samples[0].device))
+        rows.append(ops.column(row, "grad_sq").to(samples[0].device))
     return torch.cat(rows)

@@ -1,14 +1,16 @@
-"""Typed, documented functions, one per bound op, and what is shared by those who call them."""
+"""Typed, documented functions, one per bound op, and what their callers share.
+
+Tensors are of a dtype in ``DTYPES``: float64, float32, bfloat16 or float16.
+
+``_binary`` loads the binary; ``types``, ``checks`` and ``launch`` are what the families of ops share (``sgd``,
+``pairs``, ``clipping``, ``gauge``, ``per_sample``, ``sample_moments``); ``schemas`` registers the ops with torch.
+"""
 
 from ._binary import (
     CHUNK,
-    DTYPES,
-    PAIR_SUMS,
-    SUMS,
     GaugeStep,
     LrMultipliers,
     Pass,
-    Stats,
     binary,
     cuda_architectures,
     describe,
@@ -16,57 +18,49 @@ from ._binary import (
     gather,
     isa,
     kernel_takes,
-    kernels_take,
     most_decay,
-    new_scratch,
-    new_table,
-    not_taken,
     select_isa,
     shared_pair,
     slot_count,
-    stats_code,
     supported_isas,
     torch_symbol,
-    why_refused,
-    would_take,
 )
+from .checks import check_l, check_pairs, kernels_take, would_take
 from .clipping import check_max_norm, clip_coef, grad_sq_norms, sq_norm_tables
-from .gauge import NEW_GAUGE, Buffers, Gauge, gauge_step
-from .per_sample import (
-    check_recentre,
-    check_samples,
-    conv_moments,
-    embedding_moments,
-    moments,
-    new_embedding_moments,
-    new_moments,
-    new_norm_sums,
-    new_row_sums,
-    new_sample_sums,
-    norm_sums,
-    outer_moments,
-    recentre_,
-    row_sq_norms,
-    row_sums,
-)
-from .sgd import (
+from .gauge import gauge_step
+from .launch import new_scratch, new_table, scratch_beside
+from .pairs import pair_sums, svag_combine_, welford_
+from .per_sample import conv_moments, embedding_moments, norm_sums, outer_moments
+from .sample_moments import check_samples, moments, recentre_, row_sq_norms, row_sums
+from .sgd import if_on_device, read_lr_multipliers, sgd_
+from .types import (
+    COMPUTE_DTYPES,
+    DTYPES,
+    LOW_PRECISION,
+    NEW_GAUGE,
+    PAIR_SUMS,
+    SUMS,
+    Buffers,
+    Gauge,
     OnDevice,
     Precision,
     Rounding,
-    check_l,
-    check_pairs,
-    if_on_device,
-    pair_sums,
+    Stats,
+    column,
+    compute_dtype,
+    dtype_name,
+    one_of,
     precision,
-    read_lr_multipliers,
-    sgd_,
-    svag_combine_,
-    welford_,
+    stats_code,
 )
+
+from . import schemas  # isort: skip  # last: it registers the functions above
 
 __all__ = [
     "CHUNK",
+    "COMPUTE_DTYPES",
     "DTYPES",
+    "LOW_PRECISION",
     "NEW_GAUGE",
     "PAIR_SUMS",
     "SUMS",
@@ -83,13 +77,15 @@ __all__ = [
     "check_l",
     "check_max_norm",
     "check_pairs",
-    "check_recentre",
     "check_samples",
     "clip_coef",
+    "column",
+    "compute_dtype",
     "conv_moments",
     "cuda_architectures",
     "describe",
     "device_index",
+    "dtype_name",
     "embedding_moments",
     "gather",
     "gauge_step",
@@ -100,15 +96,10 @@ __all__ = [
     "kernels_take",
     "moments",
     "most_decay",
-    "new_embedding_moments",
-    "new_moments",
-    "new_norm_sums",
-    "new_row_sums",
-    "new_sample_sums",
     "new_scratch",
     "new_table",
     "norm_sums",
-    "not_taken",
+    "one_of",
     "outer_moments",
     "pair_sums",
     "precision",
@@ -116,6 +107,8 @@ __all__ = [
     "recentre_",
     "row_sq_norms",
     "row_sums",
+    "schemas",
+    "scratch_beside",
     "select_isa",
     "sgd_",
     "shared_pair",
@@ -126,6 +119,5 @@ __all__ = [
     "svag_combine_",
     "torch_symbol",
     "welford_",
-    "why_refused",
     "would_take",
 ]

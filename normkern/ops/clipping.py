@@ -1,4 +1,4 @@
-"""The first pass of a step that clips: from gradients to the number that all are multiplied with."""
+"""The first pass of a step that clips: gradient norms, and the factor that follows from them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..tracing import is_traced
-from . import _binary as loaded
-from ._binary import Pass, kernel_takes, not_taken, scratch_beside, torch_op, why_refused
-from .sgd import check_l, inverses
+from ._binary import Pass, binary, kernel_takes
+from .checks import check_l, inverses, not_taken, why_refused
+from .launch import scratch_beside, torch_op
 
 
 def grad_sq_norms(
@@ -22,18 +22,17 @@ def grad_sq_norms(
     l: float = 1.0,
     held_scale: float = 1.0,
 ) -> Tensor:
-    r""":math:`|g|^2` of every gradient in double precision, the first pass of a step that clips.
+    r"""Compute :math:`|g|^2` of every gradient in double precision, the first pass of a step that clips.
 
     Args:
-        grads: tensors of float64, float32, bfloat16 or float16 on one device, any shapes and strides; None counts as
-            zero. Read only.
-        grad_scale, held, l, held_scale: as in `sgd_`; of a pair the norm is that of the combination.
+        grads: tensors of a dtype in `DTYPES` on one device, any shapes and strides; None counts as zero. Read only.
+        grad_scale, held, l, held_scale: as in `sgd_`; the norm of a pair is that of its combination.
 
     Returns:
         (len(grads),) float64 on their device, the same bits for any number of threads. Nothing is synchronised.
 
     Raises:
-        TypeError: an entry is none of these, dtypes of a pair or devices differ. ValueError: lengths or shapes differ,
+        TypeError: no kernel takes an entry; dtypes of a pair or devices differ. ValueError: lengths or shapes differ,
             a scale is 0.
 
     >>> grad_sq_norms([torch.tensor([3.0, 4.0]), None])
@@ -56,7 +55,7 @@ def grad_sq_norms(
 
 
 def sq_norm_tables(step: Pass) -> list[Tensor]:
-    """|g|^2 of the parameters of a pass, (parameters,) float64 on each device, with 0 for those elsewhere."""
+    """Return |g|^2 of a pass's parameters: a (parameters,) float64 tensor on each device, 0 for those elsewhere."""
     tables = []
     for like in step.places:
         tables.append(torch.zeros(step.parameters, dtype=torch.float64, device=like.device))
@@ -65,7 +64,7 @@ def sq_norm_tables(step: Pass) -> list[Tensor]:
 
 
 def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    r"""The global norm, and what clipping by it multiplies every gradient with.
+    r"""Compute the global norm and the factor by which clipping multiplies every gradient.
 
     .. math::
         n = \sqrt{\sum_i s_i}, \qquad c = \min\Bigl(1, \frac{\mathrm{max\_norm}}{n + 10^{-6}}\Bigr)
@@ -95,12 +94,16 @@ def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = N
     if not kernel_takes(sq_norms):
         raise TypeError(not_taken("clip_coef", "sq_norms", sq_norms))
     norm, coef = (torch.empty((), dtype=torch.float64, device=sq_norms.device) for _ in range(2))
-    loaded.binary.clip_coef(sq_norms, limit, norm, coef, found_inf)
+    binary.clip_coef(sq_norms, limit, norm, coef, found_inf)
     return norm, coef
 
 
 def check_max_norm(max_norm: Any, where: str) -> float:
-    """A number of at least 0, infinity being one. A tensor of one number is read, which synchronises."""
+    """Return max_norm, a number of at least 0 or infinity, as a float. Reading a tensor of one number synchronises.
+
+    Raises:
+        TypeError: it is no number. ValueError: it is negative or NaN.
+    """
     try:
         limit = None if isinstance(max_norm, (bool, str)) else float(max_norm)
     except (TypeError, ValueError, RuntimeError, OverflowError):

@@ -1,7 +1,7 @@
-"""What each op of ``torch.ops.normkern`` returns, and refuses, from shapes alone: for tensors that have no values.
+"""Fake implementations of the ops of ``torch.ops.normkern``: results and refusals from shapes, without values.
 
-Shapes may be symbolic. Where `ops` checks in Python, its checks are these; where the binary does, the same sentences
-are written here once more, for it reads no shape that is a symbol.
+Shapes may be symbolic. Checks that `ops` makes in Python are shared with it. Those that the binary makes are written
+here once more, with the same sentences, as the binary cannot read a symbolic shape.
 """
 
 from __future__ import annotations
@@ -12,14 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
+from ._binary import describe
+from .checks import check_l, check_pairs, not_taken, why_refused, would_take
+from .clipping import check_max_norm
+from .per_sample import new_embedding_moments, new_norm_sums, new_sample_sums
+from .sample_moments import check_recentre, new_moments, new_row_sums
+from .types import PAIR_SUMS, SUMS, Stats, stats_code
 
 Entries = Sequence[Tensor | None]
 
 
 def no_table(params: Sequence[Tensor]) -> Tensor:
-    """What an op returns that measures nothing."""
-    return _new_table(params, 0, len(ops.SUMS))
+    """Return the table of an op that measures nothing: it has no rows."""
+    return _new_table(params, 0, len(SUMS))
 
 
 def _new_table(like: Entries, slots: Any, columns: int) -> Tensor:
@@ -27,13 +32,13 @@ def _new_table(like: Entries, slots: Any, columns: int) -> Tensor:
     return torch.empty((slots, columns), dtype=torch.float64, device=device)
 
 
-def _slots(params: Entries, stats: ops.Stats, op: str) -> Any:
-    ops.stats_code(stats, op)
+def _slots(params: Entries, stats: Stats, op: str) -> Any:
+    stats_code(stats, op)
     return sum(p.shape[0] if stats == "row" and p is not None and p.ndim >= 2 else 1 for p in params)
 
 
 def _check_lists(op: str, lists: dict[str, Any], one_device: bool) -> None:
-    """Each list fits the first: in length, and, where there is a gradient (in the second), in shape, dtype, device."""
+    """Check that lists fit the first in length and, beside each gradient of the second, in shape, dtype and device."""
     lists = {name: x for name, x in lists.items() if x is not None}
     (first, params), (_, grads), *_ = lists.items()
     for name, x in lists.items():
@@ -45,18 +50,18 @@ def _check_lists(op: str, lists: dict[str, Any], one_device: bool) -> None:
         for name, x in lists.items():
             if x[i] is None:
                 continue
-            if not ops.would_take(x[i]) or x[i].dtype != p.dtype or x[i].device != p.device:
-                raise TypeError(ops.why_refused(op, i, lists, ops.would_take))
+            if not would_take(x[i]) or x[i].dtype != p.dtype or x[i].device != p.device:
+                raise TypeError(why_refused(op, i, lists, would_take))
             if x[i].shape != p.shape:
                 raise ValueError(
                     f"{op}: {name}[{i}] has shape {tuple(x[i].shape)} but {first}[{i}] has shape {tuple(p.shape)}"
                 )
         if one_device and p.device != params[there[0]].device:
-            raise TypeError(ops.why_refused(op, i, lists, ops.would_take))
+            raise TypeError(why_refused(op, i, lists, would_take))
 
 
 def check_first(params: Sequence[Tensor], momentum_buffers: Sequence[Tensor], first: Sequence[int]) -> None:
-    """Of `sgd_`: `first` are indices of buffers that fit."""
+    """Check the argument `first` of the op `sgd_`: indices of momentum buffers that fit their parameters."""
     for i in first:
         if not 0 <= i < len(momentum_buffers):
             raise ValueError(
@@ -73,14 +78,14 @@ def sgd_(
     momentum_buffers: list[Tensor],
     *,
     momentum: float = 0.0,
-    stats: ops.Stats = None,
+    stats: Stats = None,
     held: list[Tensor | None] | None = None,
     l: float = 1.0,
     first: Sequence[int] = (),
     **others: Any,
 ) -> Tensor:
-    """Of `ops.sgd_`."""
-    ops.check_l(l, "sgd_")
+    """Check the arguments of `ops.sgd_`; return unwritten results."""
+    check_l(l, "sgd_")
     if held is not None and stats is None:
         stats = "tensor"
     if momentum != 0 and not momentum_buffers and params:
@@ -92,39 +97,39 @@ def sgd_(
     check_first(params, momentum_buffers, first)
     slots = _slots(params, stats, "sgd_")
     pairs = any(h is not None and g is not None for h, g in zip(held or [], grads, strict=False))
-    return _new_table(params, slots if stats else 0, len(ops.SUMS) + (len(ops.PAIR_SUMS) if pairs else 0))
+    return _new_table(params, slots if stats else 0, len(SUMS) + (len(PAIR_SUMS) if pairs else 0))
 
 
 def svag_combine_(grads_a: list[Tensor], grads_b: list[Tensor], l: float) -> None:
-    """Of `ops.svag_combine_`."""
-    ops.check_l(l, "svag_combine_")
+    """Check the arguments of `ops.svag_combine_`."""
+    check_l(l, "svag_combine_")
     _check_pairs("svag_combine_", grads_a, grads_b)
 
 
-def pair_sums(grads_a: Entries, grads_b: Entries, stats: ops.Stats = "tensor") -> Tensor:
-    """Of `ops.pair_sums`."""
+def pair_sums(grads_a: Entries, grads_b: Entries, stats: Stats = "tensor") -> Tensor:
+    """Check the arguments of `ops.pair_sums`; return unwritten results."""
     _check_pairs("pair_sums", grads_a, grads_b)
-    return _new_table(grads_a, _slots(grads_a, stats, "pair_sums"), len(ops.PAIR_SUMS))
+    return _new_table(grads_a, _slots(grads_a, stats, "pair_sums"), len(PAIR_SUMS))
 
 
 def _check_pairs(op: str, a: Entries, b: Entries) -> None:
-    ops.check_pairs(op, a, b)
+    check_pairs(op, a, b)
     _check_lists(op, {"grads_a": a, "grads_b": b}, one_device=op == "pair_sums")
 
 
 def welford_(
-    means: list[Tensor], samples: list[Tensor | None], squares: list[Tensor], *, n: int, stats: ops.Stats = None
+    means: list[Tensor], samples: list[Tensor | None], squares: list[Tensor], *, n: int, stats: Stats = None
 ) -> Tensor:
-    """Of `ops.welford_`."""
+    """Check the arguments of `ops.welford_`; return unwritten results."""
     if n < 1:
         raise ValueError(f"welford_: n expected a whole number from 1, got {n!r}")
     _check_lists("welford_", {"means": means, "samples": samples, "squares": squares}, one_device=stats is not None)
     slots = _slots(means, stats, "welford_")
-    return _new_table(means, slots if stats else 0, len(ops.SUMS))
+    return _new_table(means, slots if stats else 0, len(SUMS))
 
 
 def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Of `ops.outer_moments`."""
+    """Check the arguments of `ops.outer_moments`; return unwritten results."""
     op = "outer_moments"
     for name, x, shape in (("a", a, "(B, T, I)"), ("g", g, "(B, T, O)")):
         _check_taken(op, name, x)
@@ -133,7 +138,7 @@ def outer_moments(a: Tensor, g: Tensor, *, squares: bool) -> tuple[Tensor, Tenso
     _check_one(op, "g", g, "a", a)
     if a.shape[:2] != g.shape[:2]:
         raise ValueError(f"{op}: g has shape {tuple(g.shape)} but a has {tuple(a.shape)}; expected the same (B, T)")
-    return ops.new_sample_sums((g.shape[2], a.shape[2]), a, squares)
+    return new_sample_sums((g.shape[2], a.shape[2]), a, squares)
 
 
 def conv_moments(
@@ -147,7 +152,7 @@ def conv_moments(
     groups: int,
     squares: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Of `ops.conv_moments`."""
+    """Check the arguments of `ops.conv_moments`; return unwritten results."""
     op = "conv_moments"
     _check_taken(op, "x", x)
     if not 3 <= x.ndim <= 5:
@@ -173,29 +178,29 @@ def conv_moments(
             f"{op}: groups expected a divisor of the channels of x and of g, {x.shape[1]} and {g.shape[1]}, "
             f"got {groups}"
         )
-    return ops.new_sample_sums((g.shape[1], x.shape[1] // groups, *kernel_size), x, squares)
+    return new_sample_sums((g.shape[1], x.shape[1] // groups, *kernel_size), x, squares)
 
 
 def _check_taken(op: str, name: str, x: Tensor) -> None:
-    if not ops.would_take(x):
-        raise TypeError(ops.not_taken(op, name, x))
+    if not would_take(x):
+        raise TypeError(not_taken(op, name, x))
 
 
 def _check_one(op: str, name: str, x: Tensor, other: str, y: Tensor) -> None:
     for what in ("dtype", "device"):
         if getattr(x, what) != getattr(y, what):
-            raise TypeError(f"{op}: {name} is {ops.describe(x)} but {other} is {ops.describe(y)}; expected one {what}")
+            raise TypeError(f"{op}: {name} is {describe(x)} but {other} is {describe(y)}; expected one {what}")
 
 
 def moments(
     x: Tensor | list[Tensor], *, squares: bool = True, factor: float = 1.0, divisor: int = 1
 ) -> tuple[Any, Any, Tensor, Tensor]:
-    """Of `ops.moments`."""
+    """Check the arguments of `ops.moments`; return unwritten results."""
     if isinstance(x, list):
         names = [f"x[{i}]" for i in range(len(x))]
-        means, centred, row_sq = ops.new_moments(x, names, squares, ops.would_take)
+        means, centred, row_sq = new_moments(x, names, squares, would_take)
         return means, centred, row_sq, row_sq.new_empty(2)
-    (mean,), of_one, row_sq = ops.new_moments([x], ["x"], squares, ops.would_take)
+    (mean,), of_one, row_sq = new_moments([x], ["x"], squares, would_take)
     return mean, None if of_one is None else of_one[0], row_sq, row_sq.new_empty(2)
 
 
@@ -207,42 +212,42 @@ def grad_sq_norms(
     l: float = 1.0,
     held_scale: float = 1.0,
 ) -> Tensor:
-    """Of `ops.grad_sq_norms`."""
-    ops.check_l(l, "grad_sq_norms")
+    """Check the arguments of `ops.grad_sq_norms`; return unwritten results."""
+    check_l(l, "grad_sq_norms")
     _check_lists("grad_sq_norms", {"grads": grads, "grads again": grads, "held": held}, one_device=True)
     device = next((g.device for g in grads if g is not None), None)
     return torch.empty(len(grads), dtype=torch.float64, device=device)
 
 
 def clip_coef(sq_norms: Tensor, max_norm: float, *, found_inf: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Of `ops.clip_coef`."""
-    ops.check_max_norm(max_norm, "clip_coef")
+    """Check the arguments of `ops.clip_coef`; return unwritten results."""
+    check_max_norm(max_norm, "clip_coef")
     return sq_norms.new_empty(()), sq_norms.new_empty(())
 
 
 def row_sq_norms(x: Tensor) -> Tensor:
-    """Of `ops.row_sq_norms`."""
-    return ops.new_row_sums("row_sq_norms", x, ops.would_take)
+    """Check the arguments of `ops.row_sq_norms`; return unwritten results."""
+    return new_row_sums("row_sq_norms", x, would_take)
 
 
 def row_sums(x: Tensor) -> Tensor:
-    """Of `ops.row_sums`."""
-    return ops.new_row_sums("row_sums", x, ops.would_take)
+    """Check the arguments of `ops.row_sums`; return unwritten results."""
+    return new_row_sums("row_sums", x, would_take)
 
 
 def recentre_(raw: Tensor, total: Tensor, count: int, least: float) -> Tensor:
-    """Of `ops.recentre_`."""
-    ops.check_recentre(raw, total, count, ops.would_take)
+    """Check the arguments of `ops.recentre_`; return unwritten results."""
+    check_recentre(raw, total, count, would_take)
     return raw.new_empty((), dtype=torch.bool)
 
 
 def norm_sums(g: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, *, channels: str) -> tuple[Tensor, Tensor]:
-    """Of `ops.norm_sums`."""
-    return ops.new_norm_sums(g, x, mean, rstd, channels, ops.would_take)
+    """Check the arguments of `ops.norm_sums`; return unwritten results."""
+    return new_norm_sums(g, x, mean, rstd, channels, would_take)
 
 
 def embedding_moments(
     ids: Tensor, g: Tensor, num_embeddings: int, *, padding_idx: int | None = None, squares: bool
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Of `ops.embedding_moments`."""
-    return ops.new_embedding_moments(ids, g, num_embeddings, padding_idx, squares, ops.would_take)
+    """Check the arguments of `ops.embedding_moments`; return unwritten results."""
+    return new_embedding_moments(ids, g, num_embeddings, padding_idx, squares, would_take)

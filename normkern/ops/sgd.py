@@ -1,55 +1,22 @@
-"""Ops over coordinates: a step, and what pairs of gradients and running moments are made of."""
+"""A step of SGD or SVAG on a list of tensors: `sgd_` and its arguments."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..tracing import is_traced
-from ._binary import (
-    GaugeStep,
-    LrMultipliers,
-    Pass,
-    Stats,
-    describe,
-    device_index,
-    kernel_takes,
-    new_scratch,
-    new_table,
-    stats_code,
-    torch_op,
-    why_refused,
-)
-
-#: lr, weight_decay, grad_scale and found_inf where they lie on a device, else None.
-OnDevice: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-
-
-class Rounding(NamedTuple):
-    """Of bfloat16 weights at random: Philox4x32-7 with the seed as key; see csrc/formulas.h for its counter."""
-
-    seed: int
-    step: int  #: how many there have been
-    first: int = 0  #: the first parameter's index in the optimizer
-
-
-#: How the binary takes it: the buffers' dtype, (seed, step), the index of the first parameter.
-Precision: TypeAlias = tuple[int | None, tuple[int, int] | None, int]
-_DTYPE_CODE = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def precision(state_dtype: torch.dtype | None, rounding: Rounding | None, first: int) -> Precision:
-    """How the binary spells how a group is stored."""
-    numbers = None if rounding is None else (rounding.seed, rounding.step % 2**32)
-    return None if state_dtype is None else _DTYPE_CODE[state_dtype], numbers, first
+from ._binary import GaugeStep, LrMultipliers, Pass, describe, device_index, kernel_takes
+from .checks import as_float, check_l, inverses, why_refused
+from .launch import run_pass
+from .types import LOW_PRECISION, OnDevice, Rounding, Stats, precision, stats_code
 
 
 def if_on_device(x: object) -> Tensor | None:
-    """x, if it is one number in the memory of a CUDA device, which a kernel can read by itself."""
+    """Return x if it is one number in the memory of a CUDA device, which a kernel can read by itself; else None."""
     if not isinstance(x, Tensor) or x.numel() != 1 or x.dtype not in (torch.float32, torch.float64):
         return None
     return x if device_index(x) not in (None, -1) else None
@@ -79,14 +46,14 @@ def sgd_(
     rounding: Rounding | None = None,
     masters: list[Tensor | None] | None = None,
 ) -> Tensor | None:
-    r"""One step of SGD on a list of tensors, in one pass over memory; of SVAG, if there are pairs of gradients.
+    r"""Take one step of SGD on a list of tensors, in one pass over memory; of SVAG, if there are pairs of gradients.
 
     .. math::
         d = \pm g/\mathrm{grad\_scale} + \lambda w, \quad v' = \mu v + (1-\tau) d, \quad w' = w - \eta v'
 
     with :math:`v' = d` where there is no buffer yet, and :math:`w' = w - \eta (d + \mu v')` for nesterov. Arithmetic in
-    float32 (float64 for float64 tensors), one rounding at the store. Of a pair, :math:`g_1` held and :math:`g_2` in
-    `grads`, each divided by its scale, the gradient is (l = 1: :math:`g_1`, to the bit)
+    float32 (float64 for float64 tensors), one rounding at the store. For a pair, :math:`g_1` in
+    `held` and :math:`g_2` in `grads`, each divided by its scale, the gradient is (l = 1: :math:`g_1`, to the bit)
 
     .. math::
         g = \tfrac12 (g_1 + g_2) + \tfrac12 \sqrt{2l-1}\,(g_1 - g_2)
@@ -96,7 +63,7 @@ def sgd_(
             updated in place. With `stats` all are on one device.
         grads: same shapes, dtypes and devices; None skips the parameter. Read only.
         momentum_buffers: one per parameter, updated in place; None entries are created and put into the list.
-            Needed if `momentum` is not 0. Of their parameter's dtype or, unless that is float64, float32 or bfloat16.
+            Needed if `momentum` is not 0. Their dtype is the parameter's or, unless it is float64, float32 or bfloat16.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in `torch.optim.SGD`. lr and weight_decay may be
             CUDA tensors of one float32 or float64 number beside the parameters: read when the kernel runs.
         grad_scale: what the gradients were multiplied with; a CUDA tensor of one float32 number is read then too, but
@@ -112,18 +79,18 @@ def sgd_(
         clip_coef: one float64 number on the device of all tensors, read when the kernel runs: the second of what
             `clip_coef` returns. The unscaled gradient is multiplied with it; sums are of the gradient before that.
         lr_multipliers: one finite number of at least 0 for each parameter, which lr is multiplied with. A CUDA tensor
-            is read when the kernel runs, and its numbers are not looked at.
-        state_dtype: of those momentum buffers that are created; None: of their parameters.
+            is read when the kernel runs, and its numbers are not checked.
+        state_dtype: the dtype of new momentum buffers; None: that of their parameters.
         rounding: bfloat16 parameters are rounded at random: up with the probability that is the position between the
             two neighbours, by a number that depends on seed, step, the parameter's index and the coordinate's in
-            row-major order. NaN and infinities stay, what lies beyond the largest number is rounded to nearest.
-        masters: float32 copies of parameters of 16 bits, updated in place: the step is theirs, and the parameter what
-            they are rounded to. Where a parameter is not what its copy is rounded to, somebody has written it, and
-            it takes the copy's place. None entries are created for parameters of 16 bits, and put into the list.
+            row-major order. NaN and infinities stay, numbers beyond the largest one are rounded to nearest.
+        masters: float32 copies of parameters of 16 bits, updated in place: the step updates the copy, and the parameter
+            becomes the rounded copy. Entries of a parameter that differ from the rounded copy replace it: the caller
+            has written them. None entries are created for parameters of 16 bits, and put into the list.
 
     Returns:
-        None, or with `stats` a float64 tensor (slots, 5) on their device: `SUMS` of every slot, parameter after
-        parameter; NaN for a skipped one. With pairs (slots, 9): `PAIR_SUMS` too, after unscaling. Nothing is
+        None, or with `stats` a float64 tensor (slots, len(SUMS)) on their device: `SUMS` of every slot, parameter after
+        parameter; NaN for a skipped one. With pairs `PAIR_SUMS` follow in the same rows, after unscaling. Nothing is
         synchronised.
 
     Raises:
@@ -143,9 +110,7 @@ def sgd_(
     tensor([2.7500, 3.6000])
     """
     if is_traced():
-        from .schemas import traced_sgd_
-
-        return traced_sgd_(
+        return _traced_sgd_(
             params, grads, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, grad_scale=grad_scale, stats=stats, held=held, l=l,
             held_scale=held_scale, gauge=gauge, found_inf=found_inf, clip_coef=clip_coef, lr_multipliers=lr_multipliers,
@@ -165,7 +130,7 @@ def sgd_(
     if masters is not None:
         copies = list(masters)
         for i, (p, g, m) in enumerate(zip(params, grads, copies, strict=False)):
-            if m is None and g is not None and isinstance(p, Tensor) and p.dtype in (torch.bfloat16, torch.float16):
+            if m is None and g is not None and isinstance(p, Tensor) and p.dtype in LOW_PRECISION:
                 copies[i] = p.detach().float()
     firsts = None if held is None else list(held)
     check_l(l, "sgd_")
@@ -180,7 +145,7 @@ def sgd_(
         scale_there = if_on_device(grad_scale) if held is None else None
         on_device = (if_on_device(lr), if_on_device(weight_decay), scale_there, found_inf)
         given = tuple(
-            _as_float("sgd_", name, x) if there is None else 1.0
+            as_float("sgd_", name, x) if there is None else 1.0
             for name, x, there in zip(("lr", "weight_decay", "grad_scale"), given, on_device[:3], strict=True)
         )
     eta, decay, scale = given
@@ -198,7 +163,7 @@ def sgd_(
         raise TypeError(why_refused("sgd_", refused[0], lists))
     if clip_coef is not None:
         step.clip([clip_coef])
-    table = _run(step, measured=stats is not None, may_skip=found_inf is not None)
+    table = run_pass(step, measured=stats is not None, may_skip=found_inf is not None)
     if momentum_buffers is not None and buffers is not None:
         for i in first:
             momentum_buffers[i] = buffers[i]
@@ -207,11 +172,64 @@ def sgd_(
     return table
 
 
+def _traced_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    momentum_buffers: list[Tensor | None] | None,
+    *,
+    lr: float | Tensor,
+    momentum: float,
+    weight_decay: float | Tensor,
+    grad_scale: float | Tensor,
+    stats: Stats,
+    held: Sequence[Tensor | None] | None,
+    gauge: GaugeStep | None,
+    found_inf: Tensor | None,
+    clip_coef: Tensor | None,
+    lr_multipliers: Sequence[float] | Tensor | None,
+    stored: tuple[Any, ...],
+    **others: Any,
+) -> Tensor | None:
+    """Run `sgd_` through ``torch.ops``. `stored`: state_dtype, rounding and masters."""
+    for name, given in zip(("gauge", "state_dtype", "rounding", "masters"), (gauge, *stored), strict=True):
+        if given is not None:
+            raise NotImplementedError(
+                f"sgd_: {name} expected None under torch.compile and dispatch modes, got {describe(given)}"
+            )
+    if lr_multipliers is not None and not isinstance(lr_multipliers, Tensor):
+        lr_multipliers = torch.tensor(list(lr_multipliers), dtype=torch.float64)
+    params, grads = list(params), list(grads)
+    buffers: list[Tensor] = []
+    first: list[int] = []
+    if momentum != 0:
+        if momentum_buffers is None:
+            raise ValueError("sgd_: momentum is not 0, expected momentum_buffers, got None")
+        for i, v in enumerate(momentum_buffers):
+            if v is None:
+                first.append(i)
+                v = torch.zeros_like(params[i], requires_grad=False)
+                if grads[i] is not None:
+                    momentum_buffers[i] = v
+            buffers.append(v)
+    numbers: Any = {"lr": lr, "weight_decay": weight_decay, "grad_scale": grad_scale}
+    tensors = {"found_inf": found_inf, "clip_coef": clip_coef, "lr_multipliers": lr_multipliers}
+    op = torch.ops.normkern.sgd_.default
+    if any(isinstance(x, Tensor) for x in (*numbers.values(), *tensors.values())):
+        op = torch.ops.normkern.sgd_.tensor
+        numbers = {k: x if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float64) for k, x in numbers.items()}
+        numbers |= tensors
+    held = None if held is None else list(held)
+    table: Tensor = op(
+        params, grads, buffers, momentum=momentum, stats=stats, held=held, first=first, **numbers, **others
+    )
+    return None if stats is None and held is None else table
+
+
 def read_lr_multipliers(given: object, count: int, where: str) -> LrMultipliers:
-    """What `sgd_` and param groups take as `lr_multipliers`; `where` begins the sentence for what is none.
+    """Return `lr_multipliers`, of `sgd_` or of a param group, as the binary takes them; `where` begins the error.
 
     Raises:
-        ValueError: it is no sequence or vector of `count` finite numbers of at least 0.
+        ValueError: they are no sequence or vector of `count` finite numbers of at least 0.
     """
     if isinstance(given, Tensor) and device_index(given) not in (None, -1):
         given = given.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
@@ -219,186 +237,11 @@ def read_lr_multipliers(given: object, count: int, where: str) -> LrMultipliers:
 
 
 def _check_masters(i: int, params: list[Any], masters: list[Any]) -> None:
-    """Whether it is a master copy that no kernel takes."""
+    """Raise TypeError if it is the master copy i that no kernel takes."""
     p, m = params[i], masters[i]
     if m is None or not isinstance(p, Tensor) or not kernel_takes(p):
         return
-    if p.dtype not in (torch.bfloat16, torch.float16):
+    if p.dtype not in LOW_PRECISION:
         raise TypeError(f"sgd_: masters[{i}] expected None beside params[{i}], {describe(p)}, got {describe(m)}")
     if not kernel_takes(m) or m.dtype != torch.float32 or m.device != p.device:
         raise TypeError(f"sgd_: masters[{i}] expected float32 beside params[{i}], {describe(p)}, got {describe(m)}")
-
-
-def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], l: float) -> None:
-    r"""SVAG's combination of two gradients, in one pass: :math:`a' = \tfrac12 (a+b) + \tfrac12 \sqrt{2l-1}\,(a-b)`.
-
-    Args:
-        grads_a: tensors of float64, float32, bfloat16 or float16 on one device, any shapes and strides; updated in
-            place.
-        grads_b: same shapes and dtypes; read only. An entry may be None if its partner is.
-        l: at least 1/2; 1 leaves `grads_a` as they are, to the bit.
-
-    Raises:
-        TypeError: an entry is not a plain tensor of these dtypes, dtypes or devices differ, or only one of two is None.
-        ValueError: lengths or shapes differ, l < 1/2, memory overlaps. Nothing is written.
-
-    Reference: Li, Malladi and Arora, arXiv 2102.12470, section 4. Nothing is synchronised.
-
-    >>> a, b = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 2.0])
-    >>> svag_combine_([a], [b], l=5)
-    >>> a
-    tensor([-1.,  2.])
-    """
-    if is_traced():
-        return _traced_svag_combine_(list(grads_a), list(grads_b), l)
-    check_l(l, "svag_combine_")
-    a, b = _both("svag_combine_", grads_a, grads_b)
-    step = Pass()
-    step.begin()
-    refused = step.add_svag_combine(a, b, l)
-    if refused:
-        raise TypeError(why_refused("svag_combine_", refused[0], {"grads_a": a, "grads_b": b}))
-    _run(step, measured=False)
-
-
-def _traced_svag_combine_(a: list[Any], b: list[Any], l: float) -> None:
-    """`torch.ops.normkern.svag_combine_`, which takes no None."""
-    check_pairs("svag_combine_", a, b)
-    there = [i for i, x in enumerate(a) if x is not None]
-    torch_op("svag_combine_", [a[i] for i in there], [b[i] for i in there], l)
-
-
-def pair_sums(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], stats: Stats = "tensor") -> Tensor:
-    r"""What two gradients have in common, in one pass: `PAIR_SUMS` of every slot.
-
-    Args:
-        grads_a, grads_b: tensors of float64, float32, bfloat16 or float16 on one device, pairs of equal shape and
-            dtype. An entry may be None if its partner is: NaN.
-        stats: "tensor" or "row".
-
-    Returns:
-        (slots, 4) float64 on their device: :math:`\langle a,b\rangle, |a-b|^2, |a|^2, |b|^2`. Nothing is synchronised.
-
-    Raises:
-        TypeError, ValueError: as `svag_combine_`.
-
-    >>> pair_sums([torch.tensor([1.0, 2.0])], [torch.tensor([3.0, 2.0])])
-    tensor([[ 7.,  4.,  5., 13.]], dtype=torch.float64)
-    """
-    if is_traced():
-        return torch_op("pair_sums", list(grads_a), list(grads_b), stats)
-    a, b = _both("pair_sums", grads_a, grads_b)
-    step = Pass()
-    step.begin()
-    refused = step.add_difference(a, b, stats_code(stats, "pair_sums"))
-    if refused:
-        raise TypeError(why_refused("pair_sums", refused[0], {"grads_a": a, "grads_b": b}))
-    table = _run(step, measured=True)
-    assert table is not None
-    return torch.cat([table[:, 2:4], table[:, :2]], dim=1)
-
-
-def welford_(
-    means: Sequence[Tensor], samples: Sequence[Tensor | None], squares: Sequence[Tensor], *, n: int, stats: Stats = None
-) -> Tensor | None:
-    r"""Welford's update of running means and sums of squared deviations by the n-th sample, in one pass.
-
-    .. math::
-        m' = m + (x - m)/n, \quad s' = s + (x - m)(x - m')
-
-    Args:
-        means, squares: tensors of float64, float32, bfloat16 or float16 on one device; updated in place. Zeros before
-            n = 1.
-        samples: same shapes and dtypes; read only; None skips the entry.
-        n: of this sample, from 1.
-        stats: None, "tensor" or "row".
-
-    Returns:
-        None, or with `stats` float64 (slots, 5) on their device: `SUMS` with m for the weights and x for the gradient.
-
-    Raises:
-        TypeError, ValueError: as `sgd_`.
-
-    Reference: Welford 1962, Technometrics 4(3).
-
-    >>> m, s = torch.zeros(2), torch.zeros(2)
-    >>> for n, x in enumerate([[1.0, 5.0], [3.0, 5.0]], start=1):
-    ...     welford_([m], [torch.tensor(x)], [s], n=n)
-    >>> m, s
-    (tensor([2., 5.]), tensor([2., 0.]))
-    """
-    if is_traced():
-        table = torch_op("welford_", list(means), list(samples), list(squares), n=n, stats=stats)
-        return None if stats is None else table
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f"welford_: n expected a whole number from 1, got {n!r}")
-    m, x, s = list(means), list(samples), list(squares)
-    step = Pass()
-    step.begin()
-    refused = step.add_welford(m, x, s, 1 / n, stats_code(stats, "welford_"))
-    if refused:
-        raise TypeError(why_refused("welford_", refused[0], {"means": m, "samples": x, "squares": s}))
-    return _run(step, measured=stats is not None)
-
-
-def check_l(l: object, where: str) -> float:
-    """SVAG's l, a number of at least 1/2."""
-    if isinstance(l, bool) or not isinstance(l, (int, float)) or not 0.5 <= l <= sys.float_info.max:
-        raise ValueError(f"{where}: l expected a number of at least 1/2, got {l!r}")
-    return float(l)
-
-
-def _as_float(op: str, name: str, x: Any) -> float:
-    try:
-        return float(x)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        raise ValueError(f"{op}: {name} expected one number, got {x!r}") from None
-
-
-def inverses(op: str, grad_scale: Any, held_scale: Any) -> tuple[float, float]:
-    """What first and second gradients are multiplied with; without `held_scale` there are no second ones."""
-
-    def inverse(name: str, scale: Any) -> float:
-        try:
-            return 1 / float(scale)
-        except (TypeError, ValueError, OverflowError, ZeroDivisionError):
-            raise ValueError(f"{op}: {name} expected a number that is not 0, got {scale!r}") from None
-
-    of_grads = inverse("grad_scale", grad_scale)
-    return (of_grads, 1.0) if held_scale is None else (inverse("held_scale", held_scale), of_grads)
-
-
-def _run(step: Pass, measured: bool, may_skip: bool = False) -> Tensor | None:
-    written = step.check(None)
-    table = new_table(step.slots, step.columns, step.like) if measured else None
-    if table is not None and may_skip:
-        table.fill_(torch.nan)
-    step.run(table, new_scratch(step) if measured else None)
-    torch.autograd.graph.increment_version(written)
-    return table
-
-
-def check_pairs(op: str, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> None:
-    """Every entry has a partner of its shape and dtype."""
-    if len(a) != len(b):
-        raise ValueError(f"{op}: grads_b has {len(b)} entries but grads_a has {len(a)}")
-    for i, (x, y) in enumerate(zip(a, b, strict=True)):
-        for name, entry in (("grads_a", x), ("grads_b", y)):
-            if entry is not None and not isinstance(entry, Tensor):
-                raise TypeError(f"{op}: {name}[{i}] is {describe(entry)}; expected a torch.Tensor or None")
-        if (x is None) != (y is None):
-            name = "grads_a" if x is None else "grads_b"
-            raise TypeError(f"{op}: {name}[{i}] is None but its partner is not; expected both or neither")
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            if x.shape != y.shape:
-                raise ValueError(f"{op}: grads_b[{i}] has shape {tuple(y.shape)} but grads_a[{i}] has {tuple(x.shape)}")
-            if x.dtype != y.dtype:
-                raise TypeError(
-                    f"{op}: grads_b[{i}] is {describe(y)} but grads_a[{i}] is {describe(x)}; expected one dtype"
-                )
-
-
-def _both(op: str, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> tuple[list[Any], list[Any]]:
-    a, b = list(a), list(b)
-    check_pairs(op, a, b)
-    return a, b

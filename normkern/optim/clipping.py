@@ -1,4 +1,4 @@
-"""Between the two passes of a step that clips its gradients: from the norms of all to the one number they share."""
+"""Clipping between the two passes of a step: from the norms of all gradients to the factor that they share."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import ops
 from .dtensor import check_summable, is_dtensor, sum_over_shards
+from .fallback import sq_norms_with_torch
 from .group_step import GroupStep
 from .options import place
 
@@ -20,7 +21,7 @@ def clip(
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Sums the squares of all gradients, and has `step` and the groups take them times :math:`\min(1, m/(n+10^{-6}))`.
+    r"""Sum the squares of all gradients, and scale them in `step` and the groups by :math:`\min(1, m/(n+10^{-6}))`.
 
     Args:
         step: checked, not run.
@@ -32,14 +33,14 @@ def clip(
         parameter that a kernel steps. Not synchronised, unless parameters lie on several devices.
     """
     tables = ops.sq_norm_tables(step)
-    of_torch = [entry for group in groups for entry in group.sq_norms_with_torch(grad_scale)]
+    of_torch = [entry for group in groups for entry in sq_norms_with_torch(group, grad_scale)]
     if tables:
         sq_norms, *others = tables
         for other in others:
             sq_norms += other.to(sq_norms.device)
         for row, sq_norm in of_torch:
             sq_norms[row] = sq_norm
-    else:  # whoever watches torch's operations sees nothing else
+    else:  # no kernel takes a parameter: all is torch's operations, which dispatch modes can see
         sq_norms = _table(step.parameters, of_torch, groups)
     _sum_over_meshes(sq_norms, groups)
     if tables:
@@ -53,7 +54,7 @@ def clip(
 
 
 def _sum_over_meshes(sq_norms: Tensor, groups: Sequence[GroupStep]) -> None:
-    """Of a DTensor a rank has summed its shard; every rank clips by the norm of all."""
+    """Add the shards' sums of DTensors over the ranks, which clip by one norm."""
     owners = []
     for group in groups:
         for i, p in enumerate(group.params):
@@ -65,6 +66,7 @@ def _sum_over_meshes(sq_norms: Tensor, groups: Sequence[GroupStep]) -> None:
 
 
 def _table(parameters: int, sq_norms: Sequence[tuple[int, Tensor]], groups: Sequence[GroupStep]) -> Tensor:
+    """Return (parameters,) float64 with these numbers in these rows, and 0 in the others."""
     device = next((p.device for group in groups for p in group.params), torch.device("cpu"))
     if not sq_norms:
         return torch.zeros(parameters, dtype=torch.float64, device=device)

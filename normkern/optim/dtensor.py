@@ -1,12 +1,14 @@
-r"""DTensors: the local part of one, and sums over the mesh of what each rank knows of its own part.
+r"""DTensors: the local part of one, and sums of the parts over the mesh.
 
 A rank's step sees shards. Sums over coordinates (norms, inner products) of the whole parameter are those of its shards
-added over the mesh dimensions that split it, and over no others: along those that replicate it everybody has them.
+added over the mesh dimensions that split it, and over no others: along those that replicate it every rank has the same
+sums.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -18,12 +20,18 @@ from ..tracing import isinstance_if_imported
 
 
 def is_dtensor(x: Any) -> bool:
-    """A DTensor; False where nobody imported them."""
+    """Return whether x is a DTensor, without importing the module: until it is imported there are none."""
     return isinstance_if_imported(x, "torch.distributed.tensor", "DTensor")
 
 
+def has_dtensors(tensors: Iterable[Any]) -> bool:
+    """Return whether one of them is a DTensor, asking each type once: cheap enough for every step."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and any(issubclass(kind, loaded.DTensor) for kind in set(map(type, tensors)))
+
+
 def shard(x: Any, like: Any) -> Tensor:
-    """The local part of a DTensor, laid out over the mesh as `like` is.
+    """Return the local part of a DTensor, laid out over the mesh as `like` is.
 
     Raises:
         RuntimeError: it is no DTensor.
@@ -37,24 +45,24 @@ def shard(x: Any, like: Any) -> Tensor:
 
 
 def check_summable(p: Any, where: str) -> None:
-    """The sums of a DTensor's shards can be had by adding.
+    """Check that the sums of a DTensor are those of its shards, added.
 
     Raises:
         ValueError: a placement is partial: the squares of a sum are not the sum of squares.
     """
     if any(placement.is_partial() for placement in p.placements):
         raise ValueError(
-            f"{where} has placements {_told(p.placements)}; expected Shard or Replicate where sums are measured "
+            f"{where} has placements {_words(p.placements)}; expected Shard or Replicate where sums are measured "
             "(stats, max_norm, SVAG's noise), got a Partial: redistribute it"
         )
 
 
-def _told(placements: Iterable[Any]) -> str:
+def _words(placements: Iterable[Any]) -> str:
     return f"({', '.join(map(str, placements))})"
 
 
 def own_rows(p: Any) -> slice:
-    """Which indices of its first dimension this rank's part of a DTensor has."""
+    """Return which indices of its first dimension this rank's part of a DTensor has."""
     coordinate = p.device_mesh.get_coordinate()
     return _own_rows(p.shape, p.device_mesh, p.placements, None if coordinate is None else tuple(coordinate))
 
@@ -69,18 +77,18 @@ def _own_rows(shape: torch.Size, mesh: Any, placements: tuple[Any, ...], _of: tu
 
 
 def sum_step_over_shards(table: Tensor, params: Iterable[tuple[Any, int, bool]]) -> None:
-    """Makes the sums of a step, which are of this rank's shards, those of the whole parameters, on every rank.
+    """Turn the sums of a step, which are of this rank's shards, into those of whole parameters, on every rank.
 
     Args:
         table: (slots, columns) float64, NaN where nothing was stepped; updated in place.
-        params: of each parameter, where its slots begin, and whether it has one per row.
+        params: the parameters, where the slots of each begin, and whether it has one per row.
     """
     owners: list[tuple[slice, Any]] = []
     for p, begin, by_row in params:
         if not is_dtensor(p):
             continue
         count = p.shape[0] if by_row and p.ndim >= 2 else 1
-        if by_row and p.ndim >= 2:  # rows of others: nothing to add
+        if by_row and p.ndim >= 2:  # rows of other ranks: nothing to add
             own = own_rows(p)
             table[begin : begin + own.start] = 0
             table[begin + own.stop : begin + count] = 0
@@ -90,7 +98,7 @@ def sum_step_over_shards(table: Tensor, params: Iterable[tuple[Any, int, bool]])
 
 @torch.no_grad()
 def sum_over_shards(table: Tensor, owners: Sequence[tuple[slice, Any]]) -> None:
-    r"""Adds what the ranks know of their shards: :math:`T_s \leftarrow \sum_r T_s^{(r)}`, in place.
+    r"""Add the ranks' sums of their shards: :math:`T_s \leftarrow \sum_r T_s^{(r)}`, in place.
 
     One all_reduce for each mesh dimension that splits one of the parameters, of all their rows together; over a
     dimension that replicates a parameter nothing is added. A NaN of one rank reaches all.

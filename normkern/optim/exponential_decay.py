@@ -1,4 +1,4 @@
-"""What a param group with ``decay="exponential"`` asks of a step besides the step: refusals, and norms' statistics."""
+"""``decay="exponential"`` in one param group: its gauge, its checks, and the running statistics of norms."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _NONE, _FIRST, _KEPT, _RESTING = ops.Buffers
 
 
 class GroupGauge:
-    """The gauge of one param group during one step: reads and checks, writes nothing before `keep`."""
+    """The gauge of one param group during one step; nothing is written before `commit`."""
 
     __slots__ = ("_factor", "_index", "_judged", "_leaves", "_norms", "_numbers", "_options", "step")
 
@@ -53,7 +53,7 @@ class GroupGauge:
             return
         if options["differentiable"]:
             raise ValueError(f'{place(index)}: differentiable expected False with decay="exponential", got True')
-        # That buffers are missing turns up where they are read, and `check_complete` hears of it.
+        # Missing buffers are reported to `check_complete`, where they are read.
         buffers = _KEPT if numbers[1] != 0 else _RESTING if state.get(params[0], {}).get(BUFFER) is not None else _NONE
         self.step = self._take(buffers)
         if numbers[3] != 0 and not self._leaves and not options.get(SCALE_INVARIANT):
@@ -73,7 +73,7 @@ class GroupGauge:
         return step
 
     def _why_none(self, z: float, lr: float, momentum: float, weight_decay: float) -> str:
-        """What is wrong with numbers that no step of the gauge follows."""
+        """Return the sentence for numbers that no step of the gauge follows."""
         most = ops.most_decay(momentum)
         if z != 0 and lr * weight_decay <= most:
             return (
@@ -88,9 +88,9 @@ class GroupGauge:
         )
 
     def check_complete(self, grads: Sequence[Any], missing: Sequence[int]) -> None:
-        """All parameters of the group take part, and have the same past: one gauge speaks for all.
+        """Check that all parameters of the group take part and have the same past, as they share one gauge.
 
-        Where all are `missing` their buffer, the step is the first one of those.
+        Where all are `missing` their buffer, it is the first step with momentum.
 
         Raises:
             ValueError: some have no gradient; some are `missing` their buffer, and the gauge knows of decay.
@@ -112,8 +112,8 @@ class GroupGauge:
                 'have; expected all or none with decay="exponential"'
             )
 
-    def keep(self, group: dict[str, Any]) -> bool:
-        """Writes what the step has learned into the param group; False if norms that nobody named should follow."""
+    def commit(self, group: dict[str, Any]) -> bool:
+        """Write the new gauge into the param group; return False if norms that it does not name should follow."""
         if self.step is None:
             return True
         if self._leaves:
@@ -131,13 +131,13 @@ class GroupGauge:
 def check_scale_invariance(
     options: dict[str, Any], index: int, params: Sequence[Tensor], grads: Sequence[Tensor]
 ) -> bool:
-    r"""The group's weight decay can be had as a learning rate: the loss does not see the scale of its weights.
+    r"""Check that the group is scale-invariant, so that a learning rate can take the place of weight decay.
 
-    Of every parameter :math:`|\langle w,g\rangle| \le 10^{-3} |w| |g|`, or of the group as a whole where several
+    For every parameter :math:`|\langle w,g\rangle| \le 10^{-3} |w| |g|`, or of the group as a whole where several
     are invariant only together. Synchronises.
 
     Returns:
-        Whether anything was learned; not from gradients that are zero, or no numbers.
+        Whether the gradients decide: False where they are zero, infinite or NaN.
 
     Raises:
         ValueError: it is not so, or a weight is zero.
@@ -151,7 +151,7 @@ def check_scale_invariance(
     suspects = []
     for i, p in enumerate(params):
         eps = torch.finfo(p.dtype).eps
-        # No gradient, or rounding beside the others', such as a bias before a norm has, says nothing.
+        # A gradient of zero, or of rounding errors as a bias before a norm has, decides nothing.
         if math.sqrt(g_sq[i]) <= min(_COSINE, 256 * eps) * group_grad:
             continue
         if w_sq[i] == 0 and p.numel():
@@ -172,15 +172,13 @@ def check_scale_invariance(
 
 
 def _sums(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[float], list[float], list[float]] | None:
-    """<w,g>, |w|^2, |g|^2 of each parameter; None if they have no values."""
+    """Return <w,g>, |w|^2, |g|^2 of each parameter; None if they have no values."""
     if not all(is_dtensor(x) or is_materialized(x) for x in (*params, *grads)):
         return None
     if ops.kernels_take((*params, *grads)):
         dtypes = zip(params, grads, strict=True)
         if all(p.dtype == g.dtype and p.shape == g.shape for p, g in dtypes):
-            table = ops.pair_sums(params, grads)[:, [0, 2, 3]]
-            dots, w_sq, g_sq = table.T.tolist()
-            return dots, w_sq, g_sq
+            return _dots_and_norms(ops.pair_sums(params, grads))
     from ..reference import gradient_sums
 
     rows = []
@@ -190,11 +188,15 @@ def _sums(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[list[float
         w, g = (shard(x, like=p) if is_dtensor(p) else x for x in (p.detach(), g.detach()))
         if not is_materialized(w) or not is_materialized(g):
             return None
-        rows.append(gradient_sums(w, g, "tensor")[:, [0, 2, 3]].to(params[0].device))
+        rows.append(gradient_sums(w, g, "tensor").to(params[0].device))
     table = torch.cat(rows)
     sum_over_shards(table, [(slice(i, i + 1), p) for i, p in enumerate(params)])
-    dots, w_sq, g_sq = table.T.tolist()
-    return dots, w_sq, g_sq
+    return _dots_and_norms(table)
+
+
+def _dots_and_norms(table: Tensor) -> tuple[list[float], list[float], list[float]]:
+    columns = dict(zip(ops.PAIR_SUMS, table.T.tolist(), strict=True))
+    return columns["pair_dot"], columns["first_sq"], columns["second_sq"]
 
 
 def _name(options: dict[str, Any], i: int) -> str:
@@ -203,7 +205,7 @@ def _name(options: dict[str, Any], i: int) -> str:
 
 
 def norm_buffers(given: Any, where: str) -> list[tuple[Tensor, Tensor]]:
-    """Running means and variances, from norms or pairs of tensors.
+    """Return running means and variances, given norms or pairs of tensors.
 
     Raises:
         ValueError: it is something else.
@@ -229,14 +231,14 @@ def norm_buffers(given: Any, where: str) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def rescale_norms(buffers: list[tuple[Tensor, Tensor]], factor: float) -> None:
-    """After the weights before them were multiplied by `factor`."""
+    """Rescale running statistics after the weights before them were multiplied by `factor`."""
     for mean, var in buffers:
         mean.mul_(factor)
         var.mul_(factor * factor)
 
 
 def warn_of_norms() -> None:
-    """Of running statistics that nobody named; points at whoever called the step."""
+    """Warn of running statistics that no group names; the warning points at the caller of the step."""
     level, frame = 2, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("normkern", "torch"):
         level, frame = level + 1, frame.f_back

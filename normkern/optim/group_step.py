@@ -1,4 +1,4 @@
-"""One param group during one step: what runs on our kernel, what on torch's loop."""
+"""One param group during one step: what runs on the kernel, and what falls back to torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _device_dtype_check_for_fused
-from torch.optim.sgd import sgd as torch_sgd
 
 from .. import ops
-from ..tracing import in_dispatch_mode, is_materialized
+from ..tracing import in_dispatch_mode
 from .dtensor import check_summable, is_dtensor, own_rows, shard
 from .exponential_decay import GroupGauge
 from .low_precision import group_precision
@@ -24,10 +23,11 @@ _log = logging.getLogger("normkern")
 
 
 class Pair(NamedTuple):
-    """The gradients of one group where a step is made of two: SVAG's."""
+    """The gradients of one group in a step from two gradients, such as SVAG's."""
 
-    held: list[Any]  # the first ones; None: no pair, `grads` has the only one
+    held: list[Any]  # the first ones; None: no pair, the only gradient is in `grads`
     grads: list[Any]
+    has_own_grads: bool  # `grads` are the parameters' own, each of a pair
     l: float
     first_inverse_scale: float
     second_inverse_scale: float
@@ -38,7 +38,7 @@ _Arguments: TypeAlias = tuple[float, float, float, float, bool, bool, float, int
 
 
 class GroupStep:
-    """One param group during one step: what runs on our kernel, what on torch's loop, which buffers are new."""
+    """One param group during one step: what runs on the kernel, what falls back to torch, which buffers are new."""
 
     __slots__ = (
         "buffers",
@@ -75,7 +75,7 @@ class GroupStep:
         pair: Pair | None = None,
         scaler: tuple[Tensor | None, Tensor] | None = None,
     ) -> None:
-        """Reads and checks the group; writes nothing. `scaler`: grad_scale and found_inf that the kernel is to read."""
+        """Read and check the group; write nothing. `scaler`: grad_scale and found_inf, which the kernel will read."""
         self.plan, self.state, self.index, self.options, self.pair = plan, state, index, options, pair
         params = options["params"]
         self.params = params = params if type(params) is list else list(params)
@@ -114,7 +114,7 @@ class GroupStep:
         if multipliers is not None and (gauge is not None or options["decay"] == "exponential"):
             raise ValueError(
                 f'{place(index)}: lr_multipliers expected None with decay="exponential", and in the step that leaves '
-                "it, as one gauge speaks for all parameters of a group; give each multiplier a group"
+                "it, as all parameters of a group share one gauge; give each multiplier a group"
             )
         self.precision = precision = group_precision(options, index, self.row)
         all_to_torch = options["differentiable"] or in_dispatch_mode()
@@ -140,10 +140,10 @@ class GroupStep:
     def _add_entries(
         self, state: Any, arguments: tuple[float, float, float, float, bool, bool, float, int, int], all_to_torch: bool
     ) -> None:
-        """Parameter by parameter, where the group cannot go as a whole. `state`: None where no buffers are kept."""
+        """Add the group parameter by parameter, where it cannot go as a whole. `state`: None without momentum."""
         plan, params, pair, precision = self.plan, self.params, self.pair, self.precision
         self.grads, self.buffers, missing = ops.gather(params, state, BUFFER)
-        if pair is not None:
+        if pair is not None and not pair.has_own_grads:
             self.grads = pair.grads
             pairs = enumerate(zip(pair.grads, self.buffers, strict=True))
             missing = [i for i, (g, b) in pairs if g is not None and b is None] if state is not None else []
@@ -172,7 +172,7 @@ class GroupStep:
             self._check_held(pair)
 
     def _check_held(self, pair: Pair) -> None:
-        """Of what goes to torch's loop, as the kernel checks what goes to it."""
+        """Check held gradients that fall back to torch, as the kernel checks those that it takes."""
         for i in self.left_to_torch:
             held, p = pair.held[i], self.params[i]
             if held is None:
@@ -186,7 +186,7 @@ class GroupStep:
                 raise RuntimeError(ops.shared_pair(self.index, i))
 
     def _numbers_on_device(self, lr: Any, weight_decay: Any, scaler: tuple[Tensor | None, Tensor] | None) -> Any:
-        """lr and weight_decay: as tensors where the kernel will read them, else as numbers."""
+        """Return lr and weight_decay: as tensors where the kernel will read them, else as numbers."""
         options, there = self.options, ops.device_index(self.params[0]) if self.params else None
         lr_there = decay_there = None
         if self.pair is None and options["decay"] == "coupled" and GAUGE not in options:
@@ -203,7 +203,7 @@ class GroupStep:
     def _more_arguments(
         self, held: list[Any] | None = None, masters: list[Any] | None = None, begin: int = 0
     ) -> dict[str, Any]:
-        """Of the whole group; or of a shard of parameter `begin`, with its part of `held` and `masters`."""
+        """Return keyword arguments of `Pass.add`: of the whole group, or of a shard of parameter `begin`."""
         gauge = None if self.gauge is None else self.gauge.step
         more: dict[str, Any] = {"gauge": gauge, "lr_multipliers": self.multipliers}
         if self.precision is not None:
@@ -214,7 +214,7 @@ class GroupStep:
         return {**more, "held": held, "second_inverse_scale": scale, "l": self.pair.l}
 
     def _find_another_way(self, refused: list[int], missing: set[int], arguments: _Arguments) -> None:
-        """A DTensor runs through its local shard; what the kernel cannot take is left to torch's loop."""
+        """Step a DTensor through its local shard, and leave what the kernel cannot take to torch's loop."""
         where = place(self.index)
         for i in refused:
             p = self.params[i]
@@ -233,7 +233,7 @@ class GroupStep:
                 self.left_to_torch.append(i)
 
     def _add_shard(self, i: int, first: bool, arguments: _Arguments) -> bool:
-        """Hands the kernel the local part of DTensor i; False if it cannot take that either."""
+        """Add the local part of DTensor i to the pass; return False if the kernel cannot take it either."""
         p, buffer = self.params[i], self.buffers[i]
         if first:
             dtype = p.dtype if self.precision is None else self.precision.buffer_dtype(p)
@@ -243,7 +243,7 @@ class GroupStep:
         with torch.no_grad():
             parts = (p, self.grads[i], buffer, held, master)
             w, g, v, h, m = ([None if x is None else shard(x, like=p)] for x in parts)
-        slots, more = [self._first_slot(i)], {**self._more_arguments(h, m, i), "row": self.row + i}
+        slots, more = [self.first_slot(i)], {**self._more_arguments(h, m, i), "row": self.row + i}
         if self.multipliers is not None:
             more["lr_multipliers"] = self.multipliers.only(i)
         if self.plan.add(w, g, None if buffer is None else v, [0] if first else None, *arguments, slots=slots, **more):
@@ -254,11 +254,11 @@ class GroupStep:
         return True
 
     def measured(self, offsets: Iterator[int]) -> list[tuple[Any, int, bool]]:
-        """Of each parameter, where its slots begin, `offsets` having them next, and whether it has one per row."""
+        """Return for each parameter where its slots begin, read from `offsets`, and whether it has one per row."""
         return [(p, next(offsets), self.stats == "row") for p in self.params] if self.stats else []
 
-    def _first_slot(self, i: int) -> int:
-        """Where the sums of parameter i begin; for the shard of a DTensor, those of its first own row."""
+    def first_slot(self, i: int) -> int:
+        """Return where the sums of parameter i begin; for the shard of a DTensor, those of its first own row."""
         if self.stats is None:
             return 0
         slot = self.slot + sum(ops.slot_count(p, self.code) for p in self.params[:i])
@@ -266,146 +266,13 @@ class GroupStep:
         return slot + own_rows(p).start if self.stats == "row" and p.ndim >= 2 and is_dtensor(p) else slot
 
     def lr_now(self) -> float | Tensor:
-        """The learning rate of this step, whatever becomes of a tensor that holds it."""
+        """Return the learning rate of this step; a copy if it is a tensor, which may change."""
         return self.lr.clone() if isinstance(self.lr, Tensor) else self.lr
-
-    def sq_norms_with_torch(self, grad_scale: Tensor | None) -> list[tuple[int, Tensor]]:
-        """Row and |g|^2 of those parameters that the kernel cannot take, as `Pass.sq_norms` has it of the others."""
-        if not self.left_to_torch:
-            return []
-        from ..reference import sq_norm
-
-        scale = 1.0 if self.gauge is None or self.gauge.step is None else self.gauge.step.scale
-        grads = ((i, _local(self._whole_gradient(i, grad_scale), self.params[i])) for i in self.left_to_torch)
-        return [(self.row + i, sq_norm(g) / scale**2) for i, g in grads]
-
-    def step_with_torch(self, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
-        """torch's for-loop, on those parameters that the kernel cannot take."""
-        gauge = None if self.gauge is None else self.gauge.step
-        if gauge is not None or self.precision is not None:
-            return self._step_with_reference(gauge, grad_scale, clip_coef)
-        options = self.options
-        params = [self.params[i] for i in self.left_to_torch]
-        grads = [self._whole_gradient(i, grad_scale) for i in self.left_to_torch]
-        buffers = [self.buffers[i] for i in self.left_to_torch]
-        sparse = any(g.layout != torch.strided for g in grads)
-        before = [_local(p, p).clone() for p in params] if self.stats else []
-        with torch.set_grad_enabled(bool(options["differentiable"])):
-            clipped = grads if clip_coef is None else [g * clip_coef.to(g.device) for g in grads]
-            for lr, some in self._runs_of_torch():
-                made = buffers[some]
-                torch_sgd(
-                    params[some],
-                    clipped[some],
-                    made,
-                    has_sparse_grad=sparse,
-                    foreach=False,
-                    fused=bool(options["fused"]) and sparse,  # raises torch's error
-                    weight_decay=options["weight_decay"],
-                    momentum=options["momentum"],
-                    lr=lr,
-                    dampening=options["dampening"],
-                    nesterov=options["nesterov"],
-                    maximize=options["maximize"],
-                )
-                buffers[some] = made
-        if options["momentum"] != 0:
-            for p, buffer in zip(params, buffers, strict=True):
-                self.state[p][BUFFER] = buffer
-        if self.stats:
-            from ..reference import gradient_sums, step_sums
-
-            for i, w, g, p in zip(self.left_to_torch, before, grads, params, strict=True):
-                if is_materialized(p):
-                    sums = step_sums(w, _local(g, p), _local(p, p), self.stats)
-                    if self.pair is not None and self.pair.held[i] is not None:
-                        first, second = (_local(x, p) for x in self._unscaled_pair(i))
-                        sums = torch.cat([sums, gradient_sums(first, second, self.stats)], dim=1)
-                    self.torch_sums.append((self._first_slot(i), sums))
-
-    def _runs_of_torch(self) -> list[tuple[Any, slice]]:
-        """Learning rates, and which of `left_to_torch` have them: torch's function takes one for all."""
-        lr = self.options["lr"]
-        if self.multipliers is None:
-            return [(lr, slice(None))]
-        return [(lr * self.multipliers.value(i), slice(k, k + 1)) for k, i in enumerate(self.left_to_torch)]
-
-    def _step_with_reference(
-        self, gauge: ops.GaugeStep | None, grad_scale: Tensor | None, clip_coef: Tensor | None
-    ) -> None:
-        """Where torch's loop does not know what the group asks for."""
-        from ..reference import sgd_
-
-        options, pair, precision = self.options, self.pair, self.precision
-        for i in self.left_to_torch:
-            p, buffers = self.params[i], [self.buffers[i]]
-            more: dict[str, Any] = {}
-            if precision is not None:
-                rounding = precision.rounding
-                more = {
-                    "state_dtype": precision.state_dtype,
-                    "masters": None if self.masters is None else [self.masters[i]],
-                    "rounding": None if rounding is None else rounding._replace(first=precision.first + i),
-                }
-            if pair is not None and pair.held[i] is not None:
-                grad = pair.grads[i]
-                more |= {"held": [_dense(pair.held[i])], "l": pair.l}
-                more |= {"held_scale": 1 / pair.first_inverse_scale, "grad_scale": 1 / pair.second_inverse_scale}
-            else:
-                grad = self._whole_gradient(i, grad_scale)
-            stats = self.stats if is_materialized(p) else None
-            sums = sgd_(
-                [p],
-                [_dense(grad)],
-                buffers,
-                lr=self.lr,
-                momentum=float(options["momentum"]),
-                dampening=float(options["dampening"]),
-                weight_decay=float(options["weight_decay"]),
-                nesterov=bool(options["nesterov"]),
-                maximize=bool(options["maximize"]),
-                stats=stats,
-                gauge=gauge,
-                clip_coef=None if clip_coef is None else clip_coef.to(p.device),
-                lr_multipliers=None if self.multipliers is None else [float(self.multipliers.value(i))],
-                **more,
-            )
-            if buffers[0] is not None:
-                self.state[p][BUFFER] = buffers[0]
-            if sums is not None and stats is not None:
-                self.torch_sums.append((self._first_slot(i), sums))
-
-    def _whole_gradient(self, i: int, grad_scale: Tensor | None) -> Tensor:
-        """The gradient that torch's loop takes for parameter i: unscaled, and one where there are two."""
-        g: Tensor = self.grads[i]
-        if self.pair is None:
-            return g if grad_scale is None else g / grad_scale
-        if self.pair.held[i] is None:
-            return g if self.pair.first_inverse_scale == 1 else g * self.pair.first_inverse_scale
-        from ..reference import svag_combination
-
-        return svag_combination(*self._unscaled_pair(i), self.pair.l)
-
-    def _unscaled_pair(self, i: int) -> tuple[Tensor, Tensor]:
-        pair = self.pair
-        assert pair is not None
-        return pair.held[i] * pair.first_inverse_scale, pair.grads[i] * pair.second_inverse_scale
-
-
-def with_torch_sums(table: Tensor, groups: list[GroupStep]) -> Tensor:
-    """The table with what was measured of the parameters that torch's loop stepped: wider if those alone are pairs."""
-    sums = [entry for group in groups for entry in group.torch_sums]
-    columns = max([table.shape[1], *(s.shape[1] for _, s in sums)])
-    if columns > table.shape[1]:
-        table = torch.cat([table, table.new_full((len(table), columns - table.shape[1]), torch.nan)], dim=1)
-    for slot, rows in sums:
-        table[slot : slot + len(rows), : rows.shape[1]] = rows
-    return table
 
 
 @functools.cache
 def _warn_of_gpu() -> None:
-    """Once: what is right but slow."""
+    """Warn once that the fallback on a GPU is slow."""
     warnings.warn(
         "normkern: this binary was built for CPUs only, and torch's own loop steps parameters on GPUs. To have kernels "
         "for them: NORMKERN_CUDA=ON pip install --force-reinstall --no-deps --no-binary normkern normkern",
@@ -415,6 +282,7 @@ def _warn_of_gpu() -> None:
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:
+    """Return whether two gradients overlap in memory."""
     if a is b:
         return True
     if a.layout != torch.strided or b.layout != torch.strided or a.is_meta or type(a) is not Tensor:
@@ -424,13 +292,3 @@ def _share_memory(a: Tensor, b: Tensor) -> bool:
         for x in (a, b)
     ]
     return a.numel() > 0 and b.numel() > 0 and a.data_ptr() < ends[1] and b.data_ptr() < ends[0]
-
-
-@torch.no_grad()
-def _local(x: Tensor, p: Tensor) -> Tensor:
-    """What is measured of a tensor that goes with parameter p."""
-    return shard(x, like=p) if is_dtensor(p) else x.detach()
-
-
-def _dense(x: Tensor) -> Tensor:
-    return x if x.layout == torch.strided else x.to_dense()

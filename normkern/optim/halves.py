@@ -68,7 +68,7 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
 
 
 def _part(x: Any, name: str, first: str, length: int, part: slice) -> Any:
-    """One half of `x`, which stands at `name` in the batch; `first` is where the batch's length was found."""
+    """Return one half of `x`, which stands at `name` in the batch; `first` is where the batch's length was found."""
     if _is_array(x):
         if len(x.shape) == 0:
             return x
@@ -108,12 +108,12 @@ def _rebuilt_mapping(x: Mapping[Any, Any], inner: Callable[[Any, object], Any]) 
 
 
 def _is_array(x: Any) -> bool:
-    """A tensor, or what behaves like one: a NumPy array or scalar."""
+    """Return whether x is a tensor, or behaves like one: a NumPy array or scalar."""
     return isinstance(x, Tensor) or (hasattr(x, "shape") and hasattr(x, "dtype"))
 
 
 def _arrays(x: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """Every tensor in `x` and where it stands."""
+    """Yield every tensor in `x` and where it stands."""
     if _is_array(x):
         yield name, x
     elif isinstance(x, Mapping):

@@ -1,4 +1,4 @@
-"""How a param group stores what it writes: the dtype of buffers, bfloat16 weights rounded at random, master copies."""
+"""Low-precision storage of a param group: the dtype of buffers, stochastic rounding, master weights."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from .options import BUFFER, MASTER, place
 
 #: The group key that counts the steps that were rounded at random.
 ROUNDING_STEP = "rounding_step"
-#: Group keys, and what changes nothing.
+#: Group keys and their defaults.
 PRECISION: dict[str, Any] = {
     "state_dtype": None,
     "stochastic_rounding": False,
     "rounding_seed": 0,
     "master_weights": False,
 }
-LOW = (torch.bfloat16, torch.float16)
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
 def check_precision(group: Mapping[str, Any], where: str | int) -> None:
-    """Every option of how a group is stored is of its kind.
+    """Check a group's options for storage.
 
     Raises:
-        ValueError: one is not; both ways of keeping what bfloat16 rounds away are chosen.
+        ValueError: an option is of a wrong kind; both stochastic rounding and master weights are chosen.
     """
     dtype, seed, step = group["state_dtype"], group["rounding_seed"], group.get(ROUNDING_STEP, 0)
     if not any(dtype is known for known in _STATE_DTYPES):
@@ -47,7 +46,7 @@ def check_precision(group: Mapping[str, Any], where: str | int) -> None:
 
 
 class GroupPrecision:
-    """How one param group is stored during one step: reads and checks, writes nothing before `keep`."""
+    """The storage of one param group during one step; nothing is written before `commit`."""
 
     __slots__ = ("first", "has_masters", "rounding", "state_dtype")
 
@@ -70,7 +69,7 @@ class GroupPrecision:
                 "master_weights, got True"
             )
         for i, p in enumerate(options["params"]):
-            if self.state_dtype is not None and p.dtype not in (torch.float32, *LOW):
+            if self.state_dtype is not None and p.dtype not in (torch.float32, *ops.LOW_PRECISION):
                 raise ValueError(
                     f"{place(index)}: state_dtype expected float32, bfloat16 or float16 parameters, but params[{i}] is "
                     f"{ops.describe(p)}"
@@ -87,21 +86,21 @@ class GroupPrecision:
                 )
 
     def code(self, i: int = 0) -> ops.Precision:
-        """What the binary takes, of a list that begins with parameter i of the group."""
+        """Return the storage as the binary takes it, for a list that begins with parameter i of the group."""
         return ops.precision(self.state_dtype, self.rounding, self.first + i)
 
     def buffer_dtype(self, p: Tensor) -> torch.dtype:
-        """Of a parameter's new momentum buffer."""
+        """Return the dtype of a parameter's new momentum buffer."""
         return self.state_dtype or p.dtype
 
     def masters(self, params: list[Any], grads: list[Any], state: Any) -> tuple[list[Any] | None, list[int]]:
-        """The copies of those parameters that have gradients, and which of them are new."""
+        """Return the master copies of the parameters that have gradients, and which of them are new."""
         if not self.has_masters:
             return None, []
         masters: list[Any] = [None] * len(params)
         new = []
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
-            if g is None or p.dtype not in LOW:
+            if g is None or p.dtype not in ops.LOW_PRECISION:
                 continue
             masters[i] = state.get(p, {}).get(MASTER)
             if masters[i] is None:
@@ -110,7 +109,7 @@ class GroupPrecision:
         return masters, new
 
     def convert(self, params: list[Any], grads: list[Any], buffers: list[Any]) -> list[int]:
-        """Buffers of another dtype than `state_dtype` become new ones, in the list; at these positions."""
+        """Replace buffers of another dtype than `state_dtype` in the list, and return their positions."""
         if self.state_dtype is None:
             return []
         old = [i for i, b in enumerate(buffers) if b is not None and grads[i] is not None]
@@ -119,21 +118,21 @@ class GroupPrecision:
             buffers[i] = buffers[i].to(self.state_dtype)
         return old
 
-    def keep(self, group: dict[str, Any]) -> None:
-        """Writes into the param group that a step has been taken."""
+    def commit(self, group: dict[str, Any]) -> None:
+        """Count the step in the param group."""
         if self.rounding is not None:
             group[ROUNDING_STEP] = self.rounding.step + 1
 
 
 def group_precision(options: dict[str, Any], index: int, first: int) -> GroupPrecision | None:
-    """None where everything is stored as the parameters are."""
+    """Return the storage of a group; None where everything is stored as the parameters are."""
     if options["state_dtype"] is None and not options["stochastic_rounding"] and not options["master_weights"]:
         return None
     return GroupPrecision(options, index, first)
 
 
 def restore_precision(state: Any, groups: list[dict[str, Any]], saved: Mapping[str, Any]) -> None:
-    """What `torch.optim.Optimizer.load_state_dict` has cast to the parameters' dtype, from the checkpoint once more.
+    """Load again from the checkpoint what `torch.optim.Optimizer.load_state_dict` has cast to the parameters' dtype.
 
     A buffer is loaded as a step would make a new one; a master copy in float32.
     """

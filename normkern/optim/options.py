@@ -1,4 +1,4 @@
-"""What users may write into param groups and checkpoints, and the sentences for what they may not."""
+"""Options of param groups and entries of checkpoints: names, checks, and error sentences."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import ops
 
 #: The entry of an optimizer's state that holds a parameter's momentum buffer; torch's name.
 BUFFER = "momentum_buffer"
-#: And its copy in float32.
+#: The entry that holds its copy in float32.
 MASTER = "master_weight"
 #: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
 #: norms whose running statistics follow the weights.
@@ -23,9 +23,9 @@ _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 
 
 def number(x: Any, name: str, where: str | int) -> float:
-    """A hyperparameter as the float it is: any number, or a tensor of one element (synchronised).
+    """Return a hyperparameter as a float: any number, or a tensor of one element (synchronised).
 
-    `where` begins the sentence for what is none: a text, or the position of a param group at a step.
+    `where` begins the error sentence: a text, or the position of a param group at a step.
     """
     if type(x) is float:
         return x
@@ -40,18 +40,18 @@ def number(x: Any, name: str, where: str | int) -> float:
 
 
 def place(where: str | int) -> str:
-    """How a sentence begins: made only when there is one to say."""
+    """Return how an error sentence begins; called only where one is raised."""
     return where if isinstance(where, str) else f"SGD.step: param_groups[{where}]"
 
 
 def check_decay(decay: object, where: str) -> None:
-    """A form of weight decay that exists."""
+    """Check that the form of weight decay exists."""
     if decay not in ("coupled", "exponential"):
         raise ValueError(f'{where}: decay expected "coupled" or "exponential", got {decay!r}')
 
 
 def check_options(group: dict[str, Any], where: str) -> None:
-    """Every option of a loaded param group is of its kind."""
+    """Check the kind of every option of a loaded param group."""
     for name in _NUMBERS:
         number(group[name], name, where)
     ops.stats_code(group["stats"], where)
@@ -65,18 +65,18 @@ def check_options(group: dict[str, Any], where: str) -> None:
 
 
 def check_gauge(gauge: Any, where: str) -> None:
-    """(scale, z, exponent), as `ops.gauge_step` returns them."""
+    """Check that a gauge is (scale, z, exponent), as `ops.gauge_step` returns them."""
     try:
         scale, z, exponent = gauge
         fits = bool(0.5 < scale < 2) and math.isfinite(z) and type(exponent) is int
-    except (TypeError, ValueError, RuntimeError, OverflowError):  # of what compares as a tensor does, and 2**2000
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # tensors, arrays, 2**2000
         fits = False
     if not fits:
         raise ValueError(f"{where}: gauge expected (scale, z, exponent) as a step leaves them, got {gauge!r}")
 
 
 def check_checkpoint(loaded: Mapping[str, Any]) -> None:
-    """A state dict of such a form that torch's own loading says no more about it than which entries are missing."""
+    """Check the form of a state dict, such that torch's own loading only finds which entries are missing."""
 
     def refuse(what: str, expected: str, got: object) -> None:
         raise ValueError(f"SGD.load_state_dict: {what} expected {expected}, got {type(got).__name__}")
@@ -98,7 +98,7 @@ def check_checkpoint(loaded: Mapping[str, Any]) -> None:
 
 
 def check_state(state: Any, groups: list[dict[str, Any]]) -> None:
-    """Every buffer fits its parameter. An old checkpoint's None is no buffer yet."""
+    """Check that every buffer fits its parameter. None, in old checkpoints, means that there is no buffer yet."""
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
             entry = state.get(p, {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -20,9 +19,10 @@ from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global
 from .. import ops
 from ..tracing import in_dispatch_mode
 from .clipping import clip
-from .dtensor import sum_step_over_shards
+from .dtensor import has_dtensors, sum_step_over_shards
 from .exponential_decay import norm_buffers, warn_of_norms
-from .group_step import GroupStep, with_torch_sums
+from .fallback import step_with_torch, with_torch_sums
+from .group_step import GroupStep
 from .low_precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
 from .options import (
     GAUGE,
@@ -34,7 +34,7 @@ from .options import (
     check_options,
     check_state,
 )
-from .step_stats import StepStats
+from .step_stats import Measured, StepStats
 
 
 class SGD(torch.optim.SGD):
@@ -55,50 +55,49 @@ class SGD(torch.optim.SGD):
         differentiable: takes torch's own path.
         fused: True adds the GradScaler protocol (a skipped step leaves no trace and needs no second pass over the
             gradients; they are unscaled inside the step and never written) and torch's errors for unsupported tensors.
-        stats: None, "tensor" or "row": what `stats()` will tell of each step. Also a group key.
+        stats: None, "tensor" or "row": which norms `stats()` returns after a step. Also a group key.
         decay: "coupled", weight decay as part of the gradient; "exponential", as a growing learning rate. Also a group
             key, which may change between steps.
-        state_dtype: of momentum buffers: torch.float32 or torch.bfloat16, of parameters of 32 and 16 bits; those that
-            have another one are converted at the next step. None: that of the parameters, for new ones. Also a group
-            key, as are the others below.
-        stochastic_rounding: bfloat16 weights are rounded up or down at random when they are stored, such that their
-            mean is what was to be stored: steps too small for bfloat16 are not lost.
-        rounding_seed: of its random numbers, which also depend on the coordinate, the parameter's index and the number
-            of steps so far, ``group["rounding_step"]``, and on nothing else: not on torch's seed, so that replicas
-            round alike, nor on threads or devices. Saved, so that a resumed run is the uninterrupted one.
-        master_weights: parameters of 16 bits get a copy in float32, ``state[p]["master_weight"]``, from which every
-            step goes on; they are what that is rounded to. `stats()` speaks of the copy. Where somebody else has
-            written a parameter, coordinate by coordinate, it counts and not the copy.
+        state_dtype: dtype of momentum buffers, torch.float32 or torch.bfloat16, for parameters of 32 and 16 bits;
+            buffers of another dtype are converted at the next step. None: new buffers have their parameter's dtype.
+            Also a group key, as are the others below.
+        stochastic_rounding: bfloat16 weights are rounded up or down at random when they are stored, such that
+            their mean is the exact value: steps too small for bfloat16 are not lost.
+        rounding_seed: seed of its random numbers, which also depend on the coordinate, the parameter's index and the
+            number of steps so far, ``group["rounding_step"]``, and on nothing else: not on torch's seed, so that
+            replicas round alike, nor on threads or devices. Saved, so that a resumed run equals the uninterrupted one.
+        master_weights: parameters of 16 bits get a copy in float32, ``state[p]["master_weight"]``, which every step
+            updates; the parameter is the rounded copy. `stats()` has the norms of the copy. If you overwrite weights,
+            changed entries replace the master copy.
 
     A group may have the key ``lr_multipliers``, a sequence or vector with one number of at least 0 for each of its
     parameters: the step of the i-th one is with lr times the i-th number, and `stats()` has its `effective_lr`. None
     (the default) is 1 for all. It may change between steps and is saved with the group; on a CUDA device the kernel
-    reads a vector that lies there, whose numbers nobody looks at.
+    reads a vector that lies there, whose numbers are not checked.
 
-    ``decay="exponential"`` is for weights of which the loss sees only the direction, such as those before a norm.
-    Nothing shrinks them; the learning rate inside the kernel grows as they would have shrunk, and at every step the
-    network computes what it would with coupled decay: for any schedule of lr, momentum, dampening and weight_decay, and
-    for nesterov. lr and the others stay those of the run with decay, and so does what `stats()` tells. The stored
-    weights are that run's divided by `true_scale()`: powers of two are taken out in the step's own pass, so nothing
-    overflows, however long the run, and no decay is lost to rounding in bfloat16. One gauge, ``group["gauge"]``, speaks
-    for all parameters of a group; it is saved with it. Two more keys of such a group:
+    ``decay="exponential"`` is for scale-invariant weights, such as those before a norm. They are not shrunk; instead
+    the learning rate inside the kernel grows as they would have shrunk, and at every step the network computes what it
+    would with coupled decay: for any schedule of lr, momentum, dampening and weight_decay, and for nesterov. lr, the
+    other options and `stats()` stay those of the run with decay. The stored weights are that run's divided by
+    `true_scale()`: powers of two are taken out in the step's own pass, so nothing overflows, however long the run, and
+    no decay is lost to rounding in bfloat16. All parameters of a group share one gauge, ``group["gauge"]``, which is
+    saved with it. Two more keys of such a group:
 
     * ``scale_invariant``: True trusts the group. Otherwise it is judged at the first step with a gradient, by
       :math:`|\langle w,g\rangle| \le 10^{-3} |w| |g|`, of each parameter or of all together; this synchronises, once.
     * ``norm_buffers``: the batch norms behind the weights, or pairs (running_mean, running_var), which follow when a
       power of two is taken out; [] if there are none. Without the key a warning says that they lag. Not saved.
 
-    Sparse and complex tensors, tensor subclasses, gradients of another dtype than their parameter, devices that the
-    binary has no kernels for: torch's own loop steps them, with its result; logger "normkern" says so at level DEBUG.
-    So it does with everything under a dispatch mode or a torch.func transform, and, with `stats`, with parameters on
-    other devices than the first. A DTensor is stepped through its local shard, and with `stats` every rank has the
-    sums of whole parameters: one small all_reduce in each step. Several threads may step one optimizer: one after the
-    other.
+    Sparse and complex tensors, tensor subclasses, gradients of another dtype than their parameter, and devices without
+    kernels fall back to torch's own loop; logger "normkern" reports it at level DEBUG. So does everything under a
+    dispatch mode or a torch.func transform, and, with `stats`, parameters on other devices than the first. A DTensor is
+    stepped through its local shard, and with `stats` every rank has the sums of whole parameters: one small all_reduce
+    in each step. Several threads may step one optimizer; their steps are taken one after the other.
 
-    On CUDA devices nothing waits for the device, and a step can be captured in a graph after a first one: lr and
-    weight_decay may be CUDA tensors of one number, which the kernel reads. With ``fused=True`` it also reads what a
-    GradScaler has found, except with ``decay="exponential"`` or `stochastic_rounding`; a skipped step then keeps the
-    sums of the last one. `stochastic_rounding` cannot be captured: each replay would have the same random numbers.
+    On CUDA devices no step synchronises, and a step can be captured in a graph after a first one: lr and weight_decay
+    may be CUDA tensors of one number, which the kernel reads. With ``fused=True`` it also reads what a GradScaler has
+    found, except with ``decay="exponential"`` or `stochastic_rounding`; a skipped step then keeps the sums of the last
+    one. `stochastic_rounding` cannot be captured: each replay would have the same random numbers.
 
     Raises, at a step, before anything is written:
         RuntimeError: a parameter is of an integer dtype.
@@ -165,13 +164,13 @@ class SGD(torch.optim.SGD):
         )
         self._step_plan, self._lock = ops.Pass(), threading.Lock()
         _alive.add(self)
-        self._measured: _Measured | None = None
+        self._measured: Measured | None = None
         self._written: tuple[Tensor, ...] | None = None
-        self._kept: list[object] = []
+        self._dlpack_refs: list[object] = []
         self._warned = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `torch.optim.Optimizer`; `stats`, `decay`, `scale_invariant` and `norm_buffers` may be keys too."""
+        """Add a group as in `torch.optim.Optimizer`; so may be `stats`, `decay`, `scale_invariant`, `norm_buffers`."""
         self.defaults.update(self._own_defaults)
         if isinstance(param_group, dict) and param_group.get(NORM_BUFFERS) is not None:
             norm_buffers(param_group[NORM_BUFFERS], f"SGD: param_groups[{len(self.param_groups)}]")
@@ -186,7 +185,7 @@ class SGD(torch.optim.SGD):
                 raise
 
     def stats(self) -> StepStats:
-        """The norms and inner products of the last step.
+        """Return the norms and inner products of the last step.
 
         Returns:
             `StepStats`: float64 tensors on the parameters' device, not synchronised. Each step has its own, which stays
@@ -202,7 +201,7 @@ class SGD(torch.optim.SGD):
         return self._measured.stats(self.param_groups)
 
     def true_scale(self) -> list[float]:
-        r"""What each param group's weights are to be multiplied with to be those of the run with weight decay.
+        r"""Return the factors by which the param groups' weights are to be multiplied to get the run with weight decay.
 
         1 where decay is coupled; else between :math:`\sqrt{1/2}` and :math:`\sqrt 2`. The network computes the same
         with either.
@@ -220,7 +219,7 @@ class SGD(torch.optim.SGD):
     def step(
         self, closure: Callable[[], float] | None = None, *, max_norm: float | Tensor | None = None
     ) -> float | Tensor | tuple[float, Tensor] | None:
-        r"""One step; with `max_norm` of gradients whose global norm n is clipped, :math:`g \min(1, m/(n + 10^{-6}))`.
+        r"""Take a step; with `max_norm`, clip gradients by their global norm n: :math:`g \min(1, m/(n + 10^{-6}))`.
 
         Args:
             closure: re-evaluates the model and returns the loss.
@@ -236,8 +235,20 @@ class SGD(torch.optim.SGD):
         Raises:
             TypeError: `max_norm` is no number. ValueError: it is negative. Nothing is written, no closure called.
         """
-        # torch wraps every step into hooks and a profiler range, which cost as much as a whole step of twenty small
-        # tensors. Ours is marked as wrapped already, and goes through torch's wrapper when somebody is there to notice.
+        if self._needs_torchs_wrapper(SGD.step):
+            given: dict[str, Any] = {} if max_norm is None else {"max_norm": max_norm}
+            return self._watched_step(**given) if closure is None else self._watched_step(closure, **given)
+        return self._plain_step(closure, max_norm=max_norm)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _needs_torchs_wrapper(self, step: Callable[..., Any]) -> bool:
+        """Return whether `step`, of one of our classes, is to run inside torch's wrapper.
+
+        torch wraps every step into hooks and a profiler range, which cost as much as a whole step of twenty small
+        tensors. Our steps are marked as wrapped already, and use the wrapper only where there are hooks or a profiler.
+        torch has wrapped the step of a subclass that overrides it.
+        """
         watched = (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -245,12 +256,7 @@ class SGD(torch.optim.SGD):
             or _global_optimizer_post_hooks
             or _profiler_enabled()
         )
-        if watched and type(self).step is SGD.step:  # torch has wrapped the step of a subclass that has its own
-            given: dict[str, Any] = {} if max_norm is None else {"max_norm": max_norm}
-            return self._watched_step(**given) if closure is None else self._watched_step(closure, **given)
-        return self._plain_step(closure, max_norm=max_norm)
-
-    step.hooked = True  # type: ignore[attr-defined]
+        return bool(watched) and type(self).step is step
 
     def _plain_step(
         self, closure: Callable[[], float] | None = None, *, max_norm: float | Tensor | None = None
@@ -260,7 +266,7 @@ class SGD(torch.optim.SGD):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # One at a time: torch steps an optimizer from two threads in some order, and so do we.
+        # One at a time: like torch, an optimizer that two threads step takes the steps in some order.
         with self._lock:
             norm = self._step_now(limit)
         if norm is None:
@@ -295,12 +301,13 @@ class SGD(torch.optim.SGD):
             step.begin()  # lets go of the gradients
             raise
         # Nothing has been written so far, and from here on only torch's own loop can fail: it goes first.
+        measures = False
         for group in groups:
+            measures = measures or group.stats is not None
             if group.left_to_torch:
-                group.step_with_torch(grad_scale, coef)
-        measures = any(group.stats for group in groups) and not in_dispatch_mode()
+                step_with_torch(group, grad_scale, coef)
         table = scratch = None
-        if measures:
+        if measures and not in_dispatch_mode():
             table = ops.new_table(step.slots, step.columns, step.like)
             if step.like is not None:
                 scratch = ops.new_scratch(step)
@@ -309,26 +316,42 @@ class SGD(torch.optim.SGD):
         step.run(table, scratch)
         increment_version(written)
         if written is not self._written:
-            # A tensor that only Python refers to makes torch take the GIL whenever C++ so much as looks at it: a second
-            # reference to each buffer is worth 25 ns per look. (Not to parameters: they may be part of cycles that only
-            # Python's collector can undo, and `torch.utils.swap_tensors` wants them unshared.)
+            # When C++ takes and drops a reference to a tensor that only Python refers to, torch takes the GIL: a second
+            # reference to each buffer saves 25 ns per access. (Not to parameters: they may be part of cycles that only
+            # Python's collector can free, and `torch.utils.swap_tensors` requires them to be unshared.)
             self._written = written
-            self._kept = [to_dlpack(t) for t in written if not t.requires_grad]
-        norms_lag = self._keep(groups)
+            self._dlpack_refs = [to_dlpack(t) for t in written if not t.requires_grad]
+        norms_lag = self._commit(groups)
         if table is not None:
-            table = with_torch_sums(table, groups)
-            self._sum_over_shards(table, groups)
-            measured = [(group.index, group.lr_now(), len(group.params)) for group in groups if group.stats]
-            multipliers = {group.index: group.multipliers for group in groups if group.multipliers is not None}
-            self._measured = _Measured(table, step.slot_offsets, measured, multipliers, coef)
+            table = self._measure(table, groups, coef)
         self._stepped(table)
         if norms_lag and not self._warned:  # last: a warning may be an error
             self._warned = True
             warn_of_norms()
         return norm
 
-    def _keep(self, groups: list[GroupStep]) -> bool:
-        """What a step has made becomes state. Whether norms that nobody named should follow the weights."""
+    def _measure(self, table: Tensor, groups: list[GroupStep], clip_coef: Tensor | None) -> Tensor:
+        """Complete the table of a step's sums, keep it for `stats`, and return it."""
+        measured: list[tuple[int, float | Tensor, int]] = []
+        multipliers: dict[int, ops.LrMultipliers] = {}
+        fell_back = has_shards = False
+        for group in groups:
+            if group.stats is not None:
+                measured.append((group.index, group.lr_now(), len(group.params)))
+            if group.multipliers is not None:
+                multipliers[group.index] = group.multipliers
+            fell_back = fell_back or bool(group.torch_sums)
+            has_shards = has_shards or has_dtensors(group.params)
+        offsets = self._step_plan.slot_offsets
+        if fell_back:
+            table = with_torch_sums(table, groups)
+        if has_shards:
+            self._sum_over_shards(table, groups, offsets)
+        self._measured = Measured(table, offsets, measured, multipliers, clip_coef)
+        return table
+
+    def _commit(self, groups: list[GroupStep]) -> bool:
+        """Write what the step has made into the state; return whether unnamed norms should follow the weights."""
         norms_lag = False
         for group in groups:
             for p, key, tensor in group.created:
@@ -336,9 +359,9 @@ class SGD(torch.optim.SGD):
             if group.wrappers:
                 increment_version(group.wrappers)
             if group.precision is not None:
-                group.precision.keep(self.param_groups[group.index])
+                group.precision.commit(self.param_groups[group.index])
             if group.gauge is not None:
-                norms_lag |= not group.gauge.keep(self.param_groups[group.index])
+                norms_lag |= not group.gauge.commit(self.param_groups[group.index])
         return norms_lag
 
     def _norm_of_skipped(self, max_norm: float | None) -> Tensor | None:
@@ -347,23 +370,22 @@ class SGD(torch.optim.SGD):
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
         return torch.full((), torch.nan, dtype=torch.float64, device=device)
 
-    def _sum_over_shards(self, table: Tensor, groups: list[GroupStep]) -> None:
+    def _sum_over_shards(self, table: Tensor, groups: list[GroupStep], offsets: tuple[int, ...]) -> None:
         # Here and not in `stats`, which one rank may ask for alone: a step is what every rank takes.
-        wanted = table.shape[1] > len(ops.SUMS) or any(group["stats"] for group in self.param_groups)
-        if wanted and "torch.distributed.tensor" in sys.modules:
-            offsets = iter(self._step_plan.slot_offsets)
-            sum_step_over_shards(table, [entry for group in groups for entry in group.measured(offsets)])
+        if table.shape[1] > len(ops.SUMS) or any(group["stats"] for group in self.param_groups):
+            begins = iter(offsets)
+            sum_step_over_shards(table, [entry for group in groups for entry in group.measured(begins)])
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         check_options(group, where)
         check_precision(group, where)
 
     def _skips(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> bool:
-        """Whether a GradScaler has found a gradient that is no number."""
+        """Return whether a GradScaler has found a gradient with infinities or NaN."""
         return found_inf is not None and float(found_inf) != 0
 
     def _kernel_may_skip(self, found_inf: Tensor) -> bool:
-        """Whether the kernel is to look at `found_inf` itself: it lies beside the parameters, on a CUDA device."""
+        """Return whether the kernel is to read `found_inf` itself: it lies beside the parameters, on a CUDA device."""
         there = ops.device_index(found_inf)
         return there not in (None, -1) and all(
             group["decay"] == "coupled"
@@ -374,7 +396,7 @@ class SGD(torch.optim.SGD):
         )
 
     def _leaves_a_trace(self, groups: list[GroupStep]) -> bool:
-        """Whether a step of which the kernel skips its part would still change something, so that we must know."""
+        """Return whether a step that the kernel skips would still change something, so that the host must know."""
         plan, before = self._step_plan, self._measured
         measures = any(group.stats for group in groups)
         return (measures and (before is None or before.table.shape != (plan.slots, plan.columns))) or any(
@@ -382,24 +404,27 @@ class SGD(torch.optim.SGD):
         )
 
     def _groups(self, inverse_scale: float, scaler: tuple[Tensor | None, Tensor] | None) -> list[GroupStep]:
-        """Every param group, read and checked; nothing is written."""
+        """Return every param group, read and checked; write nothing."""
         plan, state = self._step_plan, self.state
         return [
             GroupStep(plan, state, i, group, inverse_scale, scaler=scaler) for i, group in enumerate(self.param_groups)
         ]
 
     def _stepped(self, table: Tensor | None) -> None:
-        """What a kind of SGD does after a step, with the table of what it measured."""
+        """Do what a subclass does after a step, with the table of its sums."""
 
     def state_dict(self) -> dict[str, Any]:
-        """As in `torch.optim.SGD`, with our options; the norms of a group belong to the model and are left out."""
+        """Return the state as `torch.optim.SGD` does, with the further options, without the norms of a group.
+
+        Those belong to the model.
+        """
         state = super().state_dict()
         for group in state["param_groups"]:
             group.pop(NORM_BUFFERS, None)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in `torch.optim.SGD`, whose checkpoints of any age are welcome. Options they lack keep their values.
+        """Load as in `torch.optim.SGD`, whose checkpoints of any age are taken. Options they lack keep their values.
 
         Raises:
             ValueError: entries are missing or no dicts and lists, a buffer does not fit its parameter, an option is no
@@ -448,7 +473,7 @@ class SGD(torch.optim.SGD):
         _alive.add(self)
         self.__dict__.setdefault("_measured", None)
         self.__dict__.setdefault("_written", None)
-        self.__dict__.setdefault("_kept", [])
+        self.__dict__.setdefault("_dlpack_refs", [])
         self.__dict__.setdefault("_warned", False)
         if self.defaults["fused"]:  # torch loses these on the way through pickle
             self._step_supports_amp_scaling = True
@@ -459,40 +484,10 @@ _alive: weakref.WeakSet[SGD] = weakref.WeakSet()
 
 
 def _free_locks() -> None:
-    """In the child of a fork: the thread that held a lock exists only in the parent."""
+    """Replace the locks in the child of a fork: a thread that held one exists only in the parent."""
     for optimizer in _alive:
         optimizer._lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_free_locks)
-
-
-class _Measured:
-    """What a step left for `stats()`; names are made when somebody asks."""
-
-    __slots__ = ("clip_coef", "groups", "multipliers", "offsets", "table", "told")
-
-    def __init__(
-        self,
-        table: Tensor,
-        offsets: tuple[int, ...],
-        groups: list[tuple[int, float | Tensor, int]],
-        multipliers: dict[int, ops.LrMultipliers],  # of the learning rates, by group
-        clip_coef: Tensor | None,
-    ) -> None:
-        self.table, self.offsets, self.groups = table, offsets, groups
-        self.multipliers, self.clip_coef = multipliers, clip_coef
-        self.told: StepStats | None = None
-
-    def stats(self, param_groups: list[dict[str, Any]]) -> StepStats:
-        if self.told is None:
-            names: list[str] = []
-            lr: list[float | Tensor] = []
-            for index, group_lr, size in self.groups:
-                given = param_groups[index].get("param_names")
-                names += given[:size] if given else [f"{index}.{i}" for i in range(size)]
-                multipliers = self.multipliers.get(index)
-                lr += [group_lr if multipliers is None else group_lr * multipliers.value(i) for i in range(size)]
-            self.told = StepStats(self.table, names, self.offsets, lr)
-        return self.told

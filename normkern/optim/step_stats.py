@@ -1,20 +1,21 @@
-"""What a step measured: `StepStats`."""
+"""The sums of a step: `Measured`, as a step leaves them, and `StepStats`, as users read them."""
 
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import SUMS
+from .. import ops
 
 
 class StepStats:
     r"""The norms and inner products of one optimizer step, per slot.
 
     A slot is a parameter (``stats="tensor"``) or one index of its first dimension (``stats="row"``, for parameters with
-    at least two dimensions). Every parameter keeps its slots; those that were not stepped hold NaN. With w and g before
+    at least two dimensions). Every parameter keeps its slots; they hold NaN if it was not stepped. With w and g before
     the step (g after unscaling, before clipping, before ``maximize`` turns its sign) and u = w' - w as stored, the
     columns are
 
@@ -26,7 +27,7 @@ class StepStats:
     ``weight_update_dot`` :math:`\langle w, u\rangle`
     ===================== =====================
 
-    float64 tensors of shape (slots,) on the parameters' device. Reading them, or what is derived from them, does not
+    float64 tensors of shape (slots,) on the parameters' device. Reading them, or the derived quantities, does not
     synchronise; `to_dict` does.
 
     >>> import normkern
@@ -47,7 +48,7 @@ class StepStats:
     slots: dict[str, slice]
 
     def __init__(self, table: Tensor, names: list[str], offsets: tuple[int, ...], lr: list[float | Tensor]) -> None:
-        """`table` (slots, 5); `names`, `offsets` (where each one's slots begin) and `lr` per parameter."""
+        """`table`: columns `ops.SUMS`; `names`, `offsets` (where the slots begin) and `lr` per parameter."""
         ends = (*offsets[1:], table.shape[0])
         self.names = names
         self.slots = {n: slice(a, b) for n, a, b in zip(names, offsets, ends, strict=True)}
@@ -58,27 +59,27 @@ class StepStats:
     @property
     def weight_sq(self) -> Tensor:
         """|w|^2 before the step."""
-        return self._table[:, 0]
+        return ops.column(self._table, "weight_sq")
 
     @property
     def grad_sq(self) -> Tensor:
         """|g|^2."""
-        return self._table[:, 1]
+        return ops.column(self._table, "grad_sq")
 
     @property
     def weight_grad_dot(self) -> Tensor:
         """<w, g>: 0 up to rounding where the loss is scale-invariant in w (arXiv 1812.03981, lemma 2.4)."""
-        return self._table[:, 2]
+        return ops.column(self._table, "weight_grad_dot")
 
     @property
     def update_sq(self) -> Tensor:
         """|u|^2, u = w' - w as stored: an update that rounds away in bfloat16 is 0 here."""
-        return self._table[:, 3]
+        return ops.column(self._table, "update_sq")
 
     @property
     def weight_update_dot(self) -> Tensor:
         """<w, u>."""
-        return self._table[:, 4]
+        return ops.column(self._table, "weight_update_dot")
 
     @cached_property
     def weight_norm(self) -> Tensor:
@@ -115,7 +116,7 @@ class StepStats:
     def effective_lr(self) -> Tensor:
         """lr / |w|^2, the learning rate on the unit sphere (arXiv 2010.02916, section 2); lr with its multiplier."""
         parts = []
-        for lr, slots in _runs(self._lr, self._counts):  # made by kernels: a copy from the host would wait
+        for lr, slots in _runs(self._lr, self._counts):  # filled on the device: a copy from the host would wait
             if isinstance(lr, Tensor):
                 parts.append(lr.double().view(1).expand(slots))
             else:
@@ -123,8 +124,8 @@ class StepStats:
         return torch.cat(parts) / self.weight_sq if parts else self.weight_sq.clone()
 
     def to_dict(self) -> dict[str, dict[str, float | list[float]]]:
-        """Plain numbers for a logger: name -> quantity -> number (a list for ``stats="row"``). Synchronises."""
-        columns = {q: getattr(self, q).tolist() for q in (*SUMS, *_DERIVED)}
+        """Return plain numbers for a logger: name -> quantity -> number (a list for ``stats="row"``). Synchronises."""
+        columns = {q: getattr(self, q).tolist() for q in (*ops.SUMS, *_DERIVED)}
         return {
             name: {q: column[s] if count != 1 else column[s.start] for q, column in columns.items()}
             for (name, s), count in zip(self.slots.items(), self._counts, strict=True)
@@ -134,8 +135,40 @@ class StepStats:
         return f"StepStats({len(self.names)} parameters, {self._table.shape[0]} slots)"
 
 
+class Measured:
+    """What a step leaves for `stats()`; names are made when the caller asks for them."""
+
+    __slots__ = ("_stats", "clip_coef", "groups", "multipliers", "offsets", "table")
+
+    def __init__(
+        self,
+        table: Tensor,
+        offsets: tuple[int, ...],
+        groups: list[tuple[int, float | Tensor, int]],
+        multipliers: dict[int, ops.LrMultipliers],
+        clip_coef: Tensor | None,
+    ) -> None:
+        """`groups`: index, lr and number of parameters of each measured one; `multipliers` of the lr, by group."""
+        self.table, self.offsets, self.groups = table, offsets, groups
+        self.multipliers, self.clip_coef = multipliers, clip_coef
+        self._stats: StepStats | None = None
+
+    def stats(self, param_groups: list[dict[str, Any]]) -> StepStats:
+        """Return the `StepStats`, the same object each time."""
+        if self._stats is None:
+            names: list[str] = []
+            lr: list[float | Tensor] = []
+            for index, group_lr, size in self.groups:
+                given = param_groups[index].get("param_names")
+                names += given[:size] if given else [f"{index}.{i}" for i in range(size)]
+                multipliers = self.multipliers.get(index)
+                lr += [group_lr if multipliers is None else group_lr * multipliers.value(i) for i in range(size)]
+            self._stats = StepStats(self.table, names, self.offsets, lr)
+        return self._stats
+
+
 def _runs(lr: list[float | Tensor], counts: list[int]) -> list[tuple[float | Tensor, int]]:
-    """(learning rate, slots that have it), one after another."""
+    """Return runs of one learning rate, and how many slots each has."""
     runs: list[tuple[float | Tensor, int]] = []
     for x, count in zip(lr, counts, strict=True):
         if runs and (x is runs[-1][0] or (isinstance(x, float) and x == runs[-1][0])):

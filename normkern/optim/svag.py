@@ -1,4 +1,4 @@
-"""`SVAG`: steps from two gradients, one pass, and the gradient noise for free."""
+"""`SVAG`: steps from two gradients in one pass, with the gradient noise from the same pass."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class SVAG(SGD):
         g = \tfrac12 (g_1 + g_2) + \tfrac12\sqrt{2l-1}\,(g_1 - g_2), \qquad w' = w - \tfrac{\eta}{l}\,(g + \lambda w)
 
     with the gradients :math:`g_1, g_2` of two independent batches of one size: the mean of either and l times its
-    covariance. l times as many steps make the same time; as l grows the run approaches the SDE with error O(1/l).
-    The combination is formed in the step's own pass and never written.
+    covariance. Take l times as many steps to cover the same training time; as l grows the run approaches the SDE with
+    error O(1/l). The combination is formed in the step's own pass and never written.
 
     A step is ``loss_a.backward(); opt.hold(); loss_b.backward(); opt.step()``, after an ``opt.zero_grad()``, or
     ``opt.step(closure_a, closure_b)``. Each half has its own forward pass, so batch normalisation sees batches of the
-    size it always sees; its running statistics see both. `halves` splits a loader's batch, `SvagSchedule` runs a
+    usual size; its running statistics see both. `halves` splits a loader's batch, `SvagSchedule` runs a
     schedule l times slower.
 
     Args:
@@ -46,7 +46,7 @@ class SVAG(SGD):
             group key; may change between steps.
         momentum_scaling: "fixed" keeps the momentum as l grows; "continuous" keeps the time it averages over:
             :math:`1-\mu_l = (1-\mu)/l` with :math:`\eta/l^2` in the kernel. Also a group key.
-        noise_decay: of the averages that `noise` speaks of, per step.
+        noise_decay: decay per step of the averages that `noise` returns.
 
     Weight decay is not scaled: a step decays by lr/l times it. `stats()` is of the combined gradient and of lr as the
     kernel has it. With l = 1 one backward is enough, held or not, and the step is SGD's to the bit; of two gradients
@@ -126,7 +126,7 @@ class SVAG(SGD):
         self._held: _Held | None = None
         self._noise: NoiseAverage = NoiseAverage(self._noise_decay)
         self._noise_offsets: tuple[int, ...] = ()
-        # The scaler hands us its scale instead of unscaling `.grad`, which is only half of what there is.
+        # The scaler passes its scale instead of unscaling `.grad`, which has only half of the gradients.
         self._step_supports_amp_scaling = True
 
     @staticmethod
@@ -135,7 +135,7 @@ class SVAG(SGD):
             raise ValueError(f"SVAG: noise_decay expected a number of at least 0 and less than 1, got {decay!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in `SGD`; `l` and `momentum_scaling` may be keys of the group."""
+        """Add a group as in `SGD`; `l` and `momentum_scaling` may be keys of the group."""
         self._own_defaults.update(self._options_of_svag)
         if isinstance(param_group, dict):
             _check_own({**self._options_of_svag, **param_group}, f"SVAG: param_groups[{len(self.param_groups)}]")
@@ -143,11 +143,11 @@ class SVAG(SGD):
 
     @_disable_dynamo  # what it keeps and clears are attributes of objects, no values of a graph
     def hold(self, copy: bool = False, *, scale: float | None = None) -> None:
-        """Takes the accumulated gradients as the first of each pair, and leaves ``.grad`` None for the second.
+        """Take the accumulated gradients as the first of each pair, and leave ``.grad`` None for the second.
 
         Args:
-            copy: of copies; needed where the next backward writes into the same memory.
-            scale: what the loss was multiplied with, where ``scaler.unscale_`` will only reach the second set.
+            copy: hold copies; needed where the next backward writes into the same memory.
+            scale: the factor of the loss, where ``scaler.unscale_`` will only reach the second set.
 
         A second call before a step takes nothing, and makes the step raise; `release` undoes both. `zero_grad` leaves
         the held gradients alone.
@@ -171,7 +171,7 @@ class SVAG(SGD):
             p.grad = None
 
     def release(self) -> None:
-        """Forgets the held gradients."""
+        """Forget the held gradients."""
         self._held = None
 
     def step(
@@ -181,16 +181,31 @@ class SVAG(SGD):
         *,
         max_norm: float | Tensor | None = None,
     ) -> Any:
-        """One step.
+        """Take a step.
 
         Args:
-            closure: without `closure_b`, gives the gradients of the batch that is not held; with it, of the first.
-            closure_b: gives those of the second. Each clears the gradients, and returns its loss.
+            closure: computes the gradients of the second batch, if the first is held; with `closure_b`, of the first.
+            closure_b: computes the gradients of the second batch. Each clears the gradients and returns its loss.
             max_norm: as in `SGD.step`, for the combined gradient.
 
         Returns:
             The closure's loss; with two of them a tuple of both; else None. With `max_norm` (that, norm), or the norm.
         """
+        if self._needs_torchs_wrapper(SVAG.step):
+            given: dict[str, Any] = {"closure_b": closure_b, "max_norm": max_norm}
+            given = {name: x for name, x in given.items() if x is not None}
+            return self._watched_step(**given) if closure is None else self._watched_step(closure, **given)
+        return self._plain_step(closure, closure_b, max_norm=max_norm)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _plain_step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        closure_b: Callable[[], Any] | None = None,
+        *,
+        max_norm: float | Tensor | None = None,
+    ) -> Any:
         limit = None if max_norm is None else ops.check_max_norm(max_norm, "SVAG.step")
         result = None
         if closure_b is not None:
@@ -217,13 +232,14 @@ class SVAG(SGD):
             return result
         return norm if closure is None else (result, norm)
 
-    @_disable_dynamo
+    _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)  # type: ignore[arg-type]
+
     def _step_locked(self, max_norm: float | None) -> Tensor | None:
         with self._lock:
             return self._step_now(max_norm)
 
     def noise(self) -> Noise:
-        """Signal and noise of the batch gradient, averaged over the steps so far; see `Noise`.
+        """Return signal and noise of the batch gradient, averaged over the steps so far; see `Noise`.
 
         Averages are not part of the state_dict; they begin anew when the parameters change.
 
@@ -241,10 +257,10 @@ class SVAG(SGD):
         return self._noise.result(list(slots), slots)
 
     def _check_order(self) -> None:
-        """Of backward, hold, backward, step."""
+        """Check the order of backward, hold, backward, step."""
         held = self._held
         if held is None and not self.state and not any(float(g["lr"]) for g in self.param_groups):
-            return  # torch.distributed.checkpoint's way to have the state made: it moves nothing
+            return  # torch.distributed.checkpoint makes the state by a step with lr 0, which moves nothing
         if held is not None and held.twice:
             raise RuntimeError(
                 "SVAG.step: hold() was called twice; expected backward, hold, backward, step "
@@ -279,7 +295,7 @@ class SVAG(SGD):
 
     @property
     def found_inf(self) -> Tensor:
-        """What a GradScaler has found in ``.grad``, and we in what is held; there only during its step."""
+        """Infinities or NaN found in ``.grad`` by a GradScaler, or in held gradients; set only during its step."""
         try:
             found: Tensor = self.__dict__["_found_inf"]
         except KeyError:
@@ -288,8 +304,8 @@ class SVAG(SGD):
 
     @found_inf.setter
     def found_inf(self, found: Tensor) -> None:
-        # The scaler looks at `.grad` alone, has no way to be told of more, and hands us copies of what it found. Its
-        # own findings, from which it will choose the next scale, lie in the frame that sets this attribute.
+        # The scaler looks at `.grad` alone, and passes copies of what it found. Its own findings, from which it will
+        # choose the next scale, lie in the frame that sets this attribute; there is no public way to add to them.
         held = self._held
         if held is not None and not held.is_finite():
             findings = sys._getframe(1).f_locals.get("optimizer_state", {}).get("found_inf_per_device", {})
@@ -303,7 +319,7 @@ class SVAG(SGD):
         self.__dict__.pop("_found_inf", None)
 
     def _kernel_may_skip(self, found_inf: Tensor) -> bool:
-        return False  # what is held is let go of then
+        return False  # a skipped step must release the held gradients, on the host
 
     def _groups(self, inverse_scale: float, scaler: tuple[Tensor | None, Tensor] | None) -> list[GroupStep]:
         groups = []
@@ -313,7 +329,7 @@ class SVAG(SGD):
         return groups
 
     def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
-        """The group as SGD must see it: lr and momentum as they are in the kernel, and always measured."""
+        """Return the group as SGD must see it: lr and momentum as they are in the kernel, and always measured."""
         _check_own(group, self._place(index))
         l, lr = group["l"], number(group["lr"], "lr", index)
         momentum = number(group["momentum"], "momentum", index)
@@ -328,8 +344,11 @@ class SVAG(SGD):
         if held is None:
             return None
         params = group["params"]
-        first: list[Any] = [held.grads.get(id(p)) for p in params]
+        first = held.grads_of(params)
         grads: list[Any] = [p.grad for p in params]
+        of_first = inverse_scale if held.scale is None else 1 / held.scale
+        if not _has_none(first) and not _has_none(grads):
+            return Pair(first, grads, True, l, of_first, inverse_scale)
         for i, (a, b) in enumerate(zip(first, grads, strict=True)):
             if a is not None and b is not None:
                 continue
@@ -342,8 +361,7 @@ class SVAG(SGD):
                     f"{self._place(index)}: params[{i}] has a {other} gradient but no {which} one; "
                     "expected both or neither"
                 )
-        of_first = inverse_scale if held.scale is None else 1 / held.scale
-        return Pair(first, grads, l, of_first, inverse_scale)
+        return Pair(first, grads, False, l, of_first, inverse_scale)
 
     def _stepped(self, table: Tensor | None) -> None:
         self._held = None
@@ -351,10 +369,14 @@ class SVAG(SGD):
             return
         if not self._noise.fits(len(table)):
             self._noise = NoiseAverage(self._noise_decay)
-        self._noise_offsets = self._step_plan.slot_offsets
-        # NaN is no pair, or one that holds a NaN: then the step has one too, in a parameter that was a number before.
-        weight_sq, grad_sq, pair_dot = table[:, 0], table[:, 1], table[:, len(ops.SUMS)]
-        seen = ~pair_dot.isnan() | (grad_sq.isnan() & ~weight_sq.isnan())
+        assert self._measured is not None
+        self._noise_offsets = self._measured.offsets
+
+        def seen() -> Tensor:
+            # NaN means no pair, or a pair that holds a NaN: then the step has one in a parameter that had none before.
+            weight_sq, grad_sq, pair_dot = (ops.column(table, name) for name in ("weight_sq", "grad_sq", "pair_dot"))
+            return ~pair_dot.isnan() | (grad_sq.isnan() & ~weight_sq.isnan())
+
         self._noise.add(table[:, len(ops.SUMS) :], seen)
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
@@ -375,18 +397,26 @@ class _Held:
     __slots__ = ("grads", "params", "scale", "twice")
 
     def __init__(self, params: list[Tensor], grads: list[Any], scale: float | None) -> None:
-        # By id: hashing a tensor is a call of Python. The list keeps the ids from being used again.
+        # By id: hashing a tensor calls Python code. The list keeps the ids from being used again.
         self.params, self.grads = params, dict(zip(map(id, params), grads, strict=True))
         self.scale, self.twice = scale, False
 
+    def grads_of(self, params: list[Tensor]) -> list[Any]:
+        """Return the held gradient of each parameter; None for one without."""
+        return list(map(self.grads.get, map(id, params)))
+
     def is_finite(self) -> bool:
-        """Whether every coordinate is a number."""
+        """Return whether every coordinate is finite."""
         grads = [g for g in self.grads.values() if g is not None]
         values = [g.to_local() if is_dtensor(g) else g if g.layout == torch.strided else g.to_dense() for g in grads]
         total = get_total_norm([x for x in values if x.numel()], math.inf)
         table = (~torch.isfinite(total)).double().expand(len(grads)).reshape(-1, 1).clone()
-        sum_over_shards(table, [(slice(i, i + 1), g) for i, g in enumerate(grads)])  # of one rank's shard all must hear
+        sum_over_shards(table, [(slice(i, i + 1), g) for i, g in enumerate(grads)])  # all ranks must know
         return not bool(table.any())
+
+
+def _has_none(entries: list[Any]) -> bool:
+    return type(None) in set(map(type, entries))
 
 
 def _check_own(group: dict[str, Any], where: str) -> None:
@@ -410,10 +440,10 @@ def _continuous_momentum(momentum: float, l: float, where: str) -> float:
 
 
 def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | None], l: float) -> None:
-    r"""SVAG's combination alone, in place into `grads_a`, for any other optimizer; see `ops.svag_combine_`.
+    r"""Combine two gradients as SVAG does, in place into `grads_a`, for any other optimizer; see `ops.svag_combine_`.
 
-    Tensors that no kernel can take (other devices, sparse, complex, subclasses) are combined by torch. The optimizer's
-    learning rate is to be divided by l.
+    Tensors that no kernel takes (other devices, sparse, complex, subclasses) fall back to torch. Divide the optimizer's
+    learning rate by l.
 
     Raises:
         ValueError: lengths or shapes differ, l < 1/2. TypeError: dtypes differ, only one of two is None. Nothing is

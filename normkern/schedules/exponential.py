@@ -16,7 +16,7 @@ Schedule: TypeAlias = Callable[[int], float]
 
 
 class _State(NamedTuple):
-    """Of one param group."""
+    """The state of one param group."""
 
     gauge: ops.Gauge  # of the weights, before the step whose learning rate is in force
     next: ops.Gauge  # after it
@@ -27,7 +27,7 @@ _UNMAPPED = _State(ops.NEW_GAUGE, ops.NEW_GAUGE, ops.Buffers.NONE)
 
 
 class EquivalentExponentialLR(GrowingLR):
-    r"""Learning rates with which SGD without weight decay follows, on scale-invariant weights, the run with it.
+    r"""Sets learning rates with which SGD without weight decay follows, on scale-invariant weights, the run with it.
 
     .. math::
         \tilde\eta_t = \frac{\eta_t}{a_t a_{t+1}}, \qquad
@@ -147,14 +147,14 @@ class EquivalentExponentialLR(GrowingLR):
         return Plan(lrs, states)
 
     def _scheduled(self, i: int, step: int) -> float:
-        """lr of the run with weight decay."""
+        """Return lr of the run with weight decay."""
         schedule = self._schedules[i]
         if schedule is None:
             return self._initial[i]
         return finite(schedule(step), f"{self._place(i)}: schedule({step})")
 
     def _follow(self, i: int, step: int, state: _State, lr: float) -> tuple[_State, Growth]:
-        """The step `step` of group i, with lr of the run with weight decay."""
+        """Return the step `step` of group i, with lr of the run with weight decay."""
         momentum, dampening = self._momentum_now(i)
         gauge, buffers, after = state.next, state.buffers, ops.Buffers.KEPT
         if momentum == 0:
@@ -191,11 +191,11 @@ class EquivalentExponentialLR(GrowingLR):
     true_scale.__doc__ = GrowingLR.true_scale.__doc__
 
     def log2_true_scale(self) -> list[float]:
-        """log2 of `true_scale`, which never underflows."""
+        """Return log2 of `true_scale`, which never underflows."""
         return [math.log2(scale) - exponent for (scale, _, exponent), *_ in self._states]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers; neither the schedule nor the optimizer."""
+        """Return plain numbers, without the schedule and the optimizer."""
         return {
             **super().state_dict(),
             "gauges": [state.gauge for state in self._states],

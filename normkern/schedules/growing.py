@@ -1,4 +1,4 @@
-"""`GrowingLR`: what the schedules that take the place of weight decay share: whom they accept, ranges, checkpoints."""
+"""`GrowingLR`: the base of schedules that replace weight decay: accepted optimizers, ranges, checkpoints."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Growth(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one step of the scheduler will write: nothing is written while it is made."""
+    """The values that one step of the scheduler will write."""
 
     lrs: list[float]
     states: list[Any]
 
 
 class GrowingLR(LRScheduler):
-    """A scheduler that, without weight decay, follows a run with it. `_start` and `_plan` are the kind's own.
+    """A scheduler that follows, without weight decay, a run with it. Subclasses implement `_start` and `_plan`.
 
     A step is planned with every check, then written; an error leaves scheduler and optimizer as they were.
     """
@@ -46,7 +46,7 @@ class GrowingLR(LRScheduler):
     _planned: Plan | None = None
 
     def __init__(self, optimizer: Optimizer, last_epoch: int) -> None:
-        """After `_check_arguments`, and after the kind has checked its own."""
+        """Initialise, after `_check_arguments` and the subclass's own checks."""
         self.optimizer, self.last_epoch = optimizer, last_epoch
         if last_epoch == -1 or all("initial_lr" in group for group in optimizer.param_groups):
             self._begin([group.get("initial_lr", group["lr"]) for group in optimizer.param_groups])
@@ -85,16 +85,16 @@ class GrowingLR(LRScheduler):
                 raise ValueError(f"{self._place(i)}: lr expected a number, got none")
 
     def _begin(self, lrs: Sequence[Any]) -> None:
-        """From the initial learning rates, with `last_epoch` as it is."""
+        """Begin with initial learning rates; `last_epoch` stays."""
         self._initial = [finite(lr, f"{self._place(i)}: initial lr") for i, lr in enumerate(lrs)]
         self._states = self._start()
 
     def _start(self) -> list[Any]:
-        """The states of the groups before the step after `last_epoch`."""
+        """Return the states of the groups before the step after `last_epoch`."""
         raise NotImplementedError
 
     def _plan(self, step: int) -> Plan:
-        """Everything that the scheduler's step to `step` will write, checked."""
+        """Return everything that the scheduler's step to `step` will write, checked."""
         raise NotImplementedError
 
     def _initial_step(self) -> None:
@@ -128,7 +128,7 @@ class GrowingLR(LRScheduler):
         super()._update_lr()
 
     def get_lr(self) -> list[float | Tensor]:
-        """The learning rates that a step in progress sets; otherwise, with torch's warning, those in force."""
+        """Return the learning rates that a step in progress sets; else those in force, with torch's warning."""
         if self._planned is not None:
             return [*self._planned.lrs]
         warnings.warn(
@@ -139,23 +139,23 @@ class GrowingLR(LRScheduler):
         return list(self.get_last_lr())
 
     def true_scale(self) -> list[float]:
-        """a_t per param group, where the run with weight decay has the weights w = a_t * (ours).
+        """Return a_t per param group: the run with weight decay has the weights a_t * w, where w are those of this run.
 
-        Of the weights between `step()` and the optimizer's next step. 1.0 for a group that is not mapped; 0.0 where it
-        underflows (`log2_true_scale` does not). Plain numbers, nothing is synchronised.
+        It holds for the weights between `step()` and the optimizer's next step. 1.0 for a group that is not mapped; 0.0
+        where it underflows (`log2_true_scale` does not). Plain numbers, nothing is synchronised.
         """
         return [2.0**x for x in self.log2_true_scale()]
 
     def log2_true_scale(self) -> list[float]:
-        """log2 of `true_scale`, which never underflows."""
+        """Return log2 of `true_scale`, which never underflows."""
         raise NotImplementedError
 
     def _place(self, i: int) -> str:
-        """How a sentence about a param group begins: while constructing, and later in a step."""
+        """Return how an error about a param group begins: while constructing, and later in a step."""
         return f"{type(self).__name__}{'.step' if hasattr(self, '_last_lr') else ''}: param_groups[{i}]"
 
     def _groups_now(self) -> list[dict[str, Any]]:
-        """The param groups; those with the map are fit for it."""
+        """Return the param groups, and check that the mapped ones suit this schedule."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.weight_decay):
             raise ValueError(
@@ -187,14 +187,17 @@ class GrowingLR(LRScheduler):
         return groups
 
     def _momentum_now(self, i: int) -> tuple[float, float]:
-        """Momentum and dampening of group i; 0 where the optimizer has none."""
+        """Return momentum and dampening of group i; 0 where the optimizer has none."""
         group, where = self.optimizer.param_groups[i], self._place(i)
         return finite(group.get("momentum", 0), f"{where}: momentum"), number(
             group.get("dampening", 0), "dampening", where
         )
 
     def _check_bound(self, i: int, lr: float, momentum: float, most: float, when: str) -> None:
-        """Beyond `most`, (1 - sqrt(momentum))^2, the scale would oscillate through 0. Rounding is forgiven."""
+        """Check that lr * weight_decay is at most `most`, (1 - sqrt(momentum))^2, up to rounding.
+
+        Beyond it the scale would oscillate through 0.
+        """
         decay = lr * self.weight_decay[i]
         if not decay <= most * (1 + 1e-12):
             raise ValueError(
@@ -203,7 +206,7 @@ class GrowingLR(LRScheduler):
             )
 
     def _within_range(self, i: int, step: int, growth: Growth) -> float:
-        """The learning rate as the float it is, if it and the weights of its step fit their dtypes.
+        """Return the learning rate as a float, if it and the weights of its step fit their dtypes.
 
         Synchronises where the weights' scale doubles, not else: they are measured then.
         """
@@ -235,7 +238,7 @@ class GrowingLR(LRScheduler):
         return lr
 
     def _largest_lr(self, group: dict[str, Any]) -> tuple[float, torch.dtype]:
-        """Of the dtypes that the learning rate will be a number of."""
+        """Return the smallest limit of the dtypes that the learning rate will be converted to."""
         dtypes = {p.dtype.to_real() for p in group["params"] if p.is_floating_point() or p.is_complex()}
         if isinstance(self.optimizer, SGD) or group.get("fused"):
             # torch's loops turn lr into a number of the parameter's dtype, and raise where float16 has none.
@@ -246,7 +249,7 @@ class GrowingLR(LRScheduler):
         return min(((torch.finfo(d).max, d) for d in dtypes), key=lambda pair: pair[0])
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers. What was given as a function, and the optimizer, are not part of it."""
+        """Return plain numbers, without the optimizer and without arguments that are functions."""
         return {
             "last_epoch": self.last_epoch,
             "_step_count": self._step_count,
@@ -257,7 +260,7 @@ class GrowingLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the learning rates in force then are set again.
+        """Continue where `state_dict` was taken; the learning rates in force then are set again.
 
         So it may be called before or after the optimizer's own.
 
@@ -290,16 +293,16 @@ class GrowingLR(LRScheduler):
         self._states = states
 
     def _fixed(self) -> tuple[str, ...]:
-        """The entries of a state that must be this scheduler's own."""
+        """Return the entries of a state that must equal this scheduler's."""
         return ("weight_decay", "groups")
 
     def _loaded(self, state_dict: Mapping[str, Any], base_lrs: list[float], where: str) -> list[Any]:
-        """The states of the groups as a checkpoint has them, checked; the last thing that may fail."""
+        """Return the states of the groups from a checkpoint, checked; the last step that may fail."""
         raise NotImplementedError
 
 
 def finite(value: Any, where: str) -> float:
-    """A number >= 0, or a tensor of one (synchronised)."""
+    """Return a number >= 0, or a tensor of one (synchronised), as a float."""
     x = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
     if isinstance(x, Real) and not isinstance(x, bool):
         try:
@@ -311,20 +314,20 @@ def finite(value: Any, where: str) -> float:
 
 
 def a_list(value: Any, length: int, where: str) -> list[Any]:
-    """A list of that many."""
+    """Return a list, checked to have `length` entries."""
     if not isinstance(value, (list, tuple)) or len(value) != length:
         raise ValueError(f"{where} expected a list of {length}, got {value!r}")
     return list(value)
 
 
 def same(value: Any, mine: Any, where: str) -> None:
-    """An argument of the scheduler that a checkpoint was taken of."""
+    """Check that an argument of the scheduler is the same in the checkpoint."""
     if type(value) is not type(mine) or value != mine:
         raise ValueError(f"{where} expected {mine!r}, that of this schedule, got {value!r}")
 
 
 def largest_weight(p: Tensor) -> float:
-    """max |w|, of a DTensor over all its shards; 0 where there is no number, NaN where one is NaN. Synchronises."""
+    """Return max |w|, of a DTensor over all its shards; 0 without numbers, NaN if one is NaN. Synchronises."""
     if p.is_meta or not (p.is_floating_point() or p.is_complex()):
         return 0.0
     w = p.detach()

@@ -13,7 +13,7 @@ from torch.optim.optimizer import Optimizer
 
 
 class PowerDecayLR(LRScheduler):
-    r"""The learning rate of step t, counted from 0, is :math:`\eta_t = \eta_0 (t+1)^{-a}`: call `step` at each.
+    r"""Sets the learning rate of step t, counted from 0, to :math:`\eta_t = \eta_0 (t+1)^{-a}`: call `step` at each.
 
     For auto rate tuning give scale-invariant weights, in a param group of their own, any exponent from 0, a constant
     lr, to 1/2, and all others 1/2: then SGD without momentum and weight decay converges at the rate :math:`T^{-1/4}`
@@ -56,7 +56,7 @@ class PowerDecayLR(LRScheduler):
         super().__init__(optimizer, last_epoch)
 
     def get_lr(self) -> list[float | Tensor]:
-        """Those of the step that `last_epoch` counts."""
+        """Return the learning rates of the step that `last_epoch` counts."""
         return [lr * math.pow(self.last_epoch + 1, -a) for lr, a in zip(self.base_lrs, self.exponents, strict=True)]
 
     def __repr__(self) -> str:

@@ -13,7 +13,7 @@ from ..theory import svag_effective_steps, svag_fraction
 
 
 class SvagSchedule(LRScheduler):
-    r"""A torch LR scheduler, stretched to the l times as many steps of an SVAG run.
+    r"""Stretches a torch LR scheduler to the l times as many steps of an SVAG run.
 
     SVAG step k, counted from 0, uses the learning rate of step :math:`\lfloor k/l \rfloor` of the original run. So
     `step()`, called after every optimizer step, steps the wrapped scheduler only where :math:`\lfloor k/l \rfloor`
@@ -85,11 +85,11 @@ class SvagSchedule(LRScheduler):
         self.steps += 1
 
     def get_last_lr(self) -> list[float | Tensor]:
-        """The learning rates in force, one per param group: the wrapped scheduler's `get_last_lr`."""
+        """Return the learning rates in force, one per param group: the wrapped scheduler's `get_last_lr`."""
         return self.scheduler.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain integers, l as (numerator, denominator), and the wrapped scheduler's own state."""
+        """Return plain integers, l as (numerator, denominator), and the wrapped scheduler's own state."""
         return {
             "l": (self.l.numerator, self.l.denominator),
             "steps": self.steps,
@@ -98,7 +98,7 @@ class SvagSchedule(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken. The optimizer's own state_dict holds the learning rates in force.
+        """Continue where `state_dict` was taken. The optimizer's own state_dict holds the learning rates in force.
 
         Raises:
             ValueError: it is no `SvagSchedule`'s state, or one of another l; nothing was loaded.

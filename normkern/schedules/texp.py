@@ -18,7 +18,7 @@ from .growing import GrowingLR, Growth, Plan, finite
 
 
 class _Phase(NamedTuple):
-    """Between two milestones, of the run with weight decay at its equilibrium there."""
+    """One phase between two milestones, of the run with weight decay at its equilibrium there."""
 
     lr: float
     alpha: float
@@ -27,7 +27,7 @@ class _Phase(NamedTuple):
 
 
 class TEXP(GrowingLR):
-    r"""The exponential learning rates that take the place of weight decay under step decay, as the paper has them.
+    r"""Sets the exponential learning rates that replace weight decay under step decay, as in the paper.
 
     .. math::
         \tilde\eta_t = \frac{\eta_I}{A_t A_{t+1}}, \qquad A_{t+1} = \alpha_I A_t, \quad A_0 = 1, \qquad
@@ -189,7 +189,7 @@ class TEXP(GrowingLR):
     step.__doc__ = GrowingLR.step.__doc__
 
     def _buffered(self) -> list[tuple[int, int, torch.Tensor]]:
-        """(group, index, parameter) of all that will have buffers."""
+        """Return (group, index, parameter) of all parameters that will have buffers."""
         return [
             (i, j, p)
             for i in self.groups
@@ -199,17 +199,17 @@ class TEXP(GrowingLR):
         ]
 
     def _log2_scale(self, i: int, step: int) -> float:
-        """log2 of A at a step: no sum that grows with the steps, so none that rounding could spoil."""
+        """Return log2 of A at a step, without a sum over the steps, in which rounding errors would grow."""
         edges = [0, *self.milestones, math.inf]
         steps = [max(0, min(step, end) - start) for start, end in pairwise(edges)]
         return math.fsum(n * phase.log2_alpha for n, phase in zip(steps, self._phases[i], strict=True))
 
     def log2_true_scale(self) -> list[float]:
-        """log2 of `true_scale`, which never underflows."""
+        """Return log2 of `true_scale`, which never underflows."""
         return [self._log2_scale(i, self.last_epoch) for i in self.groups]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, without the optimizer."""
+        """Return plain numbers, without the optimizer."""
         own = {
             "milestones": list(self.milestones),
             "gamma": self.gamma,

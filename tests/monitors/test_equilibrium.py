@@ -8,8 +8,8 @@ from support.noise_model import Invariant
 
 import normkern
 from normkern import EquilibriumMonitor
-from normkern.monitors.momentum_sums import BufferSums
-from normkern.monitors.step_reader import Steps
+from normkern.monitors.momentum_sums import MomentumSums
+from normkern.monitors.step_reader import StepReader
 from normkern.theory import equilibrium_angle, equilibrium_residual, equilibrium_weight_sq, steps_to_equilibrium
 
 from .equilibrium_runs import net, net_step, noise_gradient, train, weights
@@ -146,7 +146,7 @@ def test_buffers_are_followed_by_the_sums(options, late, stats):
     model = net()
     params = [model[0].weight, model[3].weight]
     opt = normkern.SGD(params, lr=0.1, weight_decay=0.02, stats=stats, **options)
-    steps = Steps(opt, "test")
+    steps = StepReader(opt, "test")
     follower = None
     for t in range(60):
         opt.param_groups[0]["lr"] = 0.1 + 0.05 * math.sin(t)
@@ -156,7 +156,7 @@ def test_buffers_are_followed_by_the_sums(options, late, stats):
         step = steps.read()
         if t < late:
             continue
-        follower = follower or BufferSums(step.levels.rows, torch.device("cpu"))
+        follower = follower or MomentumSums(step.row_index.rows, torch.device("cpu"))
         dots = follower.dots(step)
         products = [b * p.grad for b, p in zip(before, params, strict=True)]
         rows = [x.sum(1) for x in products] if stats == "row" else []

@@ -99,6 +99,19 @@ def test_copies_go_on_alike(way):
     assert public == {k for k in vars(other) if not k.startswith("_")}
 
 
+def test_pickle_of_the_time_when_optim_was_one_module_loads():
+    params, opt = trained(normkern.SGD, stats="tensor")
+    old = pickle.dumps((params, opt), protocol=2).replace(b"cnormkern.optim.sgd\nSGD\n", b"cnormkern.optim\nSGD\n")
+    assert b"cnormkern.optim\nSGD\n" in old
+    twins, other = pickle.loads(old)
+    assert type(other) is normkern.SGD
+    give_gradients(params, twins, seed=9)
+    opt.step()
+    other.step()
+    assert all(same_bits(a, b) for a, b in zip(params, twins, strict=True))
+    assert torch.equal(opt.stats().update_sq, other.stats().update_sq)
+
+
 def corrupted():
     def change(f):
         _, opt = trained(normkern.SGD)

@@ -1,4 +1,4 @@
-"""Who takes part in a step of normkern.SGD, or notices it: closures, hooks, subclasses, the profiler, autograd."""
+"""Closures, hooks, subclasses, the profiler and autograd around a step of normkern.SGD and SVAG."""
 
 import pytest
 import torch
@@ -24,10 +24,14 @@ def test_closure_runs_with_gradients_and_its_value_is_returned():
     assert opt.step() is None
 
 
-def test_hooks_see_the_step():
+both = pytest.mark.parametrize("optimizer", [normkern.SGD, normkern.SVAG])
+
+
+@both
+def test_hooks_see_the_step(optimizer):
     w = nn.Parameter(torch.ones(3))
     w.grad = torch.ones(3)
-    opt = normkern.SGD([w], lr=0.1)
+    opt = optimizer([w], lr=0.1)
     seen = []
     opt.register_step_pre_hook(lambda *_: seen.append(w[0].item()))
     opt.register_step_post_hook(lambda *_: seen.append(w[0].item()))
@@ -54,8 +58,31 @@ def test_global_hooks_and_hooks_that_change_the_arguments():
     assert w[0].item() == pytest.approx(0.8)
 
 
-def test_subclass_with_its_own_step_runs_hooks_once():
-    class Mine(normkern.SGD):
+def test_hooks_see_all_arguments_of_svag_once():
+    w = nn.Parameter(torch.ones(3))
+    opt = normkern.SVAG([w], lr=0.1, l=2)
+    seen = []
+    opt.register_step_pre_hook(lambda _, args, kwargs: seen.append((closure in args, sorted(kwargs))))
+
+    def closure():
+        opt.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    (first, second), norm = opt.step(closure, closure, max_norm=5.0)
+    assert first.item() == second.item() == 3
+    assert norm.item() == pytest.approx(12**0.5)
+    closure()
+    opt.hold()
+    closure()
+    opt.step()
+    assert seen == [(True, ["closure_b", "max_norm"]), (False, [])]
+
+
+@both
+def test_subclass_with_its_own_step_runs_hooks_once(optimizer):
+    class Mine(optimizer):
         def step(self, closure=None):
             return super().step(closure)
 
@@ -68,13 +95,15 @@ def test_subclass_with_its_own_step_runs_hooks_once():
     assert seen == [1]
 
 
-def test_profiler_sees_the_step():
+@both
+def test_profiler_sees_the_step(optimizer):
     w = nn.Parameter(torch.ones(3))
     w.grad = torch.ones(3)
-    opt = normkern.SGD([w], lr=0.1)
+    opt = optimizer([w], lr=0.1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         opt.step()
-    assert "Optimizer.step#SGD.step" in [event.name for event in profile.events()]
+    names = [event.name for event in profile.events()]
+    assert names.count(f"Optimizer.step#{optimizer.__name__}.step") == 1
 
 
 def test_version_counters_are_bumped():

@@ -1,4 +1,4 @@
-"""Any life of an optimizer, drawn by hypothesis, beside torch's for-loop in float64."""
+"""A state machine of an optimizer, run by hypothesis, beside torch's for-loop in float64."""
 
 import copy
 import io
@@ -14,7 +14,7 @@ from support.twins import assert_follow, give_gradients, parameters
 import normkern
 
 
-class Life(RuleBasedStateMachine):
+class OptimizerStateMachine(RuleBasedStateMachine):
     """Any sequence of steps, late gradients, edits of groups, saving and loading, against torch's for-loop.
 
     In float64, or, after a move, in float32, where each step may differ by a rounding.
@@ -159,12 +159,12 @@ def through_a_file(x, weights_only):
     return torch.load(file, weights_only=weights_only)
 
 
-TestLife = Life.TestCase
-TestLife.settings = settings(max_examples=100, stateful_step_count=20, deadline=None)
+TestOptimizer = OptimizerStateMachine.TestCase
+TestOptimizer.settings = settings(max_examples=100, stateful_step_count=20, deadline=None)
 
 
 @pytest.mark.slow
-class TestLongLives(Life.TestCase):
+class TestOptimizerForLong(OptimizerStateMachine.TestCase):
     settings = settings(max_examples=1000, stateful_step_count=50, deadline=None)
 
 

@@ -19,7 +19,7 @@ def checked():
 
 def pytest_collection_modifyitems(items):
     """Of what runs in the emulator `make test` has float32, and nvcc's code of every kernel; the rest takes minutes more
-    and is `make cuda-sweep`'s."""
+    and runs with `make cuda SWEEP=1`."""
     for item in items:
         if Path(__file__).parent not in item.path.parents or item.path.name == "test_ptx.py":
             continue

@@ -114,5 +114,5 @@ def test_more_than_a_grid_or_a_part_takes(checked):
         far = one.expand(1, 1, 2**28 + 1, 1)
         layer = checked.binary.ConvNumbers((1, 1), (1, 1), (0, 0), (1, 1), 1)
         with pytest.raises(RuntimeError, match="conv_moments: .*: a space dimension has more than 2\\^28 positions"):
-            checked.binary.conv_moments(far, one, layer, one, None, norms[:1], ops.loaded.scratch_beside(one))
+            checked.binary.conv_moments(far, one, layer, one, None, norms[:1], ops.scratch_beside(one))
         assert checked.launches() == before

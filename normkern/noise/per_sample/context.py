@@ -16,29 +16,28 @@ from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import Self
 
 from ...tracing import force_eager, isinstance_if_imported
-from . import distributed as processes
-from . import random_signs as signs
-from . import sample_layout as rows
-from .accumulator import Ledger, Record, Uncovered, spreads
-from .model_parameters import Anatomy, batch_norms
+from . import distributed, errors, sample_layout
+from .accumulator import Accumulator
+from .model_parameters import ModelParameters, batch_norms
+from .random_signs import SignedBackward
+from .record import ParameterRecord, Uncovered, spreads
 from .result import Coverage, GradientNoiseResult, scalars
-from .sample_layout import Lost, Rows
-from .tracer import Capture
+from .sample_layout import Mixed, SampleLayout
+from .tracer import Tracer
 
 TIERS = ("nsr", "norms", "variance", "projections")
 _open = threading.local()
-_INSIDE_A_GRAPH = "GradientNoise: entered inside a function that torch.compile compiles; expected the context around it"
 
 
 class GradientNoise:
-    r"""Context around forward and backward: statistics of the gradients of the single samples of a batch.
+    r"""Context manager around forward and backward: statistics of the per-sample gradients of a batch.
 
     .. math::
         L = \sum_b w_b \ell_b, \qquad c_b = \nabla(w_b \ell_b), \qquad \sum_b c_b = \texttt{.grad}, \qquad g_b = u\, c_b
 
-    with u = B for ``reduction="mean"`` and 1 for ``"sum"``. ``.grad`` becomes what it always becomes, to rounding: the
-    layers' weight gradients come from the same pass as their statistics. The model is not touched, and hooks are
-    removed at the end. Several backwards in one context, of a forward each, are one batch.
+    with u = B for ``reduction="mean"`` and 1 for ``"sum"``. ``.grad`` gets the same values as without the context, to
+    rounding: the layers' weight gradients come from the same pass as their statistics. The model is not touched, and
+    hooks are removed at the end. Several backwards in one context, of a forward each, are one batch.
 
     Args:
         model: any module with trainable parameters in float64, float32, bfloat16 or float16.
@@ -46,12 +45,13 @@ class GradientNoise:
             (elementwise), "projections" (on the mean; one backward in a context).
         reduction: of the loss over samples; ratios do not need it.
         batch_size: B; None: the leading dimension of the first tensor that the model is given.
-        uncovered: what becomes of parameters whose use hides the samples: "raise" an error that names them, "estimate"
-            them by a further backward with random signs (`signs`), or "exclude" them; `coverage` tells.
-        check: whether every layer is compared with autograd in the first context ("first"), always or never. That what
-            arrives in ``.grad`` is what was measured is checked always.
+        uncovered: what to do with parameters whose per-sample contributions cannot be measured: "raise" an error that
+            names them, "estimate" them by a further backward with random signs (`random_signs`), or "exclude" them;
+            `coverage` lists them.
+        check: whether every layer is compared with autograd in the first context ("first"), always or never. That
+            ``.grad`` gets the sum of what was measured is always checked.
 
-    By kernels on the CPU and on CUDA devices, elsewhere by torch. Nothing is synchronised there but by checks. What
+    Kernels compute the sums on the CPU and on CUDA devices, torch elsewhere. Only checks synchronise a device. What
     torch.compile has compiled (the model, a part of it, a function around it) runs uncompiled while a context is open.
 
     Raises:
@@ -61,7 +61,7 @@ class GradientNoise:
             that do not add up.
         NotImplementedError: a parameter that is not covered, with ``uncovered="raise"``.
 
-    A loss that couples samples by itself (contrastive, over the batch) cannot be seen.
+    A loss that couples samples by itself (contrastive, over the batch) cannot be detected.
 
     Reference: McCandlish et al., arXiv 1812.06162, for the noise scale; Gray et al., arXiv 2411.00999, for norms in the
     pass of the weight gradient.
@@ -112,8 +112,8 @@ class GradientNoise:
         self.uncovered: Uncovered = uncovered
         self.check: bool | Literal["first"] = check
         self._checked = False
-        self._ledger: Ledger | None = None
-        self._capture: Capture | None = None
+        self._accumulator: Accumulator | None = None
+        self._tracer: Tracer | None = None
         self._handles: list[Any] = []
         self._eagerly: AbstractContextManager[None] | None = None
         self._outermost: nn.Module | None = None  # that runs now
@@ -127,59 +127,57 @@ class GradientNoise:
 
     def __enter__(self) -> Self:
         if is_dynamo_compiling():
-            raise RuntimeError(_INSIDE_A_GRAPH)
+            raise RuntimeError(errors.INSIDE_A_GRAPH)
         if getattr(_open, "noise", None) is not None:
-            raise RuntimeError("GradientNoise: this context is inside another one; expected one at a time")
-        anatomy = Anatomy.of(self.model)
-        records = anatomy.records
+            raise errors.nested()
+        parameters = ModelParameters.of(self.model)
+        records = parameters.records
         if not records:
-            raise ValueError("GradientNoise: model has no parameter that requires a gradient")
+            raise errors.no_parameters()
         uncompiled = force_eager()
         try:
             uncompiled.__enter__()
         except RuntimeError as error:
-            raise RuntimeError(_INSIDE_A_GRAPH) from error
+            raise RuntimeError(errors.INSIDE_A_GRAPH) from error
         self._eagerly = uncompiled
         checking = self.check if self.check != "first" else (False if self._checked else "first")
-        self._ledger = Ledger(
-            records, anatomy.constants, frozenset(self.stats), self.uncovered, checking, _is_ddp(self.model),
+        self._accumulator = Accumulator(
+            records, parameters.constants, frozenset(self.stats), self.uncovered, checking, _is_ddp(self.model),
             self.batch_size, lambda: batch_norms(self.model),
         )  # fmt: skip
-        self._capture = self._ledger.capture = Capture(self._ledger)
+        self._tracer = Tracer(self._accumulator)
         self._outermost = None
-        ledger = self._ledger
+        accumulator = self._accumulator
         for r in records:
-            self._handles.append(r.param.register_hook(_unseen(ledger.incoming, r)))
-            self._handles.append(r.param.register_post_accumulate_grad_hook(_unseen(ledger.accumulated, r)))
-        for module in anatomy.modules:
+            self._handles.append(r.param.register_hook(_unseen(accumulator.incoming, r)))
+            self._handles.append(r.param.register_post_accumulate_grad_hook(_unseen(accumulator.accumulated, r)))
+        for module in parameters.modules:
             self._handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True, prepend=True))
         _open.noise = self
-        self._capture.__enter__()
+        self._tracer.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._capture is not None
-        assert self._ledger is not None
+        assert self._tracer is not None
+        assert self._accumulator is not None
         assert self._eagerly is not None
-        self._capture.__exit__(kind, error, trace)
+        self._tracer.__exit__(kind, error, trace)
         self._eagerly.__exit__(None, None, None)
         _open.noise = None
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._seen_out.clear()
-        self._ledger.open = False
-        self._capture.forget()
-        self._capture = self._ledger.capture = (
-            None  # each holds the other, and a ledger's numbers are as large as the model
-        )
-        if self._ledger.batches:
+        self._accumulator.open = False
+        self._tracer.tensors.forget()
+        self._tracer = None
+        if self._accumulator.batches:
             self._checked = True
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Before every module's forward; the outermost one gets the samples."""
+        """Record, before every module's forward, the samples that the outermost module gets."""
         if self._outermost is not None:
             self._depth += module is self._outermost
             return
@@ -189,39 +187,33 @@ class GradientNoise:
         if module not in self._seen_out:
             self._seen_out.add(module)
             self._handles.append(module.register_forward_hook(self._returned, with_kwargs=True, always_call=True))
-        assert self._ledger is not None
-        assert self._capture is not None
-        ledger, capture = self._ledger, self._capture
+        assert self._accumulator is not None
+        assert self._tracer is not None
+        accumulator, tensors = self._accumulator, self._tracer.tensors
         with torch._C.DisableTorchFunction():
-            tensors = [
-                t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not ledger.knows(t)
+            given = [
+                t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not accumulator.knows(t)
             ]
-            states = [capture.state(t) for t in tensors]
-            new = [not (isinstance(s, Lost) or (isinstance(s, Rows) and s.certain)) for s in states]
+            states = [tensors.state(t) for t in given]
+            new = [not (isinstance(s, Mixed) or (isinstance(s, SampleLayout) and s.certain)) for s in states]
             if new and new[0] and module is self.model:
-                ledger.batch = self._batch_of(tensors[0])
-            ledger.new_call(bool(new and new[0]))
-            for i, t in enumerate(tensors):  # the first is the batch; others yield where they do not fit
-                if new[i] and ledger.batch is not None and t.shape[0] == ledger.batch and t.numel():
-                    capture.mark(t, rows.leading(t.shape, ledger.batch, certain=i == 0))
+                accumulator.batch = self._batch_of(given[0])
+            accumulator.new_call(bool(new and new[0]))
+            for i, t in enumerate(given):  # the first is the batch; others yield where they do not fit
+                if new[i] and accumulator.batch is not None and t.shape[0] == accumulator.batch and t.numel():
+                    tensors.mark(t, sample_layout.leading(t.shape, accumulator.batch, certain=i == 0))
 
     def _batch_of(self, x: Tensor) -> int:
-        """B, of the first tensor that the model is given."""
+        """Return B, the leading dimension of the first tensor that the model is given."""
         batch = x.shape[0]
         if self.batch_size is not None and batch != self.batch_size:
-            raise ValueError(
-                f"GradientNoise: batch_size is {self.batch_size}, but the first tensor passed to the model has {batch} "
-                f"samples, its shape is {tuple(x.shape)}"
-            )
+            raise errors.wrong_batch_size(self.batch_size, batch, tuple(x.shape))
         if batch < 2:
-            raise ValueError(
-                f"GradientNoise: expected a batch of at least 2 samples, got {batch}: the first tensor passed to the "
-                f"model has shape {tuple(x.shape)}"
-            )
+            raise errors.small_batch(batch, tuple(x.shape))
         return batch
 
     def _returned(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        """After the forward of a module that has been the outermost one."""
+        """Prepare the signed backward, after the forward of the outermost module, if estimates are wanted."""
         if module is not self._outermost:
             return None
         self._depth -= 1
@@ -230,64 +222,55 @@ class GradientNoise:
         self._outermost = None
         if self.uncovered != "estimate":
             return None
-        assert self._ledger is not None
-        assert self._capture is not None
-        capture, ledger = self._capture, self._ledger
+        assert self._accumulator is not None
+        assert self._tracer is not None
+        accumulator, tensors = self._accumulator, self._tracer.tensors
 
-        def tapped(x: Any) -> Any:
-            state = capture.state(x) if isinstance(x, Tensor) and x.requires_grad else None
-            if not isinstance(state, Rows):
+        def signed(x: Any) -> Any:
+            layout = tensors.layout(x) if isinstance(x, Tensor) and x.requires_grad else None
+            if layout is None:
                 return x
             with torch._C.DisableTorchFunction():
-                y = signs.Tap.apply(ledger, state.block, x, [x])
-            capture.mark(y, state)
+                y = SignedBackward.apply(accumulator, layout.block, x, [x])
+            tensors.mark(y, layout)
             return y
 
-        return tree_map(tapped, out)
+        return tree_map(signed, out)
 
-    # ---- What was measured
+    # ---- The result
 
     def result(self, *, sync: bool = True) -> GradientNoiseResult:
-        """Of the context entered last; it can be asked for again until the next entry.
+        """Return the statistics of the context entered last; it can be called again until the next entry.
 
         Args:
-            sync: of a `DistributedDataParallel` model, whether the numbers are of all processes' samples, as one
+            sync: for a `DistributedDataParallel` model, whether the numbers are of all processes' samples, as one
                 process would have them of the joint batch: then every process must call this. Each sample counts the
-                same, also where processes have different numbers of them. What is per sample (`sq_norms`) stays that
-                of its own.
+                same, also where processes have different numbers of them. Numbers per sample (`sq_norms`) stay those
+                of the process's own samples.
 
         Raises:
-            RuntimeError: nothing was measured, here or in another process, or not what was asked for.
+            RuntimeError: nothing was measured, here or in another process, or a statistic cannot be given.
         """
-        ledger = self._ledger
+        accumulator = self._accumulator
         together = sync and _is_ddp(self.model)
         batches: list[int] = []
         if together:
-            records = Anatomy.of(self.model).records if ledger is None else ledger.records
-            own = 0 if ledger is None else sum(ledger.batches)
-            batches = processes.agree(records, own, self.model.process_group)
-        if ledger is None or not ledger.batches:
-            raise RuntimeError(
-                "GradientNoise.result: expected a forward and a backward inside the context before it"
-                + ("" if ledger is None else ", but there was no backward")
-            )
-        if any(r.status == "estimated" for r in ledger.records) and {"norms", "projections"} & set(self.stats):
-            raise RuntimeError(
-                'GradientNoise.result: stats "norms" and "projections" are of single samples, which estimated '
-                'parameters do not have; expected "nsr" or "variance" with uncovered="estimate", or uncovered="exclude"'
-            )
-        if together and ledger.projects:
-            raise RuntimeError(
-                'GradientNoise.result: stats "projections" are on the mean of a process\'s own samples; expected '
-                "sync=False, or a context without them"
-            )
-        batch = sum(ledger.batches)
+            records = ModelParameters.of(self.model).records if accumulator is None else accumulator.records
+            own = 0 if accumulator is None else sum(accumulator.batches)
+            batches = distributed.agree(records, own, self.model.process_group)
+        if accumulator is None or not accumulator.batches:
+            raise errors.nothing_measured(entered=accumulator is not None)
+        if any(r.status == "estimated" for r in accumulator.records) and {"norms", "projections"} & set(self.stats):
+            raise errors.estimated_samples()
+        if together and accumulator.projects:
+            raise errors.joint_projections()
+        batch = sum(accumulator.batches)
         unit = float(batch) if self.reduction == "mean" else 1.0
-        measured: list[Record] = [r for r in ledger.records if r.status != "excluded"]
+        measured: list[ParameterRecord] = [r for r in accumulator.records if r.status != "excluded"]
         if not measured:
-            raise RuntimeError("GradientNoise.result: all parameters are excluded; expected one that is covered")
+            raise errors.all_excluded()
         if together:
-            joined = processes.join(measured, batch, unit, batches, ledger.squares, self.model.process_group)
+            joined = distributed.join(measured, batch, unit, batches, accumulator.squares, self.model.process_group)
             measured, batch, unit = joined.records, joined.batch, 1.0
         device = measured[0].param.device
         squares = torch.stack([r.square().to(device) for r in measured])
@@ -298,7 +281,7 @@ class GradientNoise:
         if "norms" in self.stats:
             norms = {r.name: torch.cat(r.sq_norms) * unit**2 for r in measured}
         projections = None
-        if ledger.projects:
+        if accumulator.projects:
             projections = _sum(r.all_projections for r in measured if r.all_projections is not None)
             projections = projections * (unit**2 / batch)
         return GradientNoiseResult(
@@ -307,17 +290,17 @@ class GradientNoise:
             sq_norms=None if norms is None else _sum(n.to(device) for n in norms.values()),
             sq_norms_per_param=norms,
             projections=projections,
-            variance={r.name: r.variance(unit**2 / (batch - 1)) for r in measured} if ledger.squares else None,
+            variance={r.name: r.variance(unit**2 / (batch - 1)) for r in measured} if accumulator.squares else None,
             _names=[r.name for r in measured],
             _traces=traces,
             _signals=signals,
             _read_mean=lambda: {r.name: r.mean(unit / batch) for r in measured},
-            _read_coverage=lambda: _coverage(ledger),
+            _read_coverage=lambda: _coverage(accumulator),
         )
 
 
-def _unseen(hook: Callable[[Record, Tensor], None], r: Record) -> Callable[[Tensor], None]:
-    """A hook of a parameter, whose own operations the mode does not see."""
+def _unseen(hook: Callable[[ParameterRecord, Tensor], None], r: ParameterRecord) -> Callable[[Tensor], None]:
+    """Return a hook of a parameter whose own operations the tracer does not see."""
 
     def call(t: Tensor) -> None:
         with torch._C.DisableTorchFunction():
@@ -333,12 +316,12 @@ def _sum(values: Iterable[Tensor]) -> Tensor:
     return first
 
 
-def _coverage(ledger: Ledger) -> Coverage:
+def _coverage(accumulator: Accumulator) -> Coverage:
     words = ("exact", "estimated", "excluded", "unused")
-    kinds = {r.name: r.status if r.used or r.status != "exact" else "unused" for r in ledger.records}
+    kinds = {r.name: r.status if r.used or r.status != "exact" else "unused" for r in accumulator.records}
     names = {w: tuple(n for n, k in kinds.items() if k == w) for w in words}
-    sizes = {r.name: r.param.numel() for r in ledger.records}
-    squares = {r.name: float(r.square()) for r in ledger.records}
+    sizes = {r.name: r.param.numel() for r in accumulator.records}
+    squares = {r.name: float(r.square()) for r in accumulator.records}
     count, whole = sum(sizes.values()), math.fsum(squares.values())
     return Coverage(
         **names,

@@ -1,60 +1,54 @@
 """Tensors made of parameters alone, before any sample meets them: slices of a fused weight, 1 + w, a table's rows.
 
-What a sample contributes to such a tensor goes back to the parameters through the same operations, kept as a small
-graph of its own.
+A sample's contribution to such a tensor goes back to the parameters through the same operations, which are kept as a
+small graph of their own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contributions import Matrix, Part
+from .contributions import Contribution
+from .operation import Operation, tensors_in
 from .sums import Sums, of_matrix
-from .words import words
 
 #: Every entry of the result is one entry of one operand, and none appears twice.
-SELECTS = words(
-    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T mT H
-    mH permute movedim moveaxis select narrow flip roll chunk split split_with_sizes tensor_split unbind cat concat
-    concatenate stack hstack vstack contiguous clone to float double half bfloat16 type __iter__"""
+SELECTS = frozenset(
+    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T
+    mT H mH permute movedim moveaxis select narrow flip roll chunk split split_with_sizes tensor_split unbind
+    cat concat concatenate stack hstack vstack contiguous clone to float double half bfloat16 type __iter__""".split()
 )
 #: Every entry of the result depends on one entry of the parameter.
-ELEMENTWISE = words(
-    """add sub mul div true_divide __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ rsub neg
-    __neg__ negative positive exp expm1 log log1p sqrt rsqrt square abs absolute sigmoid tanh relu softplus silu
-    gelu elu leaky_relu clamp clip clamp_min clamp_max pow __pow__ float_power reciprocal erf sin cos sign where
-    masked_fill hardtanh logit"""
+ELEMENTWISE = frozenset(
+    """add sub mul div true_divide __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__
+    rsub neg __neg__ negative positive exp expm1 log log1p sqrt rsqrt square abs absolute sigmoid tanh relu
+    softplus silu gelu elu leaky_relu clamp clip clamp_min clamp_max pow __pow__ float_power reciprocal erf sin
+    cos sign where masked_fill hardtanh logit""".split()
 )
-
-
-def selects(name: str, args: Sequence[Any]) -> bool:
-    """Whether an operation only picks entries, each at most once."""
-    if name == "__getitem__":
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index)
-    return name in SELECTS
+#: Draw random numbers, which a second call would draw anew: contributions cannot go back through them.
+RANDOM = frozenset("""dropout alpha_dropout feature_alpha_dropout bernoulli multinomial gumbel_softmax rrelu""".split())
+_TRANSPOSES = frozenset("t T mT transpose swapaxes swapdims permute".split())
 
 
 @dataclass(eq=False)
 class Derived:
     """A tensor made of parameters.
 
-    `value` is it, on a graph that starts at `leaves`, stand-ins for the parameters by their id.
+    `value` is a copy of it, on a graph that starts at `leaves`, stand-ins for the parameters by their id.
     """
 
     value: Tensor
     leaves: dict[int, Tensor]
-    selects: bool  #: entries of parameters, each at most once
-    elementwise: bool  #: or functions of one entry each
+    selects: bool  #: each entry is one of a parameter, and each of those appears at most once
+    elementwise: bool  #: or a function of one entry
     transposed: int | None = None  #: the id of the parameter whose transpose, two-dimensional, this is
 
     def back(self, root: int, grad: Tensor) -> Tensor:
-        """What a gradient of this tensor is of one of its parameters."""
+        """Return the gradient of one of the parameters from a gradient of this tensor."""
         leaf = self.leaves[root]
         (out,) = torch.autograd.grad(
             self.value, leaf, grad.reshape(self.value.shape).to(self.value.dtype), retain_graph=True, allow_unused=True
@@ -62,7 +56,7 @@ class Derived:
         return torch.zeros_like(leaf) if out is None else out
 
     def back_rows(self, root: int, rows: Tensor) -> Tensor:
-        """The same of every row of a matrix."""
+        """Return the same for every row of a matrix."""
         grads = rows.reshape(len(rows), *self.value.shape).to(self.value.dtype)
         leaf = self.leaves[root]
         if self.value.numel() == leaf.numel() == 1 or len(rows) < 4:
@@ -76,24 +70,69 @@ class Derived:
         return rows.new_zeros(len(rows), leaf.numel()) if out is None else out.reshape(len(rows), -1)
 
 
-@dataclass
-class Through(Part):
-    """Contributions to a parameter, through what was made of it."""
+def derive(
+    op: Operation, result: Tensor, find: Callable[[Tensor], Derived | None], leaf: Callable[[Tensor], Tensor]
+) -> list[Derived]:
+    """Run an operation on parameters once more, on its own graph.
 
-    part: Part
+    Args:
+        op: the operation; `op.parameters` are parameters and tensors derived from them.
+        result: the first tensor that it returned.
+        find: returns what a tensor was derived from; None for a parameter itself.
+        leaf: returns the stand-in of a parameter.
+    """
+    stands: dict[int, Tensor] = {}
+    leaves: dict[int, Tensor] = {}
+    transposed: int | None = None
+    are_selected = are_elementwise = True
+    for t in op.parameters:
+        d = find(t)
+        if d is None:
+            stands[id(t)] = leaves[id(t)] = leaf(t)
+            if op.name in _TRANSPOSES:
+                is_transpose = t.dim() == 2 and result.shape == t.shape[::-1] and result.stride() != t.stride()
+                transposed = id(t) if is_transpose else None
+        else:
+            stands[id(t)] = d.value
+            leaves.update(d.leaves)
+            are_selected, are_elementwise = are_selected and d.selects, are_elementwise and d.elementwise
+    with torch._C.DisableTorchFunction(), torch.enable_grad():
+        twin = op.run_with(lambda t: stands.get(id(t), t))
+    picks = _selects(op)
+    same_shape = len(op.parameters) == 1 and result.shape == op.parameters[0].shape
+    pointwise = picks or (op.name in ELEMENTWISE and same_shape)
+    return [
+        Derived(value, leaves, are_selected and picks, are_elementwise and pointwise, transposed)
+        for value in tensors_in((twin,))
+    ]
+
+
+def _selects(op: Operation) -> bool:
+    """Return whether an operation only picks entries, each at most once."""
+    if op.name == "__getitem__":
+        index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
+        return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index)
+    return op.name in SELECTS
+
+
+@dataclass
+class Through(Contribution):
+    """Contributions to a parameter, through a tensor derived from it."""
+
+    contribution: Contribution
     derived: Derived
     root: int
 
     def __post_init__(self) -> None:
-        self.batch = self.part.batch
+        self.batch = self.contribution.batch
         self.shape = self.derived.leaves[self.root].shape
 
     def only_moves(self) -> bool:
-        """Whether squares may be taken before going back: then norms are of one parameter alone, too."""
+        """Return whether squares may be taken before going back; then norms are of one parameter alone, too."""
         return self.derived.selects and len(self.derived.leaves) == 1
 
     def footprint(self) -> Tensor:
-        """How often every entry of the parameter appears."""
+        """Return how often every entry of the parameter appears."""
         return self.derived.back(self.root, torch.ones_like(self.derived.value))
 
     def sums(self, squares: bool) -> Sums:
@@ -102,7 +141,7 @@ class Through(Part):
             return of_matrix(rows, squares).reshape(self.shape)
         if not self.only_moves():
             return super().sums(squares)
-        of = self.part.sums(squares)
+        of = self.contribution.sums(squares)
         centred = None if of.centred is None else self._back(of.centred)
         return Sums(self._back(of.total), centred, of.sq_norms)
 
@@ -111,22 +150,8 @@ class Through(Part):
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def sample(self, b: int) -> Tensor:
-        return self.derived.back(self.root, self.part.sample(b))
+        return self.derived.back(self.root, self.contribution.sample(b))
 
     def matrix(self) -> Tensor | None:
-        rows = self.part.matrix()
+        rows = self.contribution.matrix()
         return None if rows is None else self.derived.back_rows(self.root, rows)
-
-
-def disjoint(parts: list[Part]) -> bool:
-    """Whether they contribute to different entries of one parameter."""
-    if not all(isinstance(p, Through) and p.only_moves() for p in parts):
-        return False
-    counts = sum(p.footprint() for p in parts if isinstance(p, Through))
-    return bool((counts <= 1).all())  # type: ignore[union-attr]
-
-
-def as_matrix(part: Part) -> Matrix | None:
-    """A part whose contributions lie in memory."""
-    rows = part.matrix()
-    return None if rows is None else Matrix(rows, part.shape)

@@ -1,4 +1,4 @@
-r"""Of all processes of a `DistributedDataParallel` model together: what one process would say of the joint batch.
+r"""Combines the sums of all processes of a `DistributedDataParallel` model, as if one process had the joint batch.
 
 Process r has :math:`B_r` samples with gradients :math:`g_b`, their total :math:`D_r` and centred sum :math:`S_r`.
 
@@ -21,23 +21,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .accumulator import Record
+from . import errors
+from .record import ParameterRecord
 from .sums import real, sq_norm
 
 
 @dataclass
 class Joined:
-    """Records with the sums of all processes."""
+    """The records with the sums of all processes, and the joint batch size."""
 
-    records: list[Record]
+    records: list[ParameterRecord]
     batch: int
 
 
-def agree(records: Sequence[Record], batch: int, group: Any) -> list[int]:
-    """Every process's batch; what one has excluded, all exclude. Each calls this, whatever it has measured.
+def agree(records: Sequence[ParameterRecord], batch: int, group: Any) -> list[int]:
+    """Return every process's batch size; exclude the parameters that any process excluded. Every process calls this.
 
     Raises:
-        RuntimeError: one of them has measured nothing.
+        RuntimeError: a process has measured nothing.
     """
     own = torch.tensor([batch] + [r.status == "excluded" for r in records], device=records[0].param.device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -45,20 +46,20 @@ def agree(records: Sequence[Record], batch: int, group: Any) -> list[int]:
     table = torch.stack(every).tolist()
     batches = [row[0] for row in table]
     if 0 in batches:
-        raise RuntimeError(
-            "GradientNoise.result: expected a forward and a backward inside the context before it in every process, "
-            f"but rank {batches.index(0)} has measured nothing"
-        )
+        raise errors.rank_measured_nothing(batches.index(0))
     for i, r in enumerate(records):
         if any(row[i + 1] for row in table):
             r.status = "excluded"
     return batches
 
 
-def join(records: list[Record], batch: int, unit: float, batches: list[int], squares: bool, group: Any) -> Joined:
-    """Two collectives: totals, and what is about the joint mean. Every process calls this, with the same parameters.
+def join(
+    records: list[ParameterRecord], batch: int, unit: float, batches: list[int], squares: bool, group: Any
+) -> Joined:
+    """Return records with the sums of all processes, by two collectives: of the totals, then about the joint mean.
 
-    `unit`: what contributions are multiplied with to be gradients of samples; those of the records returned are.
+    Every process calls this, with the same parameters. Contributions times `unit` are per-sample gradients; the sums of
+    the returned records are of per-sample gradients.
     """
     whole = sum(batches)
     kind = torch.float64 if any(r.param.dtype == torch.float64 for r in records) else torch.float32
@@ -75,7 +76,7 @@ def join(records: list[Record], batch: int, unit: float, batches: list[int], squ
         centred: list[Tensor | None] = list(_added(about_mean, group))
         norms: list[Tensor | None] = [None] * len(records)
     else:
-        # Of each parameter a number: what |sum|^2 / B is to be taken from, as in one process.
+        # One number for each parameter, from which |sum|^2 / B is subtracted, as in one process.
         between = [sq_norm(x) for x in spreads]
         within = [r.moment() - (r.square() / batch if r.about_zero else 0) for r in records]
         of_own_mean = [b + w * unit**2 for b, w in zip(between, within, strict=True)]
@@ -94,13 +95,13 @@ def join(records: list[Record], batch: int, unit: float, batches: list[int], squ
     )  # fmt: skip
 
 
-def _total(r: Record) -> Tensor:
+def _total(r: ParameterRecord) -> Tensor:
     total = r.read_total()
     return torch.zeros(r.param.shape, device=r.param.device) if total is None else total
 
 
 def _added(own: list[Tensor], group: Any) -> list[Tensor]:
-    """The sums over all processes, by one collective."""
+    """Return the sums over all processes, by one collective."""
     flat = torch.cat([x.reshape(-1).to(own[0].device) for x in own])
     dist.all_reduce(flat, group=group)
     parts = torch.split(flat, [x.numel() for x in own])

@@ -1,17 +1,15 @@
-"""Which kernel sums a layer's contributions: the fastest that is right for its shape, or the reference."""
+"""Chooses the kernel that sums a layer's contributions: the fastest for its shape, or the reference."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import ops
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 #: sum_ts <a_s,a_t><g_s,g_t> costs 2 T^2 (I+O) flops a sample, the tile kernel's epilogue about as much as 16 more
 #: time steps. Measured: equal at T = 16 for 512 x 2048 and wider; below, the Gram matrices win there.
@@ -24,7 +22,7 @@ Triple = tuple[Tensor, Tensor | None, Tensor]
 
 
 def of(*tensors: Tensor) -> ModuleType | Any:
-    """`ops`, or `reference` for tensors that no kernel takes together."""
+    """Return `ops`, or `reference` for tensors that no kernel takes together."""
     device = ops.device_index(tensors[0])
     for x in tensors:
         if device is None or ops.device_index(x) != device:
@@ -35,16 +33,16 @@ def of(*tensors: Tensor) -> ModuleType | Any:
 
 
 def one_dtype(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the wider of their dtypes, which autocast may have made two."""
+    """Return both in the wider of their dtypes, which differ under autocast."""
     dtype = torch.promote_types(x.dtype, y.dtype)
     return x.to(dtype), y.to(dtype)
 
 
 def outer(a: Tensor, g: Tensor, squares: bool, g_norms: Callable[[], Tensor] | None = None) -> Triple:
-    """Total, centred squares and norms of c_b = g_b^T a_b; a (B, T, I), g (B, T, O)."""
+    """Return total, centred squares and norms of c_b = g_b^T a_b; a (B, T, I), g (B, T, O)."""
     steps = a.shape[1]
     a, g = one_dtype(a, g)
-    if steps == 1 and not (squares and a.is_cuda and of(a, g) is ops):  # there its question would wait for the device
+    if steps == 1 and not (squares and a.is_cuda and of(a, g) is ops):  # recentre_ would wait for the device
         return _one_step(a[:, 0], g[:, 0], squares, g_norms)
     if not squares and steps <= GRAM_STEPS and min(a.shape[2], g.shape[2]) >= GRAM_WIDTH and a.dtype == torch.float32:
         return _gram(a, g)

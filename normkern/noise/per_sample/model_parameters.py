@@ -1,4 +1,4 @@
-"""A model's parts, as a context needs them: who is trained, what is constant, and what cannot be seen into."""
+"""A model's modules and parameters, as a context needs them: which are trained and which are constant."""
 
 from __future__ import annotations
 
@@ -7,38 +7,44 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .accumulator import Record
+from . import errors
+from .record import ParameterRecord
 
 
 @dataclass
-class Anatomy:
-    """Of one model, at one time."""
+class ModelParameters:
+    """The modules and parameters of one model, at one time."""
 
     modules: list[nn.Module]
-    records: list[Record]  #: of the parameters that require a gradient, by their names in named_parameters()
+    records: list[ParameterRecord]  #: of the parameters that require a gradient, by their names in named_parameters()
     constants: set[int]  #: ids of the others, and of buffers
 
     @classmethod
-    def of(cls, model: nn.Module) -> Anatomy:
-        """RuntimeError: it is scripted."""
+    def of(cls, model: nn.Module) -> ModelParameters:
+        """Collect those of a model.
+
+        Raises:
+            RuntimeError: a module is scripted.
+        """
         modules: list[nn.Module] = []
-        records: dict[int, Record] = {}
+        records: dict[int, ParameterRecord] = {}
         constants: set[int] = set()
         seen: set[nn.Module] = set()
         waiting = [("", model)]
-        while waiting:  # as model.named_modules(), which takes several times as long
+        while waiting:  # model.named_modules() takes several times as long
             path, module = waiting.pop()
             if module in seen:
                 continue
             seen.add(module)
-            _refuse_scripted(path, module)
+            if isinstance(module, torch.jit.ScriptModule):
+                raise errors.scripted(path)
             modules.append(module)
             dot = path and path + "."
             for name, p in module._parameters.items():
                 if p is None or id(p) in records:
                     continue
                 if p.requires_grad:
-                    records[id(p)] = Record(dot + name, f"{path or 'the model'} ({type(module).__name__})", p)
+                    records[id(p)] = ParameterRecord(dot + name, f"{path or 'the model'} ({type(module).__name__})", p)
                 else:
                     constants.add(id(p))
             constants.update(id(b) for b in module._buffers.values() if b is not None)
@@ -46,16 +52,8 @@ class Anatomy:
         return cls(modules, list(records.values()), constants)
 
 
-def _refuse_scripted(path: str, module: nn.Module) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        raise RuntimeError(
-            f"GradientNoise: {path or 'the model'} is scripted or traced (torch.jit), so that its operations cannot be "
-            "seen; expected the module that it was made of"
-        )
-
-
 def batch_norms(model: nn.Module) -> str:
-    """The layers that use batch statistics now, for an error."""
+    """Return the names of the layers that use batch statistics now, for an error."""
     kind = nn.modules.batchnorm._BatchNorm
     found = [
         f"{name or 'the model'} ({type(m).__name__})"

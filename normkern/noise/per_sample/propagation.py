@@ -1,66 +1,83 @@
-"""Where the samples are after an operation of torch: one rule per kind of operation.
+"""Where the samples are after an operation of torch: a rule for each operation, registered by `@propagates`.
 
-What moves elements is applied to the samples' numbers; what works element by element, with broadcasting, keeps them; a
-reduction loses them if it goes over them. Of anything else it is taken that a batch in front stays in front, as
-everything in torch.nn.functional has it.
+What moves elements is applied to the sample numbers. Operations that work element by element, with broadcasting, keep
+the layout. A reduction over the samples mixes them. Any other operation with a rule keeps the samples in their
+dimension, as everything in torch.nn.functional does; an operation without a rule mixes them.
+
+A rule is a function ``rule(op, results, batch)`` that returns the state of each result:
+
+    @propagates("my_library::last_two_averaged")
+    def halves_the_features(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+        [(x, layout)] = op.samples
+        return [SampleLayout(layout.block // 2, layout.certain)]
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from . import sample_layout as rows
-from .sample_layout import Lost, Rows, State
-from .words import words
+from . import errors, sample_layout
+from .operation import Operation, Samples, tensors_in
+from .sample_layout import Mixed, SampleLayout, State
 
-#: Reorder, select or repeat elements, and compute nothing. Of the first argument, or of a list of tensors.
-MOVES = words(
-    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T mT H
-    mH adjoint permute movedim moveaxis expand expand_as broadcast_to repeat tile repeat_interleave __getitem__
-    select narrow index_select gather take_along_dim flip fliplr flipud rot90 roll chunk split split_with_sizes
-    tensor_split unbind hsplit vsplit dsplit cat concat concatenate stack hstack vstack dstack column_stack diagonal
-    unfold atleast_1d atleast_2d atleast_3d __iter__ as_strided"""
+Rule = Callable[[Operation, list[Tensor], int], list[State]]
+_Rule = TypeVar("_Rule", bound=Rule)
+
+#: The rule of each operation, by its name.
+RULES: dict[str, Rule] = {}
+
+#: Reorder, select or repeat elements of the first argument, or of a list of tensors, and compute nothing.
+MOVES = frozenset(
+    """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T
+    mT H mH adjoint permute movedim moveaxis expand expand_as broadcast_to repeat tile repeat_interleave
+    __getitem__ select narrow index_select gather take_along_dim flip fliplr flipud rot90 roll chunk split
+    split_with_sizes tensor_split unbind hsplit vsplit dsplit cat concat concatenate stack hstack vstack dstack
+    column_stack diagonal unfold atleast_1d atleast_2d atleast_3d __iter__ as_strided""".split()
 )
-#: With a `dim` that may be the samples'.
-REDUCES = words(
-    """sum nansum mean nanmean prod max min amax amin median nanmedian mode argmax argmin any all norm std var std_mean
-    var_mean logsumexp count_nonzero quantile nanquantile vector_norm kthvalue aminmax cosine_similarity"""
+#: Reduce a `dim`, which may be the samples'.
+REDUCES = frozenset(
+    """sum nansum mean nanmean prod max min amax amin median nanmedian mode argmax argmin any all norm std var
+    std_mean var_mean logsumexp count_nonzero quantile nanquantile vector_norm kthvalue aminmax
+    cosine_similarity""".split()
 )
-#: Mix along a `dim`, the last one unless they say so.
-MIXES = words(
-    """softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort argsort topk normalize renorm msort
-    gumbel_softmax cross layer_norm rms_norm glu index_add index_copy index_fill scatter scatter_add scatter_reduce
-    diff fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft"""
+#: Mix elements along a `dim`; it is the last one unless given.
+MIXES = frozenset(
+    """softmax log_softmax softmin cumsum cumprod cummax cummin logcumsumexp sort argsort topk normalize renorm
+    msort gumbel_softmax cross layer_norm rms_norm glu index_add index_copy index_fill scatter scatter_add
+    scatter_reduce diff fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft""".split()
 )
+#: Repeat a tensor, perhaps once for every sample.
+WIDENS = frozenset("expand expand_as broadcast_to repeat tile".split())
 #: Make tensors of a given shape.
-MAKES = words("zeros ones full empty rand randn new_zeros new_ones new_full new_empty")
-PRODUCTS = words("matmul __matmul__ __rmatmul__ mm bmm mv addmm baddbmm")
+MAKES = frozenset("zeros ones full empty rand randn new_zeros new_ones new_full new_empty".split())
+PRODUCTS = frozenset("matmul __matmul__ __rmatmul__ mm bmm mv addmm baddbmm".split())
 #: Element by element, with broadcasting.
-POINTWISE = words(
-    """abs absolute acos arccos acosh arccosh add addcdiv addcmul alias alpha_dropout angle asin arcsin asinh arcsinh
-    atan arctan atan2 arctan2 atanh arctanh bernoulli bfloat16 bitwise_and bitwise_not bitwise_or bitwise_xor bool
-    byte bitwise_left_shift bitwise_right_shift cauchy ceil celu char clamp clamp_max clamp_min clip clone conj
-    conj_physical contiguous copysign cos cosh cpu cuda data deg2rad detach digamma div divide double dropout
-    dropout1d dropout2d dropout3d elu empty_like eq erf erfc erfinv exp exp2 expm1 exponential feature_alpha_dropout
-    feature_dropout fill fill_diagonal float float_power floor floor_divide fmax fmin fmod frac full_like gcd ge
-    gelu geometric greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh heaviside hypot i0 int
-    isclose isfinite isinf isnan isneginf isposinf isreal lcm ldexp le leaky_relu lerp less less_equal lgamma log
-    log10 log1p log2 log_normal log_sigmoid logsigmoid logaddexp logaddexp2 logical_and logical_not logical_or
-    logical_xor logit long lt masked_fill maximum minimum mish mul multiply nan_to_num ne neg negative nextafter
-    normal not_equal ones_like polygamma positive pow prelu quantize_per_tensor fake_quantize_per_tensor_affine
-    rad2deg rand_like randint_like randn_like random real reciprocal relu relu6 remainder resolve_conj resolve_neg
-    round rrelu rsqrt rsub selu sgn short sigmoid sign signbit silu sin sinc sinh softplus softshrink softsign
-    special_expit special_erf special_entr special_gammaln special_i0 special_i1 special_log_ndtr special_ndtr
-    special_ndtri special_xlog1py special_xlogy sqrt square sub subtract tan tanh tanhshrink threshold to to_dense
-    to_sparse tril triu true_divide trunc type type_as uniform where xlogy xpu zero zeros_like mse_loss l1_loss
-    smooth_l1_loss huber_loss binary_cross_entropy kl_div binary_cross_entropy_with_logits __add__ __radd__ __sub__
-    __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__
-    __and__ __rand__ __or__ __ror__ __xor__ __rxor__ __invert__ __neg__ __pos__ __abs__ __eq__ __ne__ __lt__ __le__
-    __gt__ __ge__ __lshift__ __rshift__ __deepcopy__"""
+POINTWISE = frozenset(
+    """abs absolute acos arccos acosh arccosh add addcdiv addcmul alias alpha_dropout angle asin arcsin asinh
+    arcsinh atan arctan atan2 arctan2 atanh arctanh bernoulli bfloat16 bitwise_and bitwise_not bitwise_or
+    bitwise_xor bool byte bitwise_left_shift bitwise_right_shift cauchy ceil celu char clamp clamp_max clamp_min
+    clip clone conj conj_physical contiguous copysign cos cosh cpu cuda data deg2rad detach digamma div divide
+    double dropout dropout1d dropout2d dropout3d elu empty_like eq erf erfc erfinv exp exp2 expm1 exponential
+    feature_alpha_dropout feature_dropout fill fill_diagonal float float_power floor floor_divide fmax fmin fmod
+    frac full_like gcd ge gelu geometric greater greater_equal gt half hardshrink hardsigmoid hardswish hardtanh
+    heaviside hypot i0 int isclose isfinite isinf isnan isneginf isposinf isreal lcm ldexp le leaky_relu lerp
+    less less_equal lgamma log log10 log1p log2 log_normal log_sigmoid logsigmoid logaddexp logaddexp2
+    logical_and logical_not logical_or logical_xor logit long lt masked_fill maximum minimum mish mul multiply
+    nan_to_num ne neg negative nextafter normal not_equal ones_like polygamma positive pow prelu
+    quantize_per_tensor fake_quantize_per_tensor_affine rad2deg rand_like randint_like randn_like random real
+    reciprocal relu relu6 remainder resolve_conj resolve_neg round rrelu rsqrt rsub selu sgn short sigmoid sign
+    signbit silu sin sinc sinh softplus softshrink softsign special_expit special_erf special_entr
+    special_gammaln special_i0 special_i1 special_log_ndtr special_ndtr special_ndtri special_xlog1py
+    special_xlogy sqrt square sub subtract tan tanh tanhshrink threshold to to_dense to_sparse tril triu
+    true_divide trunc type type_as uniform where xlogy xpu zero zeros_like mse_loss l1_loss smooth_l1_loss
+    huber_loss binary_cross_entropy kl_div binary_cross_entropy_with_logits __add__ __radd__ __sub__ __rsub__
+    __mul__ __rmul__ __truediv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__
+    __and__ __rand__ __or__ __ror__ __xor__ __rxor__ __invert__ __neg__ __pos__ __abs__ __eq__ __ne__ __lt__
+    __le__ __gt__ __ge__ __lshift__ __rshift__ __deepcopy__""".split()
 )
 #: Work on so many of the last dimensions, and on everything before them alike.
 ON_LAST: dict[str, int] = {
@@ -74,28 +91,53 @@ ON_LAST: dict[str, int] = {
     **dict.fromkeys(("linalg_inv", "linalg_solve", "linalg_cholesky", "linalg_matrix_exp", "linalg_det", "inverse"), 2),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), 3),
 }
-#: Of samples in the first dimension.
-ON_FIRST = words(
-    """group_norm instance_norm batch_norm local_response_norm grid_sample affine_grid fold unfold embedding_bag
-    interpolate upsample upsample_nearest upsample_bilinear native_group_norm"""
+#: Expect the samples in the first dimension.
+ON_FIRST = frozenset(
+    """group_norm instance_norm batch_norm local_response_norm grid_sample affine_grid fold im2col embedding_bag
+    interpolate upsample upsample_nearest upsample_bilinear native_group_norm""".split()
 )
-RECURRENT = words("lstm gru rnn_tanh rnn_relu")
+#: Layers of torch.nn whose outputs lie as their inputs do, and whose states have the samples in dimension 1.
+RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 
 
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors among arguments or results, one list deep."""
-    for x in values:
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, (list, tuple)):
-            for y in x:
-                if isinstance(y, Tensor):
-                    yield y
+def propagates(*names: str) -> Callable[[_Rule], _Rule]:
+    """Register a rule for the operations of these names."""
+
+    def register(rule: _Rule) -> _Rule:
+        for name in names:
+            if name in RULES:
+                raise errors.already_propagated(name)
+            RULES[name] = rule
+        return rule
+
+    return register
 
 
-def dims_of(args: Sequence[Any], kwargs: dict[str, Any], ndim: int, at: int = 1) -> list[int] | None:
-    """The dimensions that an operation was told, counted from the front; None: all."""
-    dim = kwargs.get("dim", kwargs.get("axis", args[at] if len(args) > at else None))
+class LayoutRules:
+    """The rules, for one batch size."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    @staticmethod
+    def knows(name: str) -> bool:
+        """Return whether an operation has a rule."""
+        return name in RULES
+
+    def after(self, op: Operation, out: Any) -> list[State]:
+        """Return the states of the results of an operation on samples, in the order of `tensors_in((out,))`."""
+        return RULES.get(op.name, _unknown)(op, list(tensors_in((out,))), self.batch)
+
+    def created(self, name: str, result: Tensor) -> State:
+        """Return the state of a result of an operation whose operands have no samples: perhaps a guess."""
+        if (name in MAKES or name in WIDENS) and result.dim() > 1 and result.shape[0] == self.batch:
+            return sample_layout.leading(result.shape, self.batch, certain=False)
+        return None
+
+
+def dims_of(op: Operation, ndim: int, at: int = 1) -> list[int] | None:
+    """Return the dimensions that an operation was given, counted from the front; None: all."""
+    dim = op.kwargs.get("dim", op.kwargs.get("axis", op.args[at] if len(op.args) > at else None))
     if dim is None or isinstance(dim, (Tensor, str)):
         return None
     given = [dim] if isinstance(dim, int) else list(dim)
@@ -104,253 +146,289 @@ def dims_of(args: Sequence[Any], kwargs: dict[str, Any], ndim: int, at: int = 1)
     return [d % max(ndim, 1) for d in given]
 
 
-class Follower:
-    """The rules, for batches of one size."""
+# ---- Element by element ---------------------------------------------------------------------------------------------
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch
-        self._moves: dict[Any, list[int | None]] = {}
 
-    def after(
-        self,
-        name: str,
-        func: Any,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        operands: list[tuple[Tensor, Rows]],
-        out: Any,
-    ) -> list[State]:
-        """The states of the results, whose operands with samples are given; in the order of `tensors_in((out,))`."""
-        results = list(tensors_in((out,)))
-        if name in MOVES:
-            states = self._moved(name, func, args, kwargs, operands, results)
-            if states is not None:
-                return states
-        if name in REDUCES:
-            return self._reduced(name, args, kwargs, operands, results)
-        if name in PRODUCTS:
-            pair = args[1:3] if name in ("addmm", "baddbmm") else args[:2]
-            return [self._product(name, pair, operands, results[0])]
-        if name == "tensordot":
-            return [self._tensordot(args, kwargs, operands, results[0])]
-        if name == "einsum":
-            return [self._einsum(args, operands, results[0])]
-        if name in RECURRENT:
-            return self._recurrent(operands, results)
-        return [self._one(name, args, kwargs, operands, x) for x in results]
+@propagates(*POINTWISE)
+def pointwise(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Keep the layout, with broadcasting."""
+    return [_broadcast(op.name, op.samples, y, batch) for y in results]
 
-    def _one(
-        self, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[tuple[Tensor, Rows]], out: Tensor
-    ) -> State:
-        """A result of what keeps dimensions where they are."""
-        if name == "copy":
-            operands = [(t, r) for t, r in operands if t is not args[0]] or operands
-            return self._pointwise(name, operands, out)
-        if name in POINTWISE:
-            return self._pointwise(name, operands, out)
-        states: list[State] = []
-        for t, r in operands:
-            if name in ("embedding", "one_hot"):
-                states.append(Rows(r.block * (out.numel() // t.numel()), r.certain))
-                continue
-            found = rows.axis(t.shape, r.block, self.batch)
-            if found is None:
-                return Lost(f"{name} of folded samples")
-            if name in MIXES:
-                fine = not self._mixes(name, args, kwargs, (t, r))
-            elif name in ON_LAST:
-                fine = found[0] < t.dim() - ON_LAST[name]
-            elif name == "pad":
-                widths = kwargs.get("pad", args[1] if len(args) > 1 else ())
-                fine = not any(widths[2 * (t.dim() - 1 - found[0]) :][:2])
-            elif name in ON_FIRST:
-                fine = found[0] == 0
-            elif name == "multi_head_attention_forward":
-                fine = t.dim() == 3 and found[0] == (1 if out.dim() == 3 and out.shape == args[0].shape else found[0])
-            else:
-                return Lost(f"{name} is not known to treat every sample by itself")
-            if not fine or out.dim() <= found[0] or out.shape[found[0]] != t.shape[found[0]]:
-                return Lost(f"{name} goes over the samples")
-            states.append(Rows(rows.block_on(out.shape, *found), r.certain))
-        return _agree(states, name)
 
-    @staticmethod
-    def knows(name: str) -> bool:
-        """Whether there is a rule."""
-        return (
-            name in MOVES or name in REDUCES or name in PRODUCTS or name in POINTWISE or name in MIXES
-            or name in ON_LAST or name in ON_FIRST or name in RECURRENT
-            or name in ("tensordot", "einsum", "copy", "embedding", "one_hot", "pad")
-        )  # fmt: skip
+@propagates("copy")
+def copy(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Take the layout of what is copied, not of what it overwrites."""
+    source = [(t, layout) for t, layout in op.samples if t is not op.args[0]] or op.samples
+    return [_broadcast(op.name, source, y, batch) for y in results]
 
-    def _moved(
-        self,
-        name: str,
-        func: Any,
-        args: Sequence[Any],
-        kwargs: dict[str, Any],
-        operands: list[tuple[Tensor, Rows]],
-        results: list[Tensor],
-    ) -> list[State] | None:
-        """None: it cannot be done to the numbers (torch.nn.functional.unfold, for one)."""
-        certain = any(r.certain for _, r in operands)
-        x, r = operands[0]
-        if len(operands) == 1 and name in ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "ravel"):
-            same = len(results) == 1 and results[0].numel() == x.numel()
-            if same and not any(isinstance(a, torch.dtype) for a in args):
-                return [r]
-        of = {id(t): r for t, r in operands}
-        rest = [*_values(args[1:]), *kwargs.values()]
-        key: Any = None
-        if not any(isinstance(a, Tensor) for a in rest):
-            key = (name, tuple((tuple(t.shape), r.block) for t, r in operands), _key(args), _key(kwargs))
-            if key in self._moves:
-                return self._states(self._moves[key], certain, name)
-        if name == "as_strided" and not x.is_contiguous():
-            return [Lost("as_strided of a tensor that is not contiguous")]
 
-        def as_numbers(t: Tensor) -> Tensor:
-            if id(t) in of:
-                return rows.numbers(t.shape, of[id(t)].block, self.batch)
-            return torch.full(t.shape, -1, dtype=torch.int32)  # of no sample
+def _broadcast(name: str, samples: Samples, out: Tensor, batch: int) -> State:
+    states: list[State] = []
+    for t, layout in samples:
+        block = sample_layout.broadcast(t.shape, layout.block, out.shape, batch) if t.dim() <= out.dim() else None
+        if block is None:
+            return Mixed(f"{name} changed the shape from {tuple(t.shape)} to {tuple(out.shape)}")
+        states.append(SampleLayout(block, layout.certain))
+    return _agree(states, name)
 
-        moved = args[0] if args else kwargs["tensors"] if "tensors" in kwargs else kwargs["input"]
-        if isinstance(moved, Tensor) and id(moved) not in of:
-            return [Lost(f"{name} by what is the samples'")] * len(results)
-        numbers = as_numbers(moved) if isinstance(moved, Tensor) else [as_numbers(t) for t in moved]
-        others = {k: v for k, v in kwargs.items() if k not in ("tensors", "input", "out")}
-        try:
-            with torch.no_grad():
-                out = func(numbers, *args[1:], **others)
-        except (RuntimeError, TypeError, NotImplementedError):
-            return None
-        blocks = [rows.block_of(x, self.batch) for x in tensors_in((out,))]
-        if key is not None:
-            self._moves[key] = blocks
-        return self._states(blocks, certain, name)
 
-    def _states(self, blocks: list[int | None], certain: bool, name: str) -> list[State]:
-        return [Lost(f"{name} took samples apart") if b is None else Rows(b, certain) for b in blocks]
+# ---- In their dimension ---------------------------------------------------------------------------------------------
 
-    def _reduced(
-        self, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[tuple[Tensor, Rows]],
-        results: list[Tensor],
-    ) -> list[State]:  # fmt: skip
-        second = args[1] if len(args) > 1 else kwargs.get("other")
-        if isinstance(second, Tensor) and name != "cosine_similarity":  # max(a, b)
-            return [self._pointwise(name, operands, y) for y in results]
-        x = operands[0][0]
-        at = {"norm": 2, "quantile": 2, "nanquantile": 2, "vector_norm": 2, "kthvalue": 2, "cosine_similarity": 2}
-        dims = dims_of(args, kwargs, x.dim(), at.get(name, 1))
-        if dims is None and name in ("cosine_similarity", "kthvalue"):
-            dims = [1 if name == "cosine_similarity" else x.dim() - 1]
-        every: list[State] = []
-        for y in results:
-            states: list[State] = []
-            for t, s in operands:
-                found = rows.axis(t.shape, s.block, self.batch)
-                if dims is None or found is None or found[0] in dims or t.dim() != x.dim():
-                    states = [Lost(f"{name} goes over the samples")]
-                    break
-                dim, inner = found
-                place = dim if y.dim() == x.dim() else dim - sum(d < dim for d in dims)
-                states.append(Rows(rows.block_on(y.shape, place, inner), s.certain))
-            every.append(_agree(states, name) if len(states) > 1 else states[0])
-        return every
+#: Of an operation, an operand, the dimension of its samples and a result: whether it treats each sample by itself.
+Allows = Callable[[Operation, Tensor, int, Tensor], bool]
 
-    def _mixes(self, name: str, args: Sequence[Any], kwargs: dict[str, Any], operand: tuple[Tensor, Rows]) -> bool:
-        x, r = operand
-        found = rows.axis(x.shape, r.block, self.batch)
+
+def stays(*names: str, where: Allows) -> None:
+    """Register operations that keep the samples in their dimension, where they treat each sample by itself."""
+
+    @propagates(*names)
+    def rule(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+        return [_stay(op, where, y, batch) for y in results]
+
+
+def _stay(op: Operation, where: Allows | None, out: Tensor, batch: int) -> State:
+    states: list[State] = []
+    for t, layout in op.samples:
+        found = sample_layout.axis(t.shape, layout.block, batch)
         if found is None:
-            return True
-        if name in ("layer_norm", "rms_norm"):
-            shape = kwargs.get("normalized_shape", args[1] if len(args) > 1 else ())
-            return found[0] >= x.dim() - (1 if isinstance(shape, int) else len(shape))
-        fft = name.startswith("fft_")
-        at = 2 if fft else {"topk": 2, "gumbel_softmax": 4, "normalize": 2, "renorm": 2, "diff": 2}.get(name, 1)
+            return Mixed(f"{op.name} of folded samples")
+        if where is None:
+            return Mixed(f"{op.name} is not known to treat every sample by itself")
+        dim = found[0]
+        if not where(op, t, dim, out) or out.dim() <= dim or out.shape[dim] != t.shape[dim]:
+            return Mixed(f"{op.name} goes over the samples")
+        states.append(SampleLayout(sample_layout.block_on(out.shape, *found), layout.certain))
+    return _agree(states, op.name)
+
+
+def _unknown(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    return [_stay(op, None, y, batch) for y in results]
+
+
+def _is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
+    if op.name in ("layer_norm", "rms_norm"):
+        shape = op.kwargs.get("normalized_shape", op.args[1] if len(op.args) > 1 else ())
+        return dim < x.dim() - (1 if isinstance(shape, int) else len(shape))
+    fft = op.name.startswith("fft_")
+    at = 2 if fft else {"topk": 2, "gumbel_softmax": 4, "normalize": 2, "renorm": 2, "diff": 2}.get(op.name, 1)
+    dims = dims_of(op, x.dim(), at)
+    if dims is None:
         default = {"normalize": 1, "msort": 0}
-        dims = dims_of(args, kwargs, x.dim(), at)
-        if dims is None:
-            dims = [default.get(name, x.dim() - 1) % max(x.dim(), 1)]
-        return found[0] in dims
+        dims = [default.get(op.name, x.dim() - 1) % max(x.dim(), 1)]
+    return dim not in dims
 
-    def _product(self, name: str, args: Sequence[Any], operands: list[tuple[Tensor, Rows]], out: Tensor) -> State:
-        pair = [args[1], args[0]] if name == "__rmatmul__" else list(args[:2])
-        of = {id(t): r for t, r in operands}
-        states: list[State] = []
-        for i, t in enumerate(pair):
-            r = of.get(id(t))
-            if r is None:
-                continue
-            found = rows.axis(t.shape, r.block, self.batch)
-            if found is None:
-                return Lost(f"{name} of folded samples")
-            d, inner = found
-            contracted = t.dim() - 1 if i == 0 else max(t.dim() - 2, 0)
-            if d == contracted:
-                return Lost(f"{name} sums over the samples")
-            if t.dim() == 1:
-                return Lost(f"{name} of a vector of samples")
-            free = t.dim() - 2 if i == 0 else t.dim() - 1
-            if d == free:
-                other = pair[1 - i]
-                if id(other) in of:
-                    return Lost(f"{name} of every sample with every other")
-                at = out.dim() - (2 if i == 0 and other.dim() > 1 else 1)
-            else:
-                at = d - t.dim() + max(t.dim(), pair[1 - i].dim())
-                if pair[1 - i].dim() == 1:
-                    at = d
-            states.append(Rows(rows.block_on(out.shape, at, inner), r.certain))
-        return _agree(states, name)
 
-    def _tensordot(
-        self, args: Sequence[Any], kwargs: dict[str, Any], operands: list[tuple[Tensor, Rows]], out: Tensor
-    ) -> State:
-        a, b = args[:2]
-        dims = kwargs.get("dims", args[2] if len(args) > 2 else 2)
-        if isinstance(dims, int):
-            dims = (list(range(a.dim() - dims, a.dim())), list(range(dims)))
-        over = [[d % t.dim() for d in ds] for t, ds in zip((a, b), dims, strict=True)]
-        if len(operands) != 1:
-            return Lost("tensordot of every sample with every other")
-        (t, r), which = operands[0], 0 if operands[0][0] is a else 1
-        found = rows.axis(t.shape, r.block, self.batch)
-        if found is None or found[0] in over[which]:
-            return Lost("tensordot sums over the samples")
-        dim = found[0] - sum(d < found[0] for d in over[which]) + (a.dim() - len(over[0]) if which else 0)
-        return Rows(rows.block_on(out.shape, dim, found[1]), r.certain)
+def _is_not_padded(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
+    widths = op.kwargs.get("pad", op.args[1] if len(op.args) > 1 else ())
+    return not any(widths[2 * (x.dim() - 1 - dim) :][:2])
 
-    def _recurrent(self, operands: list[tuple[Tensor, Rows]], results: list[Tensor]) -> list[State]:
-        """Of what torch.nn.LSTM and its kin call: the outputs lie as the inputs do, the states in dimension 1."""
-        x, r = operands[0]
-        found = rows.axis(x.shape, r.block, self.batch)
-        if found is None or x.dim() != 3 or found[0] == 2:
-            return [Lost("a recurrent layer of folded samples")] * len(results)
-        first, *states = results
-        return [
-            Rows(rows.block_on(first.shape, *found), r.certain),
-            *(Rows(rows.block_on(y.shape, 1, found[1]), r.certain) for y in states),
-        ]
 
-    def _einsum(self, args: Sequence[Any], operands: list[tuple[Tensor, Rows]], out: Tensor) -> State:
-        found = einsum_axes(args, {id(t): r for t, r in operands}, self.batch)
-        if isinstance(found, str):
-            return Lost(found)
-        return Rows(rows.block_on(out.shape, *found), any(r.certain for _, r in operands))
+stays(*MIXES, where=_is_not_mixed)
+stays(*ON_LAST, where=lambda op, x, dim, out: dim < x.dim() - ON_LAST[op.name])
+stays(*ON_FIRST, where=lambda op, x, dim, out: dim == 0)
+stays("pad", where=_is_not_padded)
 
-    def _pointwise(self, name: str, operands: list[tuple[Tensor, Rows]], out: Tensor) -> State:
-        states: list[State] = []
-        for t, r in operands:
-            block = rows.broadcast(t.shape, r.block, out.shape, self.batch) if t.dim() <= out.dim() else None
-            if block is None:
-                return Lost(f"{name} changed the shape from {tuple(t.shape)} to {tuple(out.shape)}")
-            states.append(Rows(block, r.certain))
-        return _agree(states, name)
+
+@propagates("embedding", "one_hot")
+def lookup(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Replace each number by a row."""
+    return [
+        _agree([SampleLayout(r.block * (y.numel() // t.numel()), r.certain) for t, r in op.samples], op.name)
+        for y in results
+    ]
+
+
+@propagates(*RECURRENT)
+def recurrent(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Return outputs that lie as the inputs do, and states with the samples in dimension 1."""
+    x, layout = op.samples[0]
+    found = sample_layout.axis(x.shape, layout.block, batch)
+    if found is None or x.dim() != 3 or found[0] == 2:
+        return [Mixed("a recurrent layer of folded samples")] * len(results)
+    first, *states = results
+    return [
+        SampleLayout(sample_layout.block_on(first.shape, *found), layout.certain),
+        *(SampleLayout(sample_layout.block_on(y.shape, 1, found[1]), layout.certain) for y in states),
+    ]
+
+
+# ---- Moves ----------------------------------------------------------------------------------------------------------
+
+#: The blocks after moves that were computed before, by the operation, its arguments and the layouts of its operands.
+_moved: dict[Any, list[int | None]] = {}
+_MOST_MOVES = 1 << 14
+_RESHAPES = frozenset("view reshape flatten unflatten squeeze unsqueeze ravel".split())
+
+
+@propagates(*MOVES)
+def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Apply the operation to the sample numbers."""
+    name, args, kwargs = op.name, op.args, op.kwargs
+    certain = any(layout.certain for _, layout in op.samples)
+    x, layout = op.samples[0]
+    if len(op.samples) == 1 and name in _RESHAPES:
+        same = len(results) == 1 and results[0].numel() == x.numel()
+        if same and not any(isinstance(a, torch.dtype) for a in args):
+            return [layout]
+    of = {id(t): layout.block for t, layout in op.samples}
+    key: Any = None
+    if not any(isinstance(a, Tensor) for a in (*_values(args[1:]), *kwargs.values())):
+        key = (name, batch, tuple((tuple(t.shape), r.block) for t, r in op.samples), _key(args), _key(kwargs))
+        known = _moved.get(key)
+        if known is not None:
+            return _states(known, certain, name)
+    if name == "as_strided" and not x.is_contiguous():
+        return [Mixed("as_strided of a tensor that is not contiguous")]
+
+    def numbers_of(t: Tensor) -> Tensor:
+        if id(t) in of:
+            return sample_layout.numbers(t.shape, of[id(t)], batch)
+        return torch.full(t.shape, -1, dtype=torch.int32)  # without samples
+
+    moved = args[0] if args else kwargs["tensors"] if "tensors" in kwargs else kwargs["input"]
+    if isinstance(moved, Tensor) and id(moved) not in of:
+        return [Mixed(f"{name} by indices that have samples")] * len(results)
+    numbers = numbers_of(moved) if isinstance(moved, Tensor) else [numbers_of(t) for t in moved]
+    others = {k: v for k, v in kwargs.items() if k not in ("tensors", "input", "out")}
+    try:
+        with torch.no_grad():
+            out = op.func(numbers, *args[1:], **others)
+    except (RuntimeError, TypeError, NotImplementedError):  # torch.nn.functional.unfold, for one
+        return RULES["im2col"](op, results, batch) if name == "unfold" else _unknown(op, results, batch)
+    blocks = [sample_layout.block_of(y, batch) for y in tensors_in((out,))]
+    if key is not None:
+        if len(_moved) >= _MOST_MOVES:
+            _moved.clear()
+        _moved[key] = blocks
+    return _states(blocks, certain, name)
+
+
+def _states(blocks: list[int | None], certain: bool, name: str) -> list[State]:
+    return [Mixed(f"{name} took samples apart") if b is None else SampleLayout(b, certain) for b in blocks]
+
+
+def _values(args: Sequence[Any]) -> Iterator[Any]:
+    """Yield the arguments, and those in a tuple, as an index is."""
+    for a in args:
+        if isinstance(a, tuple):
+            yield from a
+        else:
+            yield a
+
+
+def _key(x: Any) -> Any:
+    """Return the arguments of a move as a key, without tensors."""
+    if isinstance(x, Tensor):
+        return Tensor
+    if isinstance(x, (list, tuple)):
+        return (type(x).__name__, *(_key(y) for y in x))
+    if isinstance(x, dict):
+        return tuple((k, _key(v)) for k, v in sorted(x.items()))
+    if isinstance(x, slice):
+        return ("slice", x.start, x.stop, x.step)
+    return ("bool", x) if isinstance(x, bool) else x
+
+
+# ---- Reductions -----------------------------------------------------------------------------------------------------
+
+_DIM_AT = {"norm": 2, "quantile": 2, "nanquantile": 2, "vector_norm": 2, "kthvalue": 2, "cosine_similarity": 2}
+
+
+@propagates(*REDUCES)
+def reduces(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Drop or shrink dimensions, which may not be the samples'."""
+    second = op.args[1] if len(op.args) > 1 else op.kwargs.get("other")
+    if isinstance(second, Tensor) and op.name != "cosine_similarity":  # max(a, b)
+        return pointwise(op, results, batch)
+    x = op.samples[0][0]
+    dims = dims_of(op, x.dim(), _DIM_AT.get(op.name, 1))
+    if dims is None and op.name in ("cosine_similarity", "kthvalue"):
+        dims = [1 if op.name == "cosine_similarity" else x.dim() - 1]
+    return [_reduced(op, dims, x.dim(), y, batch) for y in results]
+
+
+def _reduced(op: Operation, dims: list[int] | None, ndim: int, out: Tensor, batch: int) -> State:
+    states: list[State] = []
+    for t, layout in op.samples:
+        found = sample_layout.axis(t.shape, layout.block, batch)
+        if dims is None or found is None or found[0] in dims or t.dim() != ndim:
+            return Mixed(f"{op.name} goes over the samples")
+        dim, inner = found
+        place = dim if out.dim() == ndim else dim - sum(d < dim for d in dims)
+        states.append(SampleLayout(sample_layout.block_on(out.shape, place, inner), layout.certain))
+    return _agree(states, op.name) if len(states) > 1 else states[0]
+
+
+# ---- Products -------------------------------------------------------------------------------------------------------
+
+
+@propagates(*PRODUCTS)
+def product(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Multiply matrices, which may not sum over the samples."""
+    pair = list(op.args[1:3] if op.name in ("addmm", "baddbmm") else op.args[:2])
+    if op.name == "__rmatmul__":
+        pair.reverse()
+    return [_product(op.name, pair, op.samples, results[0], batch)]
+
+
+def _product(name: str, pair: list[Tensor], samples: Samples, out: Tensor, batch: int) -> State:
+    of = {id(t): layout for t, layout in samples}
+    states: list[State] = []
+    for i, t in enumerate(pair):
+        layout = of.get(id(t))
+        if layout is None:
+            continue
+        found = sample_layout.axis(t.shape, layout.block, batch)
+        if found is None:
+            return Mixed(f"{name} of folded samples")
+        d, inner = found
+        contracted = t.dim() - 1 if i == 0 else max(t.dim() - 2, 0)
+        if d == contracted:
+            return Mixed(f"{name} sums over the samples")
+        if t.dim() == 1:
+            return Mixed(f"{name} of a vector of samples")
+        free = t.dim() - 2 if i == 0 else t.dim() - 1
+        other = pair[1 - i]
+        if d == free:
+            if id(other) in of:
+                return Mixed(f"{name} of every sample with every other")
+            at = out.dim() - (2 if i == 0 and other.dim() > 1 else 1)
+        else:
+            at = d if other.dim() == 1 else d - t.dim() + max(t.dim(), other.dim())
+        states.append(SampleLayout(sample_layout.block_on(out.shape, at, inner), layout.certain))
+    return _agree(states, name)
+
+
+@propagates("tensordot")
+def tensordot(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Contract dimensions, which may not be the samples'."""
+    a, b = op.args[:2]
+    dims = op.argument(2, "dims", 2)
+    if isinstance(dims, int):
+        dims = (list(range(a.dim() - dims, a.dim())), list(range(dims)))
+    over = [[d % t.dim() for d in ds] for t, ds in zip((a, b), dims, strict=True)]
+    if len(op.samples) != 1:
+        return [Mixed("tensordot of every sample with every other")]
+    (t, layout), which = op.samples[0], 0 if op.samples[0][0] is a else 1
+    found = sample_layout.axis(t.shape, layout.block, batch)
+    if found is None or found[0] in over[which]:
+        return [Mixed("tensordot sums over the samples")]
+    dim = found[0] - sum(d < found[0] for d in over[which]) + (a.dim() - len(over[0]) if which else 0)
+    return [SampleLayout(sample_layout.block_on(results[0].shape, dim, found[1]), layout.certain)]
+
+
+@propagates("einsum")
+def einsum(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Contract letters, which may not be the samples'."""
+    found = einsum_axes(op.args, {id(t): layout for t, layout in op.samples}, batch)
+    if isinstance(found, str):
+        return [Mixed(found)]
+    certain = any(layout.certain for _, layout in op.samples)
+    return [SampleLayout(sample_layout.block_on(results[0].shape, *found), certain)]
 
 
 def letters_of(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], str] | None:
-    """The operands' and the result's dimensions of an einsum, a letter for each, also of those in "..."."""
+    """Return the dimensions of the operands and the result of an einsum, a letter for each, also for those in "..."."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
     terms = []
@@ -368,8 +446,8 @@ def letters_of(equation: str, operands: Sequence[Tensor]) -> tuple[list[str], st
     return terms, dots + "".join(sorted(c for c in set(every) if every.count(c) == 1 and c not in dots))
 
 
-def einsum_axes(args: Sequence[Any], of: dict[int, Rows], batch: int) -> tuple[int, int] | str:
-    """The output dimension of the samples, and the entries of one sample in a row; or why there is none."""
+def einsum_axes(args: Sequence[Any], of: dict[int, SampleLayout], batch: int) -> tuple[int, int] | str:
+    """Return the output dimension of the samples and the consecutive entries of one; or why there is none."""
     equation, *operands = args
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = list(operands[0])
@@ -381,7 +459,7 @@ def einsum_axes(args: Sequence[Any], of: dict[int, Rows], batch: int) -> tuple[i
     found: set[tuple[str, int]] = set()
     for term, t in zip(letters[0], operands, strict=True):
         if id(t) in of:
-            at = rows.axis(t.shape, of[id(t)].block, batch)
+            at = sample_layout.axis(t.shape, of[id(t)].block, batch)
             if at is None:
                 return "einsum of folded samples"
             found.add((term[at[0]], at[1]))
@@ -392,30 +470,8 @@ def einsum_axes(args: Sequence[Any], of: dict[int, Rows], batch: int) -> tuple[i
 
 
 def _agree(states: list[State], name: str) -> State:
-    """One state of several operands'."""
-    blocks = {s.block for s in states if isinstance(s, Rows)}
+    """Return the one state of a result, from those that its operands give."""
+    blocks = {s.block for s in states if isinstance(s, SampleLayout)}
     if len(blocks) == 1:
-        return Rows(blocks.pop(), any(isinstance(s, Rows) and s.certain for s in states))
-    return Lost(f"{name} of operands whose samples do not lie side by side")
-
-
-def _values(args: Sequence[Any]) -> Iterator[Any]:
-    """Arguments, with what an index holds."""
-    for a in args:
-        if isinstance(a, tuple):
-            yield from a
-        else:
-            yield a
-
-
-def _key(x: Any) -> Any:
-    """Arguments of a move, as a key: tensors by position only."""
-    if isinstance(x, Tensor):
-        return Tensor
-    if isinstance(x, (list, tuple)):
-        return (type(x).__name__, *(_key(y) for y in x))
-    if isinstance(x, dict):
-        return tuple((k, _key(v)) for k, v in sorted(x.items()))
-    if isinstance(x, slice):
-        return ("slice", x.start, x.stop, x.step)
-    return x
+        return SampleLayout(blocks.pop(), any(isinstance(s, SampleLayout) and s.certain for s in states))
+    return Mixed(f"{name} of operands whose samples do not lie side by side")

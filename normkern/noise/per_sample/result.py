@@ -1,4 +1,4 @@
-"""What `GradientNoise` says: fields and definitions as in `normkern.moments`, for a whole model."""
+"""The result of `GradientNoise`: fields and definitions as in `normkern.moments`, for a whole model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class NoiseScalars:
-    r"""Signal and noise in numbers, of one parameter or of all: float64 tensors of no dimension.
+    r"""Signal and noise of one parameter or of all, as float64 tensors of no dimension.
 
     Attributes:
         trace_sigma: :math:`\mathrm{tr}\,\Sigma`, of the per-sample gradients' covariance.
@@ -97,12 +97,12 @@ class GradientNoiseResult(NoiseScalars):
 
     @cached_property
     def coverage(self) -> Coverage:
-        """`Coverage`: what was measured how."""
+        """How each parameter was measured, a `Coverage`."""
         return self._read_coverage()
 
 
 def scalars(trace: Tensor, mean_sq: Tensor, batch: int) -> NoiseScalars:
-    """All of them from two."""
+    """Return all scalars from the trace and the squared norm of the mean."""
     unbiased = mean_sq - trace / batch
     nsr = trace / mean_sq
     return NoiseScalars(trace, mean_sq, unbiased, nsr, nsr / batch, trace / unbiased)

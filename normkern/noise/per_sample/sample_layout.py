@@ -1,9 +1,9 @@
-"""Which elements of a tensor belong to which sample: one number says it.
+"""Which elements of a tensor belong to which sample: `SampleLayout` says it with one number, the block.
 
 The samples' elements lie in blocks: element i, counted in row-major order of the tensor's shape, belongs to sample
-``i // block % B``. A batch in front is one round of B blocks; time in front of the batch, or frames folded into it, are
-several rounds or blocks of several rows. Reshaping changes nothing of it; what moves elements is applied to the
-samples' numbers themselves.
+``i // block % B``. A batch in the first dimension is one round of B blocks. Time in front of the batch gives several
+rounds; frames folded into the batch give blocks of several rows. Reshaping does not change the block. An operation that
+moves elements is applied to the sample numbers themselves (`numbers`), and `block_of` reads the new block off them.
 """
 
 from __future__ import annotations
@@ -17,31 +17,37 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Where the samples are. Not certain: guessed from a leading dimension of B, and yields to what is certain."""
+class SampleLayout:
+    """Where a tensor's samples are.
+
+    A layout that is not `certain` was guessed from a first dimension of size B, and yields to one that is certain.
+    """
 
     block: int
     certain: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class Lost:
-    """The samples cannot be told apart any more."""
+class Mixed:
+    """The samples of a tensor can no longer be told apart."""
 
     why: str
 
 
-#: Of a tensor: where its samples are, that they are lost, or that it has none (None).
-State = Rows | Lost | None
+#: Of a tensor: where its samples are, or that they are mixed, or None where it has no samples.
+State = SampleLayout | Mixed | None
 
 
-def leading(shape: Sequence[int], batch: int, certain: bool = True) -> Rows:
-    """The batch in front."""
-    return Rows(math.prod(shape) // batch, certain)
+def leading(shape: Sequence[int], batch: int, certain: bool = True) -> SampleLayout:
+    """Return the layout of a batch in the first dimension."""
+    return SampleLayout(math.prod(shape) // batch, certain)
 
 
 def axis(shape: Sequence[int], block: int, batch: int) -> tuple[int, int] | None:
-    """The dimension that holds the samples and how many of its entries in a row are one sample's; None: several do."""
+    """Return the dimension of the samples and how many consecutive entries of it one sample has.
+
+    None: the samples lie along several dimensions.
+    """
     after = math.prod(shape)
     for d, size in enumerate(shape):
         after //= max(size, 1)
@@ -51,17 +57,17 @@ def axis(shape: Sequence[int], block: int, batch: int) -> tuple[int, int] | None
 
 
 def block_on(shape: Sequence[int], dim: int, inner: int) -> int:
-    """The block of samples on a dimension, `inner` entries each."""
+    """Return the block of samples along a dimension, `inner` consecutive entries each."""
     return inner * math.prod(shape[dim + 1 :])
 
 
 def numbers(shape: Sequence[int], block: int, batch: int) -> Tensor:
-    """The sample's number of every element."""
+    """Return the sample number of every element."""
     return (torch.arange(math.prod(shape), dtype=torch.int32) // block % batch).view(*shape)
 
 
 def block_of(numbers: Tensor, batch: int) -> int | None:
-    """The block that such numbers have; None: none describes them."""
+    """Return the block that describes these sample numbers; None: there is none."""
     flat = numbers.reshape(-1)
     after = (flat != 0).nonzero()
     if len(flat) % batch or not len(after):
@@ -74,7 +80,7 @@ def block_of(numbers: Tensor, batch: int) -> int | None:
 
 
 def block_where_known(numbers: Tensor, batch: int) -> int | None:
-    """The same of numbers that are -1 where nobody knows them; None also if several blocks describe the rest."""
+    """Return the block that describes sample numbers of which some are unknown (-1); None: no block or several do."""
     known = numbers >= 0
     wanted = numbers[known]
     fits = []
@@ -92,7 +98,7 @@ def block_where_known(numbers: Tensor, batch: int) -> int | None:
 
 
 def broadcast(shape: Sequence[int], block: int, to: Sequence[int], batch: int) -> int | None:
-    """The block of a tensor after broadcasting to a shape; None: that would not be a block."""
+    """Return the block of a tensor after broadcasting to a shape; None: no block describes the result."""
     if tuple(shape) == tuple(to):
         return block
     found = axis(shape, block, batch)
@@ -103,9 +109,9 @@ def broadcast(shape: Sequence[int], block: int, to: Sequence[int], batch: int) -
 
 
 def by_sample(x: Tensor, block: int, batch: int, width: int) -> Tensor | None:
-    """The rows of `width` elements of each sample, (B, T, width): a view where strides can say it.
+    """Return the rows of `width` elements of each sample, (B, T, width): a view where strides allow it.
 
-    None: a sample's elements are not whole rows.
+    None: the elements of a sample are not whole rows.
     """
     if block == width and x.dim() == 2 and x.shape[0] == batch:
         return x.unsqueeze(1)
@@ -116,3 +122,10 @@ def by_sample(x: Tensor, block: int, batch: int, width: int) -> Tensor | None:
         return x[0]
     x = x.transpose(0, 1)
     return x[:, :, 0] if x.shape[2] == 1 else x.reshape(batch, -1, width)
+
+
+def without_guesses(samples: list[tuple[Tensor, SampleLayout]]) -> list[tuple[Tensor, SampleLayout]]:
+    """Drop guessed layouts of tensors that no gradient reaches, where another layout is certain."""
+    if not any(layout.certain for _, layout in samples):
+        return samples
+    return [(t, layout) for t, layout in samples if layout.certain or t.requires_grad]

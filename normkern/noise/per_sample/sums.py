@@ -1,4 +1,4 @@
-"""What is summed over samples: of one gradient's contributions, of several batches', of all parameters'."""
+"""Sums over samples: total, centred squares and norms of the contributions to one tensor's gradient."""
 
 from __future__ import annotations
 
@@ -13,51 +13,51 @@ from . import kernels
 
 @dataclass(slots=True)
 class Sums:
-    """Of the contributions c_b of a batch to one tensor's gradient."""
+    """Sums of the contributions c_b of a batch to one tensor's gradient."""
 
     total: Tensor  #: sum_b c_b, of the tensor's shape
     centred: Tensor | None  #: sum_b (c_b - mean)^2, elementwise; None: not asked for
     sq_norms: Tensor  #: (B,) |c_b|^2, float64
 
     def reshape(self, shape: torch.Size) -> Sums:
-        """The same of a tensor of another shape."""
+        """Return the same sums for a tensor of another shape."""
         return Sums(
             self.total.reshape(shape), None if self.centred is None else self.centred.reshape(shape), self.sq_norms
         )
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
-    """What contributions of a dtype are summed in."""
+    """Return the dtype in which contributions of a dtype are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def sq_norm(x: Tensor) -> Tensor:
-    """|x|^2 in float64, of no dimension."""
+    """Return |x|^2 in float64, of no dimension."""
     rows = _rows(x)
     return kernels.of(rows).row_sq_norms(rows).sum()
 
 
 def plain_sum(x: Tensor) -> Tensor:
-    """The sum of all entries in float64, of no dimension."""
+    """Return the sum of all entries in float64, of no dimension."""
     rows = _rows(x)
     return kernels.of(rows).row_sums(rows).sum()
 
 
 def _rows(x: Tensor) -> Tensor:
-    """As a matrix, a view if strides can say it."""
+    """Return x as a matrix, a view if strides allow it."""
     x = x.detach()
     return x.reshape(1, -1) if x.dim() < 2 or x.is_contiguous() else x.flatten(1)
 
 
 def of_matrix(rows: Tensor, squares: bool) -> Sums:
-    """Of contributions that are the rows of a (B, P) matrix."""
+    """Return the sums of contributions that are the rows of a (B, P) matrix."""
     rows = rows.to(real(rows.dtype))
     mean, centred, sq_norms = kernels.of(rows).moments(rows, squares=squares)
     return Sums(mean * len(rows), centred, sq_norms)
 
 
 def one_by_one(batch: int, sample: Callable[[int], Tensor], squares: bool) -> Sums:
-    """Of contributions that come one after the other, each of the tensor's shape: never more than one at a time.
+    """Return the sums of contributions that are computed one after the other, each of the tensor's shape.
 
     sum_b (c_b - mean)^2 by Youngs and Cramer's update, as in formulas.h.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import normkern
-from normkern.noise.per_sample.contributions import Outer
+from normkern.noise.per_sample.layers.linear import LinearContribution
 
 from .budgets import SCALARS, close
 from .case import numbers
@@ -223,14 +223,14 @@ def test_scripted_models_are_refused(mlp):
 @pytest.mark.parametrize("check", [True, "first"])
 def test_a_kernel_that_is_wrong_is_caught(mlp, monkeypatch, check):
     """Contributions that do not add up to autograd's gradient, though they are what arrives in .grad."""
-    right = Outer.sums
+    right = LinearContribution.sums
 
     def wrong(self, squares):
         sums = right(self, squares)
         sums.total[0] *= 1.01
         return sums
 
-    monkeypatch.setattr(Outer, "sums", wrong)
+    monkeypatch.setattr(LinearContribution, "sums", wrong)
     noise = normkern.GradientNoise(mlp.model, check=check)
     with noise, pytest.raises(RuntimeError, match=r"do not add up to the gradient of autograd"):
         mlp.value().backward()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import normkern
-from normkern.noise.per_sample import random_signs as signs
+from normkern.noise.per_sample import contrast
 
 from .budgets import BUDGET, SCALARS, assert_says, close
 from .case import numbers
@@ -67,7 +67,7 @@ def test_estimates_are_exact_on_average_over_all_contrasts(name, monkeypatch):
     problem = problem_of(name)
     told, results = told_of(problem), []
     for weights in contrasts(problem.samples):
-        monkeypatch.setattr(signs.Contrast, "draw", classmethod(lambda cls, batch, w=weights: cls(w.clone())))
+        monkeypatch.setattr(contrast.Contrast, "draw", classmethod(lambda cls, batch, w=weights: cls(w.clone())))
         results.append(measured(problem, ("nsr", "variance"), uncovered="estimate"))
         problem.model.zero_grad()
     assert len(results) == math.comb(problem.samples, problem.samples // 2)
@@ -93,7 +93,7 @@ def test_draws_scatter_around_the_truth(name):
 def test_drawn_contrasts_are_balanced_and_their_own():
     for samples in range(2, 12):
         before = torch.get_rng_state()
-        weights = signs.Contrast.draw(samples).weights
+        weights = contrast.Contrast.draw(samples).weights
         assert torch.equal(before, torch.get_rng_state())
         assert weights.sum().abs() < 1e-15
         assert (weights != 0).all()

@@ -1,4 +1,4 @@
-"""experiments/papers: claims' lines, runs that are not made twice, reports that stand alone, statistics with known answers."""
+"""Check experiments/: claims' lines, runs that are not repeated, reports, statistics with known answers, bfloat16 training."""
 
 import argparse
 import base64
@@ -25,6 +25,7 @@ pytest.importorskip("matplotlib")
 from rich.console import Console
 
 import normkern
+from experiments import low_precision
 from experiments.papers import auto_rate, exponential, intrinsic, report, statistics, svag
 from experiments.papers.claims import Claim
 from experiments.papers.data import batches, for_all, load, loss_of, losses_of
@@ -226,21 +227,41 @@ def test_a_torn_last_line_is_no_result_and_spoils_none(tmp_path):
     assert sorted(read(path)) == ["a", "c"]
 
 
+SOURCE = """
+from typing import NamedTuple
+CONSTANT = 3
+class Pair(NamedTuple):
+    a: int
+    b: int
+def used():
+    return Pair({}, CONSTANT)
+def run():
+    return used() + CONSTANT
+"""
+
+
+def digest_of(folder, package, value):
+    """Return the digest of a run in another process, whose source is a file with the package's name."""
+    (folder / f"{package}.py").write_text(SOURCE.format(value))
+    code = (
+        f"import sys; sys.path.insert(0, {str(folder)!r}); from experiments.papers import runs; "
+        f"runs.PACKAGE = {package!r}; import {package} as m; print(runs.source_digest(m.run))"
+    )
+    return subprocess.run(
+        [sys.executable, "-B", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    ).stdout
+
+
 def test_results_of_other_source_are_not_reused(tmp_path):
-    module = tmp_path / "bench_papers_source.py"
-    digests = []
-    for body in ("1", "1", "2"):
-        code = (
-            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from experiments.papers import runs; "
-            "runs.PACKAGE = 'bench_papers_source'; import bench_papers_source as m; print(runs.source_digest(m.run))"
-        )
-        module.write_text(
-            f"CONSTANT = 3\n\ndef used():\n    return {body}\n\ndef run():\n    return used() + CONSTANT\n"
-        )
-        done = subprocess.run([sys.executable, "-B", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-        digests.append(done.stdout)
-    assert digests[0] == digests[1] != digests[2]
+    first = digest_of(tmp_path, "papers_source", 1)
+    assert digest_of(tmp_path, "papers_source", 1) == first
+    assert digest_of(tmp_path, "papers_source", 2) != first
     assert source_digest(auto_rate.tuned) != source_digest(auto_rate.descent)
+
+
+def test_results_outlive_a_move_of_the_package(tmp_path):
+    # The methods of a NamedTuple belong to the module `collections`, which stands between these two in the alphabet.
+    assert digest_of(tmp_path, "before", 1) == digest_of(tmp_path, "moved", 1)
 
 
 KILLED = """
@@ -384,3 +405,32 @@ def test_identity_of_auto_rate_tuning_in_a_few_steps():
 def test_exponential_runs_are_equal_in_a_few_steps():
     told = exponential.side_by_side(norm="layer", schedule="cosine", seed=0, steps=25, data=None)
     assert max(told["growing"] + told["folded"]) < 1e-11
+
+
+# Training in bfloat16
+
+
+def test_table_of_low_precision():
+    results = {
+        "variants": {"float32": [[(0.5, 9.0), (0.9, 2.0)], [(0.5, 9.0), (0.8, 4.0)]], "master weights": [[(1.0, 3.0)]]}
+    }
+    lines = low_precision.readme_table(results).splitlines()
+    assert lines[2:] == [
+        "| float32 | 85.00 ± 7.07 | 3.0 ± 1.4 |",
+        "| bfloat16, master weights | 100.00 ± 0.00 | 3.0 ± 0.0 |",
+    ]
+
+
+@pytest.mark.slow
+def test_run_of_low_precision(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text("\n".join(low_precision.MARKS))
+    files = {"--json": tmp_path / "a.json", "--plot": tmp_path / "a.png", "--readme": readme}
+    arguments = ["--seeds", "1", "--epochs", "1", *(str(x) for pair in files.items() for x in pair)]
+    monkeypatch.setattr("sys.argv", ["low_precision", *arguments])
+    low_precision.main()
+    ends = {name: runs[0][-1] for name, runs in json.loads(files["--json"].read_text())["variants"].items()}
+    assert ends.keys() == low_precision.VARIANTS.keys()
+    assert ends["master weights"][1] == pytest.approx(ends["float32"][1], rel=0.01)
+    assert files["--plot"].stat().st_size > 10000
+    assert readme.read_text().count("|") > 20

@@ -1,0 +1,212 @@
+"""What is known of the tensors of one context: where their samples are, and which parameters they were made of."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import sample_layout
+from .accumulator import Accumulator
+from .contributions import Contribution
+from .derived import Derived
+from .propagation import LayoutRules
+from .record import ParameterRecord, Root, Target
+from .sample_layout import Mixed, SampleLayout, State
+
+_Entry = tuple["weakref.ref[Tensor]", Any]
+
+
+class Use:
+    """One operation of the forward that joins parameters with samples, for its backward.
+
+    Args:
+        targets: whose gradients the operation contributes to; None in the place of an operand that needs none.
+    """
+
+    def __init__(self, accumulator: Accumulator, name: str, batch: int, targets: list[Target | None]) -> None:
+        self.accumulator, self.name, self.batch, self.targets = accumulator, name, batch, targets
+        self.call, self.origin = accumulator.call(), accumulator.origin
+        self.done = False
+        for target in targets:
+            if target is not None:
+                accumulator.expect(target)
+
+    def begin(self) -> None:
+        """Check that this backward may run; call it before `measure`."""
+        self.accumulator.backward_of(self)
+
+    def measure(self, i: int, contribution: Callable[[], Contribution]) -> Tensor | None:
+        """Return the gradient of the i-th target, and accumulate its contributions, which the function returns."""
+        target = self.targets[i]
+        assert target is not None
+        return self.accumulator.measure(target, contribution)
+
+    def compare(self, i: int, measured: Tensor | None, plain: Tensor, g: Tensor, x: Tensor) -> None:
+        """Compare the sum of the contributions with autograd's gradient, whose terms are of the size of |g| |x|."""
+        target = self.targets[i]
+        assert measured is not None
+        assert target is not None
+        self.accumulator.compare(target, self.name, measured, plain, g, x)
+
+
+class TensorState:
+    """Tables of tensors, by id; an entry is valid as long as its tensor lives. Handlers of operations get this object.
+
+    Attributes:
+        accumulator: takes the contributions of the parameters.
+
+    A handler uses `state` (where a tensor's samples are), `mark` (say where they are, of what the handler returns),
+    `derived` and `roots` (which parameters a tensor was made of), `use` (announce contributions), `run` (other
+    operations in place of its own), `rules` (where the samples are after an operation) and `accumulator`.
+    """
+
+    def __init__(self, accumulator: Accumulator, mode: AbstractContextManager[Any]) -> None:
+        """`mode` sees the operations that `run` runs."""
+        self.accumulator = accumulator
+        self._mode: AbstractContextManager[Any] | None = mode
+        self._states: dict[int, _Entry] = {}
+        self._derived: dict[int, _Entry] = {}
+        self._opaque: dict[int, _Entry] = {}
+        self._written: dict[int, _Entry] = {}
+        self._leaves: dict[int, Tensor] = {}
+        self._rules: LayoutRules | None = None
+
+    def forget(self) -> None:
+        """Forget all tensors, and the mode, which holds this object."""
+        for table in (self._states, self._derived, self._opaque, self._written, self._leaves):
+            table.clear()
+        self._mode = None
+
+    def sweep(self) -> None:
+        """Forget tensors that no longer exist."""
+        for table in (self._states, self._derived, self._opaque, self._written):
+            for key in [k for k, entry in table.items() if entry[0]() is None]:
+                del table[key]
+
+    # ---- Samples
+
+    @property
+    def rules(self) -> LayoutRules:
+        """The layout rules, for the current batch size."""
+        batch = self.accumulator.batch
+        assert batch is not None
+        if self._rules is None or self._rules.batch != batch:
+            self._rules = LayoutRules(batch)
+        return self._rules
+
+    def mark(self, t: Tensor, state: State) -> None:
+        """Record where a tensor's samples are."""
+        self._states[id(t)] = (weakref.ref(t), state)
+
+    def known(self, t: Tensor) -> bool:
+        """Return whether the tensor came out of an operation seen here, or was given to the model."""
+        entry = self._states.get(id(t))
+        return entry is not None and entry[0]() is t
+
+    def state(self, t: Tensor) -> State:
+        """Return where a tensor's samples are; a guess for an unknown one whose first dimension is of size B."""
+        entry = self._states.get(id(t))
+        if entry is not None and entry[0]() is t:
+            return entry[1]
+        batch = self.accumulator.batch
+        if batch is None or t.dim() == 0 or t.shape[0] != batch or self.accumulator.constant(t):
+            return None
+        return sample_layout.leading(t.shape, batch, certain=False)
+
+    def layout(self, t: Any) -> SampleLayout | None:
+        """Return the layout of a tensor's samples; None where they are mixed, or it has none or is no tensor."""
+        state = self.state(t) if isinstance(t, Tensor) else None
+        return state if isinstance(state, SampleLayout) else None
+
+    def write(self, x: Tensor, index: Any, y: Tensor, before: State, layout: SampleLayout) -> None:
+        """Record the samples that ``x[index] = y`` wrote into x, which had the state `before`."""
+        batch = self.rules.batch
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            entry = self._written.get(id(x))
+            known = None if entry is None or entry[0]() is not x else entry[1]
+            if known is None:
+                if isinstance(before, SampleLayout) and before.certain:
+                    known = sample_layout.numbers(x.shape, before.block, batch)
+                else:
+                    known = torch.full(x.shape, -1, dtype=torch.int32)
+                self._written[id(x)] = (weakref.ref(x), known)
+            known[index] = sample_layout.numbers(y.shape, layout.block, batch)
+            block = sample_layout.block_where_known(known, batch)
+        self.mark(x, Mixed("samples were written into each other's places") if block is None else SampleLayout(block))
+
+    # ---- Parameters
+
+    def is_parameter(self, t: Tensor) -> bool:
+        """Return whether this is a parameter, or was made of parameters alone."""
+        return self.accumulator.knows(t) or self.derived(t) is not None or self.opaque(t) is not None
+
+    def derived(self, t: Tensor) -> Derived | None:
+        """Return what a tensor was derived from; None: not from parameters alone."""
+        entry = self._derived.get(id(t))
+        return entry[1] if entry is not None and entry[0]() is t else None
+
+    def opaque(self, t: Tensor) -> tuple[list[ParameterRecord], str] | None:
+        """Return the parameters in a tensor made by an operation without a way back, and the operation's name."""
+        entry = self._opaque.get(id(t))
+        return entry[1] if entry is not None and entry[0]() is t else None
+
+    def roots(self, t: Tensor) -> list[Root]:
+        """Return the parameters in a tensor that is one or was derived from some, and the way to each."""
+        if self.accumulator.knows(t):
+            return [Root(self.accumulator.record(id(t)), None)]
+        d = self.derived(t)
+        assert d is not None
+        return [Root(self.accumulator.record(root), d) for root in d.leaves]
+
+    def records(self, parameters: Sequence[Tensor]) -> list[ParameterRecord]:
+        """Return the records of all parameters in these tensors."""
+        records: list[ParameterRecord] = []
+        for t in parameters:
+            hidden = self.opaque(t)
+            found = hidden[0] if hidden else [root.record for root in self.roots(t)]
+            records += [r for r in found if r not in records]
+        return records
+
+    def leaf(self, parameter: Tensor) -> Tensor:
+        """Return the stand-in of a parameter in the graphs of derived tensors."""
+        leaf = self._leaves.get(id(parameter))
+        if leaf is None:
+            leaf = self._leaves[id(parameter)] = parameter.detach().requires_grad_()
+        return leaf
+
+    def mark_derived(self, t: Tensor, derived: Derived) -> None:
+        """Record what a tensor was derived from."""
+        self.mark(t, None)
+        self._derived[id(t)] = (weakref.ref(t), derived)
+
+    def mark_opaque(self, t: Tensor, records: list[ParameterRecord], operation: str) -> None:
+        """Record that contributions to a tensor cannot go back through an operation to these parameters."""
+        self.mark(t, None)
+        self._opaque[id(t)] = (weakref.ref(t), (records, operation))
+
+    def target(self, t: Any) -> Tensor | None:
+        """Return the argument if it is a parameter or was derived from some; else None."""
+        if isinstance(t, Tensor) and (self.accumulator.knows(t) or self.derived(t) is not None):
+            return t
+        return None
+
+    # ---- Operations
+
+    def run(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """Run an operation in place of the one that the user called; the tracer sees it."""
+        assert self._mode is not None
+        with self._mode:
+            return func(*args, **kwargs)
+
+    def use(self, name: str, operands: Sequence[Any]) -> Use:
+        """Return a use of these operands, of which those that are no parameters need no gradient here."""
+        targets = [self.target(t) for t in operands]
+        return Use(
+            self.accumulator, name, self.rules.batch,
+            [None if t is None else Target(self.roots(t), t.dtype) for t in targets],
+        )  # fmt: skip

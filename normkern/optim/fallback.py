@@ -1,0 +1,175 @@
+"""Fallback of a step: parameters that no kernel takes are stepped and measured by torch's loop or by `reference`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+
+from .. import ops
+from ..tracing import is_materialized
+from .dtensor import is_dtensor, shard
+from .group_step import GroupStep
+from .options import BUFFER
+
+
+def sq_norms_with_torch(group: GroupStep, grad_scale: Tensor | None) -> list[tuple[int, Tensor]]:
+    """Return row and |g|^2 of the parameters that no kernel takes; `Pass.sq_norms` has those of the others."""
+    if not group.left_to_torch:
+        return []
+    from ..reference import sq_norm
+
+    scale = 1.0 if group.gauge is None or group.gauge.step is None else group.gauge.step.scale
+    grads = ((i, _local(_whole_gradient(group, i, grad_scale), group.params[i])) for i in group.left_to_torch)
+    return [(group.row + i, sq_norm(g) / scale**2) for i, g in grads]
+
+
+def step_with_torch(group: GroupStep, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
+    """Step the parameters that no kernel takes, by torch's loop where it has all options of the group."""
+    gauge = None if group.gauge is None else group.gauge.step
+    if gauge is None and group.precision is None:
+        _step_with_torch(group, grad_scale, clip_coef)
+    else:
+        _step_with_reference(group, gauge, grad_scale, clip_coef)
+
+
+def _step_with_torch(group: GroupStep, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
+    options = group.options
+    params = [group.params[i] for i in group.left_to_torch]
+    grads = [_whole_gradient(group, i, grad_scale) for i in group.left_to_torch]
+    buffers = [group.buffers[i] for i in group.left_to_torch]
+    sparse = any(g.layout != torch.strided for g in grads)
+    before = [_local(p, p).clone() for p in params] if group.stats else []
+    with torch.set_grad_enabled(bool(options["differentiable"])):
+        clipped = grads if clip_coef is None else [g * clip_coef.to(g.device) for g in grads]
+        for lr, some in _runs(group):
+            made = buffers[some]
+            torch_sgd(
+                params[some],
+                clipped[some],
+                made,
+                has_sparse_grad=sparse,
+                foreach=False,
+                fused=bool(options["fused"]) and sparse,  # raises torch's error
+                weight_decay=options["weight_decay"],
+                momentum=options["momentum"],
+                lr=lr,
+                dampening=options["dampening"],
+                nesterov=options["nesterov"],
+                maximize=options["maximize"],
+            )
+            buffers[some] = made
+    if options["momentum"] != 0:
+        for p, buffer in zip(params, buffers, strict=True):
+            group.state[p][BUFFER] = buffer
+    if group.stats:
+        _measure(group, before, grads)
+
+
+def _measure(group: GroupStep, before: list[Tensor], grads: list[Tensor]) -> None:
+    """Add the sums of the parameters that torch's loop has stepped to `torch_sums` of the group."""
+    from ..reference import gradient_sums, step_sums
+
+    for i, w, g in zip(group.left_to_torch, before, grads, strict=True):
+        p = group.params[i]
+        if is_materialized(p):
+            sums = step_sums(w, _local(g, p), _local(p, p), group.stats)
+            if group.pair is not None and group.pair.held[i] is not None:
+                first, second = (_local(x, p) for x in _unscaled_pair(group, i))
+                sums = torch.cat([sums, gradient_sums(first, second, group.stats)], dim=1)
+            group.torch_sums.append((group.first_slot(i), sums))
+
+
+def _runs(group: GroupStep) -> list[tuple[Any, slice]]:
+    """Return learning rates, and which of `left_to_torch` have them: torch's function takes one for all."""
+    lr = group.options["lr"]
+    if group.multipliers is None:
+        return [(lr, slice(None))]
+    return [(lr * group.multipliers.value(i), slice(k, k + 1)) for k, i in enumerate(group.left_to_torch)]
+
+
+def _step_with_reference(
+    group: GroupStep, gauge: ops.GaugeStep | None, grad_scale: Tensor | None, clip_coef: Tensor | None
+) -> None:
+    """Step with `reference.sgd_`, which has the options that torch's loop lacks."""
+    from ..reference import sgd_
+
+    options, pair, precision = group.options, group.pair, group.precision
+    for i in group.left_to_torch:
+        p, buffers = group.params[i], [group.buffers[i]]
+        more: dict[str, Any] = {}
+        if precision is not None:
+            rounding = precision.rounding
+            more = {
+                "state_dtype": precision.state_dtype,
+                "masters": None if group.masters is None else [group.masters[i]],
+                "rounding": None if rounding is None else rounding._replace(first=precision.first + i),
+            }
+        if pair is not None and pair.held[i] is not None:
+            grad = pair.grads[i]
+            more |= {"held": [_dense(pair.held[i])], "l": pair.l}
+            more |= {"held_scale": 1 / pair.first_inverse_scale, "grad_scale": 1 / pair.second_inverse_scale}
+        else:
+            grad = _whole_gradient(group, i, grad_scale)
+        stats = group.stats if is_materialized(p) else None
+        sums = sgd_(
+            [p],
+            [_dense(grad)],
+            buffers,
+            lr=group.lr,
+            momentum=float(options["momentum"]),
+            dampening=float(options["dampening"]),
+            weight_decay=float(options["weight_decay"]),
+            nesterov=bool(options["nesterov"]),
+            maximize=bool(options["maximize"]),
+            stats=stats,
+            gauge=gauge,
+            clip_coef=None if clip_coef is None else clip_coef.to(p.device),
+            lr_multipliers=None if group.multipliers is None else [float(group.multipliers.value(i))],
+            **more,
+        )
+        if buffers[0] is not None:
+            group.state[p][BUFFER] = buffers[0]
+        if sums is not None and stats is not None:
+            group.torch_sums.append((group.first_slot(i), sums))
+
+
+def _whole_gradient(group: GroupStep, i: int, grad_scale: Tensor | None) -> Tensor:
+    """Return the unscaled gradient of parameter i: the combination where there are two."""
+    g: Tensor = group.grads[i]
+    if group.pair is None:
+        return g if grad_scale is None else g / grad_scale
+    if group.pair.held[i] is None:
+        return g if group.pair.first_inverse_scale == 1 else g * group.pair.first_inverse_scale
+    from ..reference import svag_combination
+
+    return svag_combination(*_unscaled_pair(group, i), group.pair.l)
+
+
+def _unscaled_pair(group: GroupStep, i: int) -> tuple[Tensor, Tensor]:
+    pair = group.pair
+    assert pair is not None
+    return pair.held[i] * pair.first_inverse_scale, pair.grads[i] * pair.second_inverse_scale
+
+
+def with_torch_sums(table: Tensor, groups: list[GroupStep]) -> Tensor:
+    """Return the table with the sums of parameters that no kernel took: wider if they alone are pairs."""
+    sums = [entry for group in groups for entry in group.torch_sums]
+    columns = max([table.shape[1], *(s.shape[1] for _, s in sums)])
+    if columns > table.shape[1]:
+        table = torch.cat([table, table.new_full((len(table), columns - table.shape[1]), torch.nan)], dim=1)
+    for slot, rows in sums:
+        table[slot : slot + len(rows), : rows.shape[1]] = rows
+    return table
+
+
+@torch.no_grad()
+def _local(x: Tensor, p: Tensor) -> Tensor:
+    """Return the part of a tensor that is measured: the shard of one that goes with a DTensor parameter p."""
+    return shard(x, like=p) if is_dtensor(p) else x.detach()
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.layout == torch.strided else x.to_dense()
