@@ -33,7 +33,7 @@ test-slow: ## the same as make test SLOW=1
 instructions: .venv/ready ## count the instructions of hot paths; more than 5 % over the budgets fails (WRITE=1: write budgets)
 	cd tests && $(abspath $(BIN)/python) -m instructions $(if $(WRITE),--write,--json ../build/instructions.json)
 
-bench: ## measure speed; fill the tables of README (QUICK=1: a minute, into build/; ONLY=noise, ddp)
+bench: ## measure speed; fill the tables of README and docs (QUICK=1: short, into build/; ONLY=noise, ddp)
 bench: bench-$(or $(ONLY),all)
 
 bench-compare: .venv/bench-ready ## list what became slower between two results (OLD=a.json NEW=b.json)
@@ -55,8 +55,8 @@ stubs: .venv/ready ## write normkern/_C.pyi, after a change of what the binding 
 
 docs: .venv/docs-ready ## build the site, build/docs/index.html (FIGURES=all, svag, ..: draw; OUTPUTS=1: run examples)
 	$(if $(FIGURES),$(BIN)/python docs/figures $(filter-out all,$(FIGURES)))
-	$(if $(OUTPUTS),for example in examples/*.py; do \
-	  OMP_NUM_THREADS=1 $(BIN)/python $$example > examples/outputs/$$(basename $$example .py).txt || exit 1; done)
+	$(if $(OUTPUTS),for example in examples/*.py examples/notebooks/*.py; do OMP_NUM_THREADS=1 $(BIN)/python $$example \
+	  > $$(dirname $$example)/outputs/$$(basename $$example .py).txt || exit 1; done)
 	$(BIN)/python -m sphinx -W --keep-going -q docs build/docs
 
 dist: .venv/dist-ready ## build what a release uploads, into dist/, and test it in an empty environment
@@ -113,11 +113,12 @@ lint-tidy: .venv/tidy-ready
 BENCH_RESULTS := $(if $(QUICK),build,bench/results)
 BENCH = mkdir -p $(BENCH_RESULTS) && \
   $(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-quiet $(if $(QUICK),--quick)
-README := $(if $(QUICK),,--readme README.md)
+README := $(if $(QUICK),,--readme docs/benchmarks.md)
 
 bench-all: .venv/bench-ready
 	$(BENCH) --benchmark-json=$(BENCH_RESULTS)/bench.json
 	$(BIN)/python -m bench.report $(BENCH_RESULTS)/bench.json --plot $(if $(QUICK),build,docs)/bench.png $(README)
+	$(if $(QUICK),,$(BIN)/python docs/tables.py)
 
 bench-noise: .venv/bench-ready
 	$(BENCH) -k "bench_noise or moments" --benchmark-json=$(BENCH_RESULTS)/noise.json

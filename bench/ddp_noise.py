@@ -1,7 +1,7 @@
 """The time that DDPNoise adds to a forward and backward under DistributedDataParallel, in processes of one thread.
 
 python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.ddp_noise \\
-    --json bench/results/ddp_noise.json --readme README.md
+    --json bench/results/ddp_noise.json --readme docs/benchmarks.md
 
 Every process has three copies of a network: with DDP alone, with torch's hook that does what DDP does, and with
 DDPNoise. They take turns in an order that is shuffled anew each round, the same in all processes, which wait for each

@@ -1,6 +1,6 @@
-"""Shows a results file: as tables on the terminal, as the tables of README, and as a plot.
+"""Shows a results file: as tables on the terminal, as the tables of docs/benchmarks.md, and as a plot.
 
-python -m bench.report bench/results/bench.json --readme README.md --plot docs/bench.png
+python -m bench.report bench/results/bench.json --readme docs/benchmarks.md --plot docs/bench.png
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOISE_MARKS = "<!-- bench-noise:begin -->", "<!-- bench-noise:end -->"
 STEP_COLUMNS = ("GB/s", "of the limit", "x anchor")
 NET_COLUMNS = ("peak MB", "x plain")
 
-#: Columns of README's table after the time of normkern: peer -> heading.
+#: Columns of the table in docs/benchmarks.md after the time of normkern: peer -> heading.
 COLUMNS = {
     "normkern tensor": "stats tensor",
     "normkern row": "stats row",

@@ -1,10 +1,10 @@
-"""The documentation site: `make docs` writes build/docs/index.html, and reads no network, then or when it is shown."""
+"""Configure the documentation site: `make docs` writes build/docs/index.html. Building and reading need no network."""
 
 import sys
 from pathlib import Path
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS)]  # bench; sphinx_parts
+sys.path[:0] = [str(DOCS.parent), str(DOCS)]  # normkern; sphinx_parts
 
 import normkern  # noqa: E402
 
@@ -19,7 +19,6 @@ extensions = [
     "sphinx-mathjax-offline",  # MathJax itself, copied into the site
     "sphinx_copybutton",
     "sphinx_parts.docstrings",
-    "sphinx_parts.bench_tables",
     "sphinx_parts.links",
     "sphinx_parts.tables",
 ]
@@ -31,7 +30,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),  # see default_role
     ("py:class", r"(torch|collections|typing|fractions|ops|nn)\b.*"),  # no network to look them up
-    ("py:class", r"Axes|normkern\.(reports\.Entry|halves\.Batch|_C\.GaugeStep)"),
+    ("py:class", r"Axes|normkern\.(monitors\.report\.Entry|optim\.halves\.Batch|_C\.GaugeStep)"),
 ]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"]

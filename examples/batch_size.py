@@ -1,4 +1,4 @@
-"""Choose the batch size from the gradient noise scale, while training: double it where noise allows."""
+"""Choose the batch size during training from the gradient noise scale: double it while the noise scale is larger."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -16,7 +16,7 @@ noise = normkern.GradientNoise(model)
 batch_size = 16
 
 for epoch in range(8):
-    trace, signal = 0.0, 0.0  # summed one by one: a mean of ratios would be biased
+    trace, signal = 0.0, 0.0  # sum both, then divide: a mean of ratios is biased
     for batch in torch.randperm(1437).split(batch_size)[:-1]:
         opt.zero_grad()
         with noise:
@@ -26,9 +26,9 @@ for epoch in range(8):
         trace += result.trace_sigma.item()
         signal += result.grad_sq_norm_unbiased.item()
     accuracy = (model(images[1437:]).argmax(1) == labels[1437:]).double().mean().item()
-    gns = trace / signal  # in samples: a batch of this size has as much noise as signal
+    gns = trace / signal  # in samples: at this batch size noise equals signal
     print(f"epoch {epoch}  batch {batch_size:3}  noise scale {gns:4.0f} samples  accuracy {accuracy:.2f}")
-    if not 0 < gns < 2 * batch_size and batch_size < 128:  # below 0: the signal is lost in noise
+    if not 0 < gns < 2 * batch_size and batch_size < 128:  # below 0: noise hides the signal
         lr = opt.param_groups[0]["lr"]
         lr = normkern.theory.linear_scaling(lr=lr, batch_size=batch_size, new_batch_size=2 * batch_size)
         opt.param_groups[0]["lr"], batch_size = lr, 2 * batch_size

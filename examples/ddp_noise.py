@@ -1,4 +1,4 @@
-"""The gradient noise scale of a distributed run, from the gradients that its processes have anyway."""
+"""Measure the gradient noise scale of a data-parallel run from the gradients that the processes exchange."""
 
 import os
 
@@ -20,17 +20,17 @@ def train(rank: int, processes: int) -> None:
     images, labels = (torch.tensor(x) for x in load_digits(return_X_y=True))
     model = DistributedDataParallel(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 10)))
     opt = normkern.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    noise = normkern.DDPNoise(model, batch_size=32)  # a hook: every backward is measured as DDP averages it
+    noise = normkern.DDPNoise(model, batch_size=32)  # a hook that measures every backward
     for step in range(200):
-        batch = torch.randint(1437, (processes, 32))[rank]  # the same generator everywhere, another row for each
+        batch = torch.randint(1437, (processes, 32))[rank]  # the same generator, one row per process
         opt.zero_grad()
         cross_entropy(model(images[batch].float() / 16), labels[batch]).backward()
         opt.step()
-        if (step + 1) % 50 == 0 and rank == 0:  # the means over 50 steps, which every process has
+        if (step + 1) % 50 == 0 and rank == 0:  # means over 50 steps, the same on every process
             result = noise.result()
             print(f"step {step + 1}: noise scale {result.gns:.0f} samples, nsr of the batch {result.nsr_batch:.2g}")
             noise.reset()
-    dist.barrier()  # nobody leaves while others talk
+    dist.barrier()  # wait until all processes have finished
     dist.destroy_process_group()
 
 

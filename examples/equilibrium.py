@@ -1,4 +1,4 @@
-"""Watch weight decay and updates come into balance, layer by layer, from the sums of the optimizer's own pass."""
+"""Monitor how each layer reaches the equilibrium of weight decay and updates, from the sums of the step."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -21,7 +21,7 @@ monitor = normkern.EquilibriumMonitor(opt)
 
 for step in range(1, 601):
     batch = torch.randint(1437, (32,))
-    noisy = torch.where(torch.rand(32) < 0.1, torch.randint(10, (32,)), labels[batch])  # else gradients die out
+    noisy = torch.where(torch.rand(32) < 0.1, torch.randint(10, (32,)), labels[batch])  # or gradients vanish
     opt.zero_grad()
     cross_entropy(model(images[batch]), noisy).backward()
     opt.step()

@@ -1,4 +1,4 @@
-"""Find what the loss sees only the direction of; run its weight decay as an exponential learning rate instead."""
+"""Find the scale-invariant weights and replace their weight decay by an exponentially growing learning rate."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""An ordinary training script with another optimizer: one line changes, and every step tells its norms."""
+"""Replace the optimizer of an ordinary training script: one line changes, and every step returns its norms."""
 
 import torch
 from sklearn.datasets import load_digits
@@ -28,6 +28,6 @@ for epoch in range(4):
     model.eval()
     with torch.no_grad():
         accuracy = (model(images[1437:]).argmax(1) == labels[1437:]).double().mean().item()
-    conv = opt.stats().to_dict()["4.weight"]  # of the last step: plain numbers, as a logger takes them
-    told = "  ".join(f"{name} {conv[name]:.2g}" for name in ("weight_norm", "grad_norm", "angular_update", "cosine"))
-    print(f"epoch {epoch}  accuracy {accuracy:.2f}  second convolution: {told}")
+    conv = opt.stats().to_dict()["4.weight"]  # the last step, as plain numbers for a logger
+    norms = "  ".join(f"{name} {conv[name]:.2g}" for name in ("weight_norm", "grad_norm", "angular_update", "cosine"))
+    print(f"epoch {epoch}  accuracy {accuracy:.2f}  second convolution: {norms}")

@@ -5,7 +5,7 @@ are stored is on trial. The convolutions begin far longer than they are at equil
 less than bfloat16 tells apart: where that rounds away they stay as long as they are, and their direction hardly learns.
 
 python -m experiments.low_precision --json experiments/results/low_precision.json \
-    --plot docs/low_precision.png --readme README.md
+    --plot docs/low_precision.png --readme docs/benchmarks.md
 """
 
 from __future__ import annotations
@@ -98,6 +98,11 @@ def run(variant: str, seed: int, epochs: int) -> Iterator[tuple[float, float]]:
         yield right, optimizer.true_scale()[0] * math.sqrt(square)
 
 
+def storage(variant: str) -> str:
+    """Return the name of a variant as the table and the figure show it."""
+    return variant if variant in ("float32", "bfloat16") else f"bfloat16, {variant}"
+
+
 def readme_table(results: dict[str, Any]) -> str:
     """Means over the seeds, and how far these scatter."""
 
@@ -105,32 +110,45 @@ def readme_table(results: dict[str, Any]) -> str:
         spread = statistics.stdev(numbers) if len(numbers) > 1 else 0.0
         return f"{format(statistics.mean(numbers), form)} ± {format(spread, form)}"
 
-    lines = table_head("storage", "test accuracy (%)", "length of the convolutions")
+    lines = table_head("storage", "test accuracy (%)", "norm of the convolutions")
     for name, runs in results["variants"].items():
         ends = [seed[-1] for seed in runs]
         accuracy, norm = told([100 * right for right, _ in ends], ".2f"), told([w for _, w in ends], ".1f")
-        lines.append(table_row(name if name in ("float32", "bfloat16") else f"bfloat16, {name}", accuracy, norm))
+        lines.append(table_row(storage(name), accuracy, norm))
     return "\n".join(lines)
 
 
+#: Line widths and dashes, so that curves that coincide stay visible: wide ones are drawn first.
+STYLES = {
+    "float32": ("#9aa5b1", 5.0, "-"),
+    "bfloat16": ("#d9542b", 3.0, "-"),
+    "float32 momentum": ("#1b3a6b", 1.4, "--"),
+    "stochastic rounding": ("#2f6fb5", 2.2, "-"),
+    "master weights": ("#1a9988", 1.6, "--"),
+    "exponential decay": ("#8a2c5d", 1.4, ":"),
+}
+
+
 def plot(file: Path, results: dict[str, Any]) -> None:
-    """Accuracy and length over the epochs, means over the seeds."""
+    """Draw accuracy and weight norm over the epochs, means over the seeds."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.4), layout="constrained")
     correct, length = figure.subplots(1, 2)
     for name, runs in results["variants"].items():
-        dashes = {"float32": "-", "bfloat16": ":"}.get(name, "--")
+        color, width, dashes = STYLES[name]
         for panel, i, unit in ((correct, 0, 100.0), (length, 1, 1.0)):
             means = [unit * statistics.mean(values) for values in zip(*([e[i] for e in r] for r in runs), strict=True)]
-            panel.plot(range(1, len(means) + 1), means, dashes, label=name)
-    correct.set(title="Test accuracy", ylabel="correct (%)")
-    length.set(title="Length of the convolutions' weights", ylabel="|w|", yscale="log")
-    length.legend()
+            epochs = range(1, len(means) + 1)
+            panel.plot(epochs, means, dashes, label=storage(name), color=color, linewidth=width)
+    seeds = len(next(iter(results["variants"].values())))
+    correct.set(title=f"Test accuracy, mean of {seeds} seeds", ylabel="correct (%)")
+    length.set(title="Norm of the convolutions' weights", ylabel="|w|", yscale="log")
+    figure.legend(*correct.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     for panel in (correct, length):
         panel.set(xlabel="epoch")
         panel.grid(alpha=0.3)
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=100)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""examples/*.py run, are short, and print what the documentation shows, but for the numbers."""
+"""Run examples and notebooks: they are short, and print what the documentation shows, except for the numbers."""
 
 import os
 import re
@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+import normkern
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
-#: What torch's gloo says when it aborts while a process ends, now and then, in programs without normkern too.
+SCRIPTS, NOTEBOOKS = sorted(EXAMPLES.glob("*.py")), sorted((EXAMPLES / "notebooks").glob("*.py"))
+#: torch's gloo sometimes aborts with this message while a process ends, also in programs without normkern.
 OF_GLOO = "terminate called without an active exception"
 
 
@@ -18,27 +21,50 @@ def words(text):
     return [re.findall(r"[A-Za-z_]{2,}", line) for line in text.strip().splitlines()]
 
 
-def run(path):
+def path_to_package():
+    """Return a PYTHONPATH with which a script in any folder finds the normkern of this test."""
+    here = str(Path(normkern.__file__).parent.parent)
+    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+def run(path, folder):
     return subprocess.run(
         [sys.executable, "-W", "error", str(path)],
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},  # nothing here is large enough for two
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_to_package()},  # too small for two threads
         check=False,
     )
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_example(path):
+@pytest.mark.parametrize("path", [*SCRIPTS, *NOTEBOOKS], ids=lambda path: path.stem)
+def test_example_prints_what_the_documentation_shows(path, tmp_path):
     pytest.importorskip("sklearn")
-    done = run(path)
+    done = run(path, tmp_path)
     if OF_GLOO in done.stderr:
-        done = run(path)
+        done = run(path, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert words(done.stdout) == words((EXAMPLES / "outputs" / f"{path.stem}.txt").read_text())
+    assert words(done.stdout) == words((path.parent / "outputs" / f"{path.stem}.txt").read_text())
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_example_is_short(path):
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_example_has_fewer_than_40_lines(path):
     assert len(path.read_text().splitlines()) < 40
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_has_cells_and_a_title_and_fewer_than_100_lines(path):
+    text = path.read_text()
+    assert text.startswith("# %% [markdown]\n# # ")
+    assert text.count("\n# %%\n") >= 3
+    assert len(text.splitlines()) < 100
+
+
+def test_documentation_shows_every_example_with_its_output():
+    page = (EXAMPLES.parent / "docs" / "examples.md").read_text()
+    for path in (*SCRIPTS, *NOTEBOOKS):
+        folder = path.parent.relative_to(EXAMPLES.parent)
+        for shown in (f"{folder}/{path.name}", f"{folder}/outputs/{path.stem}.txt"):
+            assert f"{{literalinclude}} ../{shown}" in page

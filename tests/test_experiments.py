@@ -346,11 +346,16 @@ def test_report_is_self_contained(tmp_path, capsys):
     assert "CLAIM 1234.56789 1: paper it is so | here <1 & 2> a|b | PASS\n" in capsys.readouterr().out
     page, summary = (tmp_path / "report.html").read_text(), (tmp_path / "summary.md").read_text()
     references = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'>\s]+)""", page)
-    assert references
-    assert all(r.startswith("data:image/png;base64,") for r in references)
+    inside = [r for r in references if r.startswith("#")]  # from the table of verdicts to the claims
+    assert inside
+    assert all(f" id={r[1:]}>" in page for r in inside)
+    images = [r for r in references if r not in inside]
+    assert images
+    assert all(r.startswith("data:image/png;base64,") for r in images)
+    assert page.index("<table>") < page.index("<h2>")
     assert "url(" not in page
     assert "@import" not in page
-    figure = base64.b64decode(references[0].split(",", 1)[1])
+    figure = base64.b64decode(images[0].split(",", 1)[1])
     assert figure == (tmp_path / "auto_rate_line.png").read_bytes()
     for text in ("&lt;1 &amp; 2&gt; a|b", "section 1", "torch", torch.__version__, "1.5 [", "PASS", "QUICK run"):
         assert text in page, text

@@ -1,4 +1,4 @@
-"""The pictures of the guides, made by running the library on scikit-learn's digits: python docs/figures [NAME ...]"""
+"""Draw the pictures of the guides by running normkern on scikit-learn's digits: python docs/figures [NAME ...]"""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Gradient descent with learning rates a thousand apart: what the directions see of them, lr / |w|^2."""
+"""Draw the effective learning rate lr / |w|^2 of gradient descent for learning rates from 0.1 to 100."""
 
 import torch
 from digits import NAMES, convnet, data
@@ -10,7 +10,7 @@ import normkern
 
 
 def run(lr: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The effective learning rate of the second convolution, and the loss, at each step."""
+    """Return the effective learning rate of the second convolution and the loss, at each step."""
     torch.manual_seed(0)
     model = convnet()
     invariant = [(n, p) for n, p in model.named_parameters() if n in list(NAMES)[:2]]

@@ -1,4 +1,4 @@
-"""A run whose learning rate falls to a quarter at equilibrium: angle and length against their prediction."""
+"""Draw a run whose learning rate falls to a quarter at equilibrium: angle and norm, and their prediction."""
 
 import torch
 from digits import batches, convnet
@@ -38,5 +38,5 @@ def draw() -> Figure:
     left.legend(frameon=False)
     right.plot(step, norm, lw=1)
     right.plot(step, norm_there, "k:", lw=1)
-    right.set(title="its length |w|", xlabel="step", ylim=(0, None))
+    right.set(title="its norm |w|", xlabel="step", ylim=(0, None))
     return figure

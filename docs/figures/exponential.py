@@ -1,4 +1,4 @@
-"""Weight decay as a growing learning rate: the same run at other lengths; and in bfloat16, where decay rounds away."""
+"""Draw weight decay as a growing learning rate: the same run with other norms, and in bfloat16."""
 
 import copy
 
@@ -13,14 +13,14 @@ import normkern
 
 
 def groups(model: nn.Sequential, **options: object) -> list[dict[str, object]]:
-    """The convolutions, which the loss sees only the direction of, and the rest."""
+    """Return the param groups of the scale-invariant convolutions and of the rest."""
     convolutions = [model[0].weight, model[3].weight]
     rest = [p for p in model.parameters() if p.ndim != 4]
     return [{"params": convolutions, **options}, {"params": rest, "weight_decay": 0.0}]
 
 
 def growth(axes: list[plt.Axes]) -> None:
-    """Both runs in float64: loss, lengths, learning rate."""
+    """Draw both runs in float64: loss, norms, learning rate."""
     torch.manual_seed(0)
     coupled = convnet().double()
     grown = copy.deepcopy(coupled)
@@ -41,17 +41,18 @@ def growth(axes: list[plt.Axes]) -> None:
     loss, length, loss_grown, length_grown, rate = torch.tensor(rows).unbind(1)
     axes[0].plot(loss, lw=1, label="weight decay")
     axes[0].plot(loss_grown, "--", lw=1, label="growing lr")
-    axes[0].set(title="loss: one run", xlabel="step")
+    axes[0].set(title="loss: both runs", xlabel="step")
     axes[0].legend(frameon=False)
     axes[1].semilogy(length, lw=1, label="|w|, weight decay")
     axes[1].semilogy(length_grown, "--", lw=1, label="|w|, growing lr")
     axes[1].semilogy(rate, ":", lw=1, label="the growing lr")
-    axes[1].set(title="at other lengths", xlabel="step")
-    axes[1].legend(frameon=False)
+    axes[1].set(title="weight norm and learning rate", xlabel="step")
+    axes[1].set(ylim=(None, 400))
+    axes[1].legend(frameon=False, loc="upper left")
 
 
 def rounding(ax: plt.Axes) -> None:
-    """The length of a convolution with lr * weight_decay = 5e-4, as float64 has it and as bfloat16 has."""
+    """Draw the norm of a convolution with lr * weight_decay = 5e-4 in float64 and in bfloat16."""
     for name, dtype, decay, style in (
         ("float64", torch.float64, "coupled", "-"),
         ("bfloat16, coupled", torch.bfloat16, "coupled", "-"),

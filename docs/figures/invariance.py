@@ -1,4 +1,4 @@
-"""What `invariance.find` measures: the largest |cos(w, g)| of every parameter, or of the set that it belongs to."""
+"""Draw what `invariance.find` measures: the largest |cos(w, g)| of every parameter, or of its set."""
 
 import torch
 from digits import batches, convnet

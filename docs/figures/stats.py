@@ -1,4 +1,4 @@
-"""What `SGD.stats()` tells of each step: how far weights turn, and whose scale the loss sees."""
+"""Draw what `SGD.stats()` returns: how far weights turn, and their cosine with the gradient."""
 
 import torch
 from digits import NAMES, batches, convnet

@@ -1,4 +1,4 @@
-"""The docstrings as napoleon and docutils read them: their text stays, their marks are made explicit."""
+"""Prepare docstrings for napoleon and docutils: the text stays, the markup is made explicit."""
 
 import re
 from dataclasses import is_dataclass
@@ -11,16 +11,16 @@ _RAISES = re.compile(r"^Raises, (?P<when>[^:]+):$")
 _REFERENCE = re.compile(r"^Reference: ")
 #: "RuntimeError: this. ValueError: that", two entries on one line.
 _NEXT_ENTRY = re.compile(r"(?<=\.) (?=[A-Z]\w+(?:Error|Warning): )")
-#: What docutils leaves alone: ``code``, `names`, :math:`formulas`.
+#: Text that docutils does not change: ``code``, `names`, :math:`formulas`.
 _QUOTED = re.compile(r"(``.*?``|:math:`.*?`|`.*?`)")
 #: "`Moments`: what it is", beside "NaN flows through: a column has it in its mean".
 _TYPED = re.compile(r"^\s+`[\w.]+`: ")
-#: Stands for a colon that napoleon is not to see.
+#: Replaces a colon while napoleon runs.
 _COLON = "\N{SYMBOL FOR NULL}"
 
 
 def headings(lines: list[str]) -> list[str]:
-    """Section heads that napoleon knows, one entry of "Raises:" to a line, types of what is returned where they are."""
+    """Use section heads that napoleon knows, with one entry of "Raises:" per line and the types in "Returns:"."""
     out: list[str] = []
     raises = False
     for line in lines:
@@ -42,7 +42,7 @@ def headings(lines: list[str]) -> list[str]:
 
 
 def bars(lines: list[str]) -> list[str]:
-    """|w| in running text is a length, and no substitution."""
+    """Escape the bars of |w| in running text, which reStructuredText takes for a substitution."""
     out: list[str] = []
     formula = None  # the indent of a math directive
     for line in lines:
@@ -60,7 +60,7 @@ def bars(lines: list[str]) -> list[str]:
 
 def _process(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     lines[:] = bars(headings(lines))
-    if what == "property":  # of which napoleon takes "The angle: in radians" for a type and its text
+    if what == "property":  # napoleon would read "The angle: in radians" as a type and its text
         lines[:] = [line.replace(":", _COLON) for line in lines]
 
 
@@ -71,7 +71,7 @@ def _restore(app: Sphinx, what: str, name: str, obj: object, options: object, li
 def _signature(
     app: Sphinx, what: str, name: str, obj: Any, options: object, signature: str, result: str
 ) -> tuple[str, str] | None:
-    """What the library makes and nobody constructs has fields, and no signature."""
+    """Hide the signature of classes that only the library constructs."""
     return ("", "") if what == "class" and (is_dataclass(obj) or obj.__name__ == "StepStats") else None
 
 

@@ -1,4 +1,4 @@
-"""Links that the repository's texts have and Sphinx alone does not find."""
+"""Resolve links in the repository's texts that Sphinx does not find."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 
-#: They lead out of docs/ in the repository, and to a page of this site here.
+#: Links that leave docs/ in the repository, and the page of this site to use instead.
 PAGES = {"../bench/gpu.md": "gpu_bench.md"}
 _CLASS = re.compile(r"[A-Z]\w+")
 
@@ -22,7 +22,7 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
 def _find_class(
     app: Sphinx, env: BuildEnvironment, node: pending_xref, shown: nodes.TextElement
 ) -> nodes.reference | None:
-    """`Equilibrium`, from wherever it is named: the one class of this name."""
+    """Link `Equilibrium`, wherever it is named, to the only class of this name."""
     name = node.get("reftarget", "")
     if node.get("refdomain") != "py" or not _CLASS.fullmatch(name):
         return None

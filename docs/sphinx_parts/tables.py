@@ -1,4 +1,4 @@
-"""Tables of six columns and more are of numbers: site.css keeps their cells on one line."""
+"""Mark tables with six or more columns, so that site.css keeps their cells on one line, and very wide ones."""
 
 from typing import Any
 
@@ -10,6 +10,8 @@ def _mark(app: Sphinx, tree: nodes.document) -> None:
     for group in tree.findall(nodes.tgroup):
         if group["cols"] >= 6:
             group.parent["classes"].append("numbers")
+        if group["cols"] >= 12:
+            group.parent["classes"].append("wide")
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -66,6 +66,25 @@ def run(seed: int, steps: int) -> tuple[EquilibriumMonitor, list[str]]:
     return monitor, names
 
 
+def plot(monitor: EquilibriumMonitor, file: Path) -> None:
+    """Draw angles and norms over a logarithmic time axis, as most happens early, with the names of the layers."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    angles, norms = figure.subplots(2, 1, sharex=True)
+    monitor.plot([angles, norms])
+    angles.set(title="Angle between weights before and after a step", ylabel="radians")
+    norms.set(title="Weight norm divided by the predicted norm at equilibrium", ylabel="ratio")
+    norms.set(xscale="log", xlabel="time: sum of lr * weight_decay over the steps (1 is the time to equilibrium)")
+    if angles.get_legend() is not None:
+        angles.get_legend().remove()
+    figure.legend(*angles.get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small")
+    for panel in (angles, norms):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=100)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--seed", type=int, default=0)
@@ -110,7 +129,7 @@ def main() -> None:
         }  # fmt: skip
         given.json.write_text(json.dumps(result, indent=2) + "\n")
     if given.plot:
-        monitor.plot(given.plot)
+        plot(monitor, given.plot)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,10 @@ _STYLE = {
 }
 
 
+#: What `band` draws; it is written under each figure that has a band.
+BAND = "line: mean over the networks; band: from the lowest to the highest"
+
+
 class Figures:
     """Where a paper's figures go, and the names of those that it has."""
 
@@ -37,20 +41,33 @@ class Figures:
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
         from cycler import cycler
-        from matplotlib.ticker import NullFormatter
+        from matplotlib.collections import PolyCollection
 
         with plt.rc_context(_STYLE | {"axes.prop_cycle": cycler(color=COLOURS)}):
             figure, axes = plt.subplots(1, panels, figsize=(5.2 * panels, 4), layout="constrained", squeeze=False)
             yield axes[0]
             for axis in axes[0]:
-                if axis.get_xscale() == "log":
-                    axis.xaxis.set_minor_formatter(NullFormatter())
+                for one, (low, high) in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
+                    if one.get_scale() == "log":
+                        _ticks(one, high / low)
+            if any(isinstance(drawn, PolyCollection) for axis in axes[0] for drawn in axis.collections):
+                figure.supxlabel(BAND, fontsize=9, color="#5b6472")
             figure.savefig(self.folder / self.file(name), dpi=80)
             plt.close(figure)
 
     def file(self, name: str) -> str:
         """The name of its file."""
         return f"{self.paper}_{name}.png"
+
+
+def _ticks(axis: Any, span: float) -> None:
+    """Label a logarithmic axis at powers of ten only; at 1, 2 and 5 too if it has fewer than two of those."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if span < 100:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def label(axis: Any, x: str, y: str, title: str = "") -> None:
@@ -61,7 +78,7 @@ def label(axis: Any, x: str, y: str, title: str = "") -> None:
 
 
 def band(axis: Any, x: Sequence[float], of_seeds: Sequence[Sequence[float]], **style: Any) -> None:
-    """The mean of the seeds' curves, and where all of them are."""
+    """Draw the mean of the networks' curves, and a band from the lowest to the highest of them."""
     import numpy as np
 
     y = np.asarray(of_seeds, dtype=float)

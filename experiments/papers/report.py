@@ -21,11 +21,11 @@ img { max-width: 100% } .PASS { color: #1a7f4b; font-weight: 700 }
 details { margin: .3rem 0 1.2rem } summary { cursor: pointer } .quick { background: #fff3cd; padding: .6rem 1rem }
 """
 
-QUICK = "QUICK run: short and few; its verdicts say that the machinery works, not what holds."
+QUICK = "QUICK run: too short and with too few networks. Its verdicts mean nothing; it shows that the programs run."
 
 
 def write(folder: Path) -> list[Path]:
-    """``report.html`` and ``summary.md`` of all papers whose JSON is there."""
+    """Write ``report.html`` and ``summary.md`` for all papers whose JSON is there; both begin with all verdicts."""
     documents = {}
     for name in ORDER:
         path = folder / f"{name}.json"
@@ -53,6 +53,15 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def _verdicts(documents: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Return one row per claim: paper, its address on the page, number, claim, verdict."""
+    return [
+        (document["authors"], f"{name}-{claim['number']}", str(claim["number"]), claim["paper"], claim["verdict"])
+        for name, document in documents.items()
+        for claim in document["claims"]
+    ]
+
+
 def _page(documents: dict[str, Any], folder: Path) -> str:
     text = html.escape
     parts = [
@@ -62,7 +71,13 @@ def _page(documents: dict[str, Any], folder: Path) -> str:
     ]
     if any(document["quick"] for document in documents.values()):
         parts.append(f"<p class=quick>{QUICK}</p>")
-    for document in documents.values():
+    parts.append("<table><tr><th>Paper<th>Claim<th>What the paper says<th>Verdict here")
+    for paper, place, number, claimed, verdict in _verdicts(documents):
+        parts.append(
+            f'<tr><td>{text(paper)}<td><a href="#{place}">{number}</a><td>{text(claimed)}<td class={verdict}>{verdict}'
+        )
+    parts.append("</table>")
+    for name, document in documents.items():
         arxiv = document["arxiv"]
         parts.append(f"<h2>{text(document['title'])}</h2><p>{text(document['authors'])}, ")
         parts.append(f"arXiv {arxiv}. {text(_circumstances(document))}</p>")
@@ -73,21 +88,22 @@ def _page(documents: dict[str, Any], folder: Path) -> str:
         for claim in document["claims"]:
             verdict = claim["verdict"]
             parts.append(
-                f"<h3>{claim['number']}. <span class={verdict}>{verdict}</span> {text(claim['paper'])}</h3><table>"
+                f"<h3 id={name}-{claim['number']}>{claim['number']}. <span class={verdict}>{verdict}</span> "
+                f"{text(claim['paper'])}</h3><table>"
             )
             rows = ("In the paper", claim["where"]), ("Here", claim["here"]), ("Passes if", claim["criterion"]), (
                 "Networks per number", str(claim["seeds"])), ("What differs", claim["differs"])  # fmt: skip
-            parts += [f"<tr><th>{text(name)}<td>{text(what)}" for name, what in rows]
+            parts += [f"<tr><th>{text(head)}<td>{text(what)}" for head, what in rows]
             parts.append("</table><details><summary>All numbers</summary><table>")
-            parts += [f"<tr><td>{text(name)}<td>{text(what)}" for name, what in _flat(claim["numbers"])]
+            parts += [f"<tr><td>{text(number)}<td>{text(what)}" for number, what in _flat(claim["numbers"])]
             parts.append("</table></details>")
-            for name in claim["figures"]:
-                if name in shown:
-                    parts.append(f"<p>Figure {text(name)}: above.</p>")
+            for figure in claim["figures"]:
+                if figure in shown:
+                    parts.append(f"<p>Figure {text(figure)}: above.</p>")
                     continue
-                shown.add(name)
-                data = base64.b64encode((folder / name).read_bytes()).decode()
-                parts.append(f'<p><img alt="{text(name)}" src="data:image/png;base64,{data}"></p>')
+                shown.add(figure)
+                data = base64.b64encode((folder / figure).read_bytes()).decode()
+                parts.append(f'<p><img alt="{text(figure)}" src="data:image/png;base64,{data}"></p>')
     return "\n".join(parts) + "\n"
 
 
@@ -95,6 +111,11 @@ def _summary(documents: dict[str, Any]) -> str:
     lines = ["# Four papers, reproduced", "", f"{_headline(documents)}.", ""]
     if any(document["quick"] for document in documents.values()):
         lines += [f"**{QUICK}**", ""]
+    lines += ["| paper | claim | what the paper says | verdict here |", "|---|--:|---|---|"]
+    for paper, _, number, claimed, verdict in _verdicts(documents):
+        cells = (paper, number, claimed.replace("|", "\\|"), f"**{verdict}**")
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
     for document in documents.values():
         lines += [f"## {document['title']}", "", f"{document['authors']}, [arXiv {document['arxiv']}]"
                   f"(https://arxiv.org/abs/{document['arxiv']}). {_circumstances(document)}", ""]  # fmt: skip
