@@ -27,40 +27,56 @@ class Numbered(Mixed):
     numbers: Tensor  #: (size of dim,), int64, on the CPU
 
 
-def numbered(shape: Sequence[int], dim: int, numbers: Tensor, batch: int) -> State:
+#: The samples along a dimension: how many consecutive entries each has, where they lie in order; else their numbers.
+Order = int | Tensor
+
+
+def order_of(numbers: Tensor, batch: int) -> Order:
+    """Return the samples of these numbers in the shorter form, if they have it."""
+    inner = sample_layout.block_of(numbers.int(), batch)
+    return numbers if inner is None else inner
+
+
+def ordered(shape: Sequence[int], dim: int, order: Order, batch: int) -> State:
     """Return the state of a tensor whose entries along a dimension are of these samples."""
-    inner = _inner(numbers, batch)
-    if inner is not None:
-        return SampleLayout(sample_layout.block_on(shape, dim, inner))
-    return Numbered("they are in another order, or of different lengths", dim, numbers)
+    if isinstance(order, Tensor):
+        order = order_of(order, batch)
+    if isinstance(order, Tensor):
+        return Numbered("they are in another order, or of different lengths", dim, order)
+    return SampleLayout(sample_layout.block_on(shape, dim, order))
 
 
-def _inner(numbers: Tensor, batch: int) -> int | None:
-    """Return how many consecutive entries one sample has, where the samples lie in order; else None."""
-    return sample_layout.block_of(numbers.int(), batch)
-
-
-def numbers_along(shape: Sequence[int], state: State, dim: int, batch: int) -> Tensor | None:
+def order_along(shape: Sequence[int], state: State, dim: int, batch: int) -> Order | None:
     """Return the samples of a tensor's entries along a dimension; None: the samples are not along it."""
     if isinstance(state, Numbered):
         return state.numbers if state.dim == dim else None
     if not isinstance(state, SampleLayout):
         return None
     found = sample_layout.axis(shape, state.block, batch)
-    if found is None or found[0] != dim:
-        return None
-    return torch.arange(shape[dim]) // found[1] % batch
+    return found[1] if found is not None and found[0] == dim else None
 
 
-def packed_numbers(columns: Tensor, batch_sizes: Tensor) -> Tensor:
+def is_same(a: Order, b: Order) -> bool:
+    """Return whether the samples lie alike."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    return isinstance(a, int) and isinstance(b, int) and a == b
+
+
+def numbers_of(order: Order, size: int, batch: int) -> Tensor:
+    """Return the sample of each of `size` entries."""
+    return order if isinstance(order, Tensor) else torch.arange(size) // order % batch
+
+
+def packed_numbers(columns: Tensor, batch_sizes: Sequence[int]) -> Tensor:
     """Return the samples of the rows of a packed sequence, from those of its sequences, the longest first."""
-    return torch.cat([columns[:n] for n in batch_sizes.tolist()])
+    return torch.cat([columns[:n] for n in batch_sizes])
 
 
 def state_of_packed(x: PackedSequence, batch: int) -> State:
     """Return the state of a packed sequence's data."""
     order = torch.arange(batch) if x.sorted_indices is None else x.sorted_indices.cpu()
-    return numbered(x.data.shape, 0, packed_numbers(order, x.batch_sizes), batch)
+    return ordered(x.data.shape, 0, packed_numbers(order, x.batch_sizes.tolist()), batch)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import errors, sample_layout
-from .numbered import Numbered, numbered, numbers_along, packed_numbers
+from .numbered import Numbered, numbers_of, order_along, ordered, packed_numbers
 from .operation import Operation, Samples, tensors_in
 from .recurrent_call import RecurrentCall
 from .sample_layout import Mixed, SampleLayout, State
@@ -244,10 +244,10 @@ def lookup(op: Operation, results: list[Tensor], batch: int) -> list[State]:
 def recurrent(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Return outputs that lie as the inputs do, and states with the samples in dimension 1."""
     call, of = RecurrentCall.of(op), _states_of(op)
-    numbers = call.numbers({id(t): of.get(id(t)) for t in (call.x, *call.states)}, batch)
-    if isinstance(numbers, str):
-        return [Mixed(f"{op.name} goes over them: {numbers}")] * len(results)
-    return call.after(results, numbers, batch)
+    order = call.order({id(t): of.get(id(t)) for t in (call.x, *call.states)}, batch)
+    if isinstance(order, str):
+        return [Mixed(order)] * len(results)
+    return call.after(results, order, batch)
 
 
 # ---- In any order ---------------------------------------------------------------------------------------------------
@@ -287,7 +287,7 @@ def keeps_numbers(op: Operation, results: list[Tensor], batch: int) -> list[Stat
         return [Mixed(f"{op.name} of operands whose samples do not lie side by side")] * len(results)
     size = len(state.numbers)
     return [
-        numbered(y.shape, place + y.dim(), state.numbers, batch)
+        ordered(y.shape, place + y.dim(), state.numbers, batch)
         if -place <= y.dim() and y.shape[place] == size
         else Mixed(f"{op.name} goes over the samples")
         for y in results
@@ -298,21 +298,23 @@ def keeps_numbers(op: Operation, results: list[Tensor], batch: int) -> list[Stat
 def packs(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Pack sequences: the rows of all steps, one step after the other. Batch sizes have no samples."""
     x, _, batch_first = op.bind("input lengths batch_first")
-    columns = numbers_along(x.shape, _states_of(op).get(id(x)), 0 if batch_first else 1, batch)
-    if columns is None:
-        return [Mixed("packing goes over the samples"), None]
-    return [numbered(results[0].shape, 0, packed_numbers(columns, results[1]), batch), None]
+    dim = 0 if batch_first else 1
+    order = order_along(x.shape, _states_of(op).get(id(x)), dim, batch)
+    if order is None:
+        return [Mixed(f"packing expects them along dimension {dim}, with batch_first={batch_first}"), None]
+    rows = packed_numbers(numbers_of(order, x.shape[dim], batch), results[1].tolist())
+    return [ordered(results[0].shape, 0, rows, batch), None]
 
 
 @propagates("_pad_packed_sequence")
 def pads(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Undo `packs`."""
     x, sizes, batch_first = op.bind("data batch_sizes batch_first padding_value total_length")[:3]
-    rows = numbers_along(x.shape, _states_of(op).get(id(x)), 0, batch)
-    if rows is None:
-        return [Mixed("padding goes over the samples")] * len(results)
-    columns = rows[: int(sizes[0])]
-    return [numbered(results[0].shape, 0 if batch_first else 1, columns, batch), numbered((len(columns),), 0, columns, batch)]
+    order = order_along(x.shape, _states_of(op).get(id(x)), 0, batch)
+    if order is None:
+        return [Mixed("padding expects rows of samples")] * len(results)
+    columns = numbers_of(order, len(x), batch)[: int(sizes[0])]
+    return [ordered(y.shape, dim, columns, batch) for y, dim in zip(results, (0 if batch_first else 1, 0), strict=True)]
 
 
 @propagates("index_select")
@@ -321,11 +323,11 @@ def selects(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     x, dim, index = op.bind("input dim index")
     state = _states_of(op).get(id(x))
     dim %= max(x.dim(), 1)
-    numbers = numbers_along(x.shape, state, dim, batch)
-    if numbers is not None:
-        return [numbered(results[0].shape, dim, numbers[index.cpu()], batch)]
+    order = order_along(x.shape, state, dim, batch)
+    if order is not None:
+        return [ordered(results[0].shape, dim, numbers_of(order, x.shape[dim], batch)[index.cpu()], batch)]
     if isinstance(state, Numbered):
-        return [numbered(results[0].shape, state.dim, state.numbers, batch)]
+        return [ordered(results[0].shape, state.dim, state.numbers, batch)]
     return moves(op, results, batch)
 
 

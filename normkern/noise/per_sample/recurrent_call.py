@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .numbered import Numbered, numbered, numbers_along, packed_numbers
+from .numbered import Numbered, Order, is_same, numbers_of, order_along, order_of, ordered, packed_numbers
 from .operation import Operation
 from .sample_layout import SampleLayout, State
 
@@ -57,49 +57,66 @@ class RecurrentCall:
         """The dimension of x along which the sequences lie, if x is not packed."""
         return 0 if self.batch_first else 1
 
-    def numbers(self, of: dict[int, State], batch: int) -> Tensor | str:
-        """Return the sample of each sequence, or why it is not known.
+    def order(self, of: dict[int, State], batch: int) -> Order | str:
+        """Return which sample each sequence is, or why that is not known.
 
         Args:
             of: the states of x and of the first states, by their ids.
             batch: the number of samples.
         """
-        state = of[id(self.x)]
-        found = self._of_x(state, batch)
-        if isinstance(found, str) and (self.x.requires_grad or (isinstance(state, SampleLayout) and state.certain)):
-            return found
-        for s in self.states:
-            state = of[id(s)]
-            is_certain = isinstance(state, Numbered) or (isinstance(state, SampleLayout) and state.certain)
-            if not is_certain:
-                continue
-            own = numbers_along(s.shape, state, 1, batch)
-            if isinstance(found, str) and own is not None:
-                found = own
-            elif s.requires_grad and (own is None or isinstance(found, str) or not torch.equal(own, found)):
-                return "those of its first states do not lie as those of its input"
-        return found
+        return agreed(self._order_of_x(of[id(self.x)], batch), self.x, self.states, 1, of, batch)
 
-    def _of_x(self, state: State, batch: int) -> Tensor | str:
+    def _order_of_x(self, state: State, batch: int) -> Order | str:
         if self.batch_sizes is None:
-            numbers = numbers_along(self.x.shape, state, self.batch_dim, batch)
-            if numbers is None:
+            order = order_along(self.x.shape, state, self.batch_dim, batch)
+            if order is None:
                 return (
                     f"they are not along dimension {self.batch_dim} of its input, as it expects them with "
                     f"batch_first={self.batch_first}"
                 )
-            return numbers
-        rows = numbers_along(self.x.shape, state, 0, batch)
-        columns = None if rows is None else rows[: int(self.batch_sizes[0])]
-        if rows is None or columns is None or not torch.equal(rows, packed_numbers(columns, self.batch_sizes)):
-            return "a sequence was not packed from samples inside of the model"
-        return columns
+            return order
+        found, sizes = order_along(self.x.shape, state, 0, batch), self.batch_sizes.tolist()
+        if found is not None:
+            rows = numbers_of(found, len(self.x), batch)
+            if torch.equal(rows, packed_numbers(rows[: sizes[0]], sizes)):
+                return order_of(rows[: sizes[0]], batch)
+        return "a sequence was not packed from samples inside of the model"
 
-    def after(self, results: Sequence[Tensor], numbers: Tensor, batch: int) -> list[State]:
+    def after(self, results: Sequence[Tensor], order: Order, batch: int) -> list[State]:
         """Return the states of the outputs and of the last states."""
         y, *lasts = results
         if self.batch_sizes is None:
-            state = numbered(y.shape, self.batch_dim, numbers, batch)
+            state = ordered(y.shape, self.batch_dim, order, batch)
         else:
-            state = numbered(y.shape, 0, packed_numbers(numbers, self.batch_sizes), batch)
-        return [state, *(numbered(s.shape, 1, numbers, batch) for s in lasts)]
+            sizes = self.batch_sizes.tolist()
+            state = ordered(y.shape, 0, packed_numbers(numbers_of(order, sizes[0], batch), sizes), batch)
+        return [state, *(ordered(s.shape, 1, order, batch) for s in lasts)]
+
+
+def agreed(
+    order: Order | str, x: Tensor, states: Sequence[Tensor], dim: int, of: dict[int, State], batch: int
+) -> Order | str:
+    """Return which samples a recurrent layer or cell gets, or why that is not known.
+
+    Args:
+        order: those of its input x, or why these are not known.
+        states: the first states, whose samples lie along `dim`.
+        of: the states of x and of the first states, by their ids.
+        batch: the number of samples.
+    """
+    if isinstance(order, str) and (x.requires_grad or _is_certain(of[id(x)])):
+        return order
+    for s in states:
+        state = of[id(s)]
+        if not _is_certain(state):
+            continue
+        own = order_along(s.shape, state, dim, batch)
+        if isinstance(order, str) and own is not None:
+            order = own
+        elif s.requires_grad and (own is None or isinstance(order, str) or not is_same(own, order)):
+            return "those of its first states do not lie as those of its input"
+    return order
+
+
+def _is_certain(state: State) -> bool:
+    return isinstance(state, Numbered) or (isinstance(state, SampleLayout) and state.certain)

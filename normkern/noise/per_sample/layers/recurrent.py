@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import sample_layout
 from ..contributions import Contribution, Matrix
-from ..numbered import Grouping, packed_numbers
+from ..numbered import Grouping, Order, numbers_of, packed_numbers
 from ..operation import Operation
 from ..recurrent_call import RecurrentCall
 from ..sums import real
@@ -27,7 +27,7 @@ from . import recurrent_steps
 from .base import goes_back_sample_by_sample, mixed, without_modes
 from .broadcast import PerSampleParameter
 from .linear import LinearContribution
-from .recurrent_steps import Gradients, Steps, Weights
+from .recurrent_steps import Gradients, Steps, Weights, gru_gates, lstm_gates, products
 from .registry import handles
 
 
@@ -36,16 +36,16 @@ class Layer:
 
     Args:
         call: the arguments of the stack.
-        numbers: the sample of each sequence.
+        order: the sample of each sequence.
         batch: the number of samples.
         shapes: of the weights.
     """
 
-    def __init__(self, call: RecurrentCall, numbers: Tensor, batch: int, shapes: Sequence[torch.Size]) -> None:
+    def __init__(self, call: RecurrentCall, order: Order, batch: int, shapes: Sequence[torch.Size]) -> None:
         self.name, self.batch_sizes, self.has_biases = call.name, call.batch_sizes, call.has_biases
         self.train, self.bidirectional, self.batch_first = call.train, call.bidirectional, call.batch_first
         self.directions, self.of_lstm = call.directions, call.name == "lstm"
-        self.numbers, self.batch, self.shapes = numbers, batch, shapes
+        self.order, self.batch, self.shapes = order, batch, shapes
 
     def run(self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the outputs and the last states, as torch computes them."""
@@ -82,18 +82,17 @@ class Layer:
 
     def grouped(self, sizes: Sequence[int], device: torch.device) -> Callable[[Tensor], Tensor]:
         """Return a function that turns rows into those of each sample, (B, T, width)."""
-        numbers, batch = self.numbers, self.batch
-        inner = sample_layout.block_of(numbers.int(), batch)
-        if inner is not None and len(set(sizes)) == 1:
+        order, batch = self.order, self.batch
+        if isinstance(order, int) and len(set(sizes)) == 1:
+            return functools.partial(_views, len(sizes), order, batch)
+        return Grouping.of(packed_numbers(numbers_of(order, sizes[0], batch), sizes), batch, device).group
 
-            def as_views(rows: Tensor) -> Tensor:
-                width = rows.shape[1]
-                out = sample_layout.by_sample(rows.view(len(sizes), -1, width), inner * width, batch, width)
-                assert out is not None
-                return out
 
-            return as_views
-        return Grouping.of(packed_numbers(numbers, torch.tensor(sizes)), batch, device).group
+def _views(steps: int, inner: int, batch: int, rows: Tensor) -> Tensor:
+    width = rows.shape[1]
+    out = sample_layout.by_sample(rows.view(steps, -1, width), inner * width, batch, width)
+    assert out is not None
+    return out
 
 
 class RecurrentFunction(torch.autograd.Function):
@@ -106,9 +105,7 @@ class RecurrentFunction(torch.autograd.Function):
         with without_modes():
             out = layer.run(x, tensors[:count], tensors[count:])
             out = tuple(torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y for y in out)
-        ctx.check = None
-        if use.accumulator.checking:
-            ctx.check = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        ctx.check = RecurrentCheck(layer.run, x) if use.accumulator.checking else None
         ctx.save_for_backward(x, out[0], *tensors)
         ctx.set_materialize_grads(False)
         return out
@@ -131,7 +128,7 @@ class RecurrentFunction(torch.autograd.Function):
                 for i, needed in enumerate(needs[1 + count :])
             ]
             if ctx.check is not None and not use.accumulator.estimating:
-                _compare(use, layer, ctx.check, x, states, weights, gs, grads)
+                ctx.check.compare(use, x, states, weights, gs, grads)
                 ctx.check = None
             d_states = [d if n else None for d, n in zip(d_states, needs[1:], strict=False)]
             return (None, None, dx() if needs[0] else None, *d_states, *grads)
@@ -159,15 +156,15 @@ def _through_time(
         part = slice(d * width, (d + 1) * width)
         before = steps.before(y_rows[:, part], first[0])
         g = None if g_rows is None else g_rows[:, part]
-        if layer.name == "lstm":
-            from_x, from_h = recurrent_steps.products(x_rows, before, w)
-            of = recurrent_steps.lstm(steps, from_x.add_(from_h), first[1], g, last[0], last[1], w)
+        if layer.of_lstm:
+            gates = lstm_gates(*products(x_rows, before, w))
+            of = recurrent_steps.lstm(steps, gates, first[1], g, last[0], last[1], w)
         elif layer.name == "gru":
-            of = recurrent_steps.gru(steps, *recurrent_steps.products(x_rows, before, w), before, g, last[0], w)
+            of = recurrent_steps.gru(steps, gru_gates(*products(x_rows, before, w)), before, g, last[0], w)
         else:
             of = recurrent_steps.rnn(steps, y_rows[:, part], g, last[0], w, layer.name == "rnn_relu")
         backs.append((w, of))
-        contributions.append(_contribution(group, group_of_x, before, of, layer.has_biases, layer.shapes[d * per :]))
+        contributions.append(contribution_of(group, group_of_x, before, of, layer.has_biases, layer.shapes[d * per :]))
 
     def dx() -> Tensor:
         (w, of), *others = backs
@@ -188,7 +185,7 @@ def _weights(layer: Layer, given: list[Tensor]) -> Weights:
     return Weights(w_x, w_h, b_x, b_h, more[0] if more else None)
 
 
-def _contribution(
+def contribution_of(
     group: Callable[[Tensor], Tensor], group_of_x: Callable[[], Tensor], before: Tensor, of: Gradients,
     has_biases: bool, shapes: Sequence[torch.Size],
 ) -> Callable[[int], Contribution]:  # fmt: skip
@@ -212,25 +209,40 @@ def _contribution(
     return contribution
 
 
-def _compare(
-    use: Use, layer: Layer, autocast: tuple[bool, torch.dtype], x: Tensor, states: Sequence[Tensor],
-    weights: Sequence[Tensor], gs: Sequence[Tensor | None], grads: Sequence[Tensor | None],
-) -> None:  # fmt: skip
-    """Raise RuntimeError if the contributions do not add up to the gradients of torch's own backward."""
-    wanted = [i for i, d in enumerate(grads) if d is not None]
-    if not wanted:
-        return
-    enabled, dtype = autocast
-    with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=enabled):
-        leaves = [w.detach().requires_grad_(i in wanted) for i, w in enumerate(weights)]
-        outs = layer.run(x.detach(), [s.detach() for s in states], leaves)
-        pairs = [(y, g) for y, g in zip(outs, gs, strict=True) if g is not None]
-        plain = torch.autograd.grad(
-            [y for y, _ in pairs], [leaves[i] for i in wanted], [g for _, g in pairs], materialize_grads=True
-        )
-    outer = torch.cat([g.flatten() for _, g in pairs])
-    for i, d in zip(wanted, plain, strict=True):
-        use.compare(i, grads[i], d, outer, x)
+class RecurrentCheck:
+    """Computes the gradients of the weights by torch's own backward, for the contributions must add up to them.
+
+    Args:
+        run: computes the layer from x, the first states and the weights.
+        x: the input of the forward.
+    """
+
+    def __init__(self, run: Callable[[Tensor, Sequence[Tensor], Sequence[Any]], tuple[Tensor, ...]], x: Tensor) -> None:
+        self.run = run
+        self.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+
+    def compare(
+        self, use: Use, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None],
+        gs: Sequence[Tensor | None], grads: Sequence[Tensor | None],
+    ) -> None:  # fmt: skip
+        """Raise RuntimeError if the contributions do not add up to the gradients of torch's own backward."""
+        wanted = [i for i, d in enumerate(grads) if d is not None]
+        if not wanted:
+            return
+        enabled, dtype = self.autocast
+        with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=enabled):
+            leaves = [None if w is None else w.detach().requires_grad_(i in wanted) for i, w in enumerate(weights)]
+            outs = self.run(x.detach(), [s.detach() for s in states], leaves)
+            pairs = [(y, g) for y, g in zip(outs, gs, strict=True) if g is not None]
+            plain = torch.autograd.grad(
+                [y for y, _ in pairs],
+                [leaf for i in wanted if (leaf := leaves[i]) is not None],
+                [g for _, g in pairs],
+                materialize_grads=True,
+            )
+        outer = torch.cat([g.flatten() for _, g in pairs])
+        for i, d in zip(wanted, plain, strict=True):
+            use.compare(i, grads[i], d, outer, x)
 
 
 @handles("lstm", "gru", "rnn_tanh", "rnn_relu", needs_batch=True, takes_numbered=True)
@@ -239,10 +251,10 @@ def recurrent(tensors: TensorState, op: Operation) -> Any:
     call, batch = RecurrentCall.of(op), tensors.rules.batch
     if tensors.is_parameter(call.x) or not goes_back_sample_by_sample(tensors, *call.weights):
         return NotImplemented
-    numbers = call.numbers({id(t): tensors.state(t) for t in (call.x, *call.states)}, batch)
-    if isinstance(numbers, str):
-        raise mixed(tensors, op.name, op.parameters[0], numbers)
-    states = [_per_sample(tensors, op.name, s, numbers) for s in call.states]
+    order = call.order({id(t): tensors.state(t) for t in (call.x, *call.states)}, batch)
+    if isinstance(order, str):
+        raise mixed(tensors, op.name, op.parameters[0], order)
+    states = [_per_sample(tensors, op.name, s, order) for s in call.states]
     if any(s is None for s in states):
         return NotImplemented
     count, per = call.directions, call.per_direction
@@ -250,27 +262,24 @@ def recurrent(tensors: TensorState, op: Operation) -> Any:
     for i in range(call.num_layers):
         weights = call.weights[i * count * per :][: count * per]
         use = tensors.use(op.name, weights)
-        layer = Layer(call, numbers, use.batch, [w.shape for w in weights])
+        layer = Layer(call, order, use.batch, [w.shape for w in weights])
         firsts = [s[i * count : (i + 1) * count] for s in states if s is not None]
         x, *last = RecurrentFunction.apply(use, layer, x, *firsts, *weights)
         ends.append(last)
         if call.dropout and call.train and i < call.num_layers - 1:
             x = F.dropout(x, call.dropout, True)
     results = [x, *(torch.cat(each) if len(each) > 1 else each[0] for each in zip(*ends, strict=True))]
-    for t, state in zip(results, call.after(results, numbers, batch), strict=True):
+    for t, state in zip(results, call.after(results, order, batch), strict=True):
         tensors.mark(t, state)
     return tuple(results)
 
 
-def _per_sample(tensors: TensorState, name: str, state: Tensor, numbers: Tensor) -> Tensor | None:
+def _per_sample(tensors: TensorState, name: str, state: Tensor, order: Order) -> Tensor | None:
     """Return a first state; of a parameter as large as the batch, its entries of each sample. None: not known."""
     if not tensors.is_parameter(state):
         return state
-    batch = tensors.rules.batch
-    inner = sample_layout.block_of(numbers.int(), batch)
-    if inner is None or tensors.opaque(state) is not None:
+    if isinstance(order, Tensor) or tensors.opaque(state) is not None:
         return None
-    out: Tensor = PerSampleParameter.apply(
-        tensors.use(name, [state]), state, 1, len(numbers) // (batch * inner), inner
-    )
+    use = tensors.use(name, [state])
+    out: Tensor = PerSampleParameter.apply(use, state, 1, state.shape[1] // (use.batch * order), order)
     return out

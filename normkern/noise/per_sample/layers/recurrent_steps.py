@@ -55,7 +55,7 @@ class Weights(NamedTuple):
     w_h: Tensor
     b_x: Tensor | None
     b_h: Tensor | None
-    w_r: Tensor | None  #: of an LSTM with projections
+    w_r: Tensor | None = None  #: of an LSTM with projections
 
 
 @dataclass
@@ -69,9 +69,26 @@ class Gradients:
     projected: tuple[Tensor, Tensor] | None = None  #: what is projected, and dL/d of the projections
 
 
-def products(x: Tensor, before: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-    """Return W_x x + b_x and W_h h + b_h of all rows."""
-    return F.linear(x, w.w_x, w.b_x), F.linear(before, w.w_h, w.b_h)
+def products(x: Tensor, h: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+    """Return W_h h + b_h and W_x x + b_x."""
+    return F.linear(h, w.w_h, w.b_h), F.linear(x, w.w_x, w.b_x)
+
+
+def gru_gates(from_h: Tensor, from_x: Tensor) -> tuple[Tensor, ...]:
+    """Return r, z, n and n_h, in part in the memory of the products."""
+    r_h, z_h, n_h = from_h.chunk(3, 1)
+    r_x, z_x, n_x = from_x.chunk(3, 1)
+    r, z = r_h.add_(r_x).sigmoid_(), z_h.add_(z_x).sigmoid_()
+    return r, z, n_x.add(n_h * r).tanh_(), n_h
+
+
+def lstm_gates(from_h: Tensor, from_x: Tensor) -> Tensor:
+    """Return i, f, g and o, (rows, 4, width), in the memory of a product."""
+    gates = from_h.add_(from_x).unflatten(1, (4, -1))
+    gates[:, :2].sigmoid_()
+    gates[:, 2].tanh_()
+    gates[:, 3].sigmoid_()
+    return gates
 
 
 def rnn(steps: Steps, y: Tensor, g: Tensor | None, g_h: Tensor, w: Weights, is_relu: bool) -> Gradients:
@@ -87,13 +104,11 @@ def rnn(steps: Steps, y: Tensor, g: Tensor | None, g_h: Tensor, w: Weights, is_r
 
 
 def gru(
-    steps: Steps, from_x: Tensor, from_h: Tensor, before: Tensor, g: Tensor | None, g_h: Tensor, w: Weights
+    steps: Steps, gates: Sequence[Tensor], before: Tensor, g: Tensor | None, g_h: Tensor, w: Weights
 ) -> Gradients:  # fmt: skip
-    """Return the gradients of h' = n + z (h - n) with n = tanh(n_x + r n_h); the products' memory is used."""
+    """Return the gradients of h' = n + z (h - n) with n = tanh(n_x + r n_h), from the gates r, z, n and n_h."""
+    r, z, n, n_h = gates
     width = before.shape[1]
-    r, z = torch.sigmoid(from_x[:, : 2 * width].add_(from_h[:, : 2 * width])).split(width, 1)
-    n_h = from_h[:, 2 * width :]
-    n = torch.addcmul(from_x[:, 2 * width :], r, n_h).tanh_()
     slope = (1 - z) * (1 - n * n)  # of n's pre-activation
     factors = n.new_empty(len(n), 3, width)  # of r, z and n_h
     torch.mul(slope, n_h, out=factors[:, 0]).mul_(r).mul_(1 - r)
@@ -114,14 +129,10 @@ def gru(
 
 
 def lstm(
-    steps: Steps, pre: Tensor, c_first: Tensor, g: Tensor | None, g_h: Tensor, g_c: Tensor, w: Weights
+    steps: Steps, gates: Tensor, c_first: Tensor, g: Tensor | None, g_h: Tensor, g_c: Tensor, w: Weights
 ) -> Gradients:  # fmt: skip
-    """Return the gradients of c' = f c + i g, h' = o tanh(c') or a projection of it; `pre` becomes the gates i, f, g, o."""
-    width, rows = c_first.shape[1], len(pre)
-    gates = pre.view(rows, 4, width)
-    gates[:, :2].sigmoid_()
-    gates[:, 2].tanh_()
-    gates[:, 3].sigmoid_()
+    """Return the gradients of c' = f c + i g, h' = o tanh(c') or a projection of it, from the gates i, f, g and o."""
+    rows, _, width = gates.shape
     i, f, new, o = gates.unbind(1)
     cells = _cells(steps, i * new, f, c_first)
     squashed = cells.tanh()
