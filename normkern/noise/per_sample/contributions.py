@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from .sums import Sums, of_matrix, one_by_one, real
 
@@ -47,7 +46,7 @@ class Contribution:
         on = on.double()
         return torch.stack([(self.sample(b).double() * on).sum() for b in range(self.batch)])
 
-    def merge(self, others: Sequence[Contribution]) -> Self | None:
+    def merge(self, others: Sequence[Contribution]) -> Contribution | None:
         """Return one contribution that is the sum of this and others to the same tensor; None: it has no such form."""
         return None
 
@@ -79,6 +78,13 @@ class Matrix(Contribution):
 
     def project(self, on: Tensor) -> Tensor:
         return self.rows.double() @ on.double().reshape(-1)
+
+    def merge(self, others: Sequence[Contribution]) -> Matrix | None:
+        """Add the rows."""
+        every = [c.matrix() for c in (self, *others)]
+        if any(rows is None for rows in every):
+            return None
+        return Matrix(sum(rows.to(real(rows.dtype)) for rows in every if rows is not None), self.shape)  # type: ignore[arg-type]
 
 
 @dataclass

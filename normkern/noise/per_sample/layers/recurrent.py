@@ -26,6 +26,7 @@ from ..tensor_state import TensorState, Use
 from . import recurrent_steps
 from .base import goes_back_sample_by_sample, mixed, without_modes
 from .broadcast import PerSampleParameter
+from .collected import Collected, collect
 from .linear import LinearContribution
 from .recurrent_steps import Gradients, Steps, Weights, gru_gates, lstm_gates, products
 from .registry import handles
@@ -99,13 +100,13 @@ class RecurrentFunction(torch.autograd.Function):
     """The autograd function of one recurrent layer."""
 
     @staticmethod
-    def forward(ctx: Any, use: Use, layer: Layer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.use, ctx.layer = use, layer
+    def forward(ctx: Any, collected: Collected, layer: Layer, x: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.collected, ctx.layer = collected, layer
         count = 2 if layer.of_lstm else 1
         with without_modes():
             out = layer.run(x, tensors[:count], tensors[count:])
             out = tuple(torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y for y in out)
-        ctx.check = RecurrentCheck(layer.run, x) if use.accumulator.checking else None
+        ctx.check = RecurrentCheck(layer.run, x) if collected.use.accumulator.checking else None
         ctx.save_for_backward(x, out[0], *tensors)
         ctx.set_materialize_grads(False)
         return out
@@ -113,25 +114,20 @@ class RecurrentFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Any, ...]:
-        use, layer = ctx.use, ctx.layer
-        needs = ctx.needs_input_grad[2:]
+        layer, needs = ctx.layer, ctx.needs_input_grad[2:]
         if all(g is None for g in gs):
             return (None,) * (2 + len(needs))
         with without_modes():
             x, y, *tensors = ctx.saved_tensors
             count = 2 if layer.of_lstm else 1
             states, weights = tensors[:count], tensors[count:]
-            use.begin()
             dx, d_states, contribution = _through_time(layer, x, y, states, weights, gs)
-            grads = [
-                use.measure(i, functools.partial(contribution, i)) if needed else None
-                for i, needed in enumerate(needs[1 + count :])
-            ]
-            if ctx.check is not None and not use.accumulator.estimating:
-                ctx.check.compare(use, x, states, weights, gs, grads)
+            ctx.collected.add(contribution)
+            if ctx.check is not None and not ctx.collected.use.accumulator.estimating:
+                ctx.check.compare(ctx.collected.use, x, states, weights, gs, contribution)
                 ctx.check = None
             d_states = [d if n else None for d, n in zip(d_states, needs[1:], strict=False)]
-            return (None, None, dx() if needs[0] else None, *d_states, *grads)
+            return (None, None, dx() if needs[0] else None, *d_states, *(None,) * len(weights))
 
 
 def _through_time(
@@ -223,10 +219,10 @@ class RecurrentCheck:
 
     def compare(
         self, use: Use, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor | None],
-        gs: Sequence[Tensor | None], grads: Sequence[Tensor | None],
+        gs: Sequence[Tensor | None], contribution: Callable[[int], Contribution],
     ) -> None:  # fmt: skip
         """Raise RuntimeError if the contributions do not add up to the gradients of torch's own backward."""
-        wanted = [i for i, d in enumerate(grads) if d is not None]
+        wanted = [i for i, target in enumerate(use.targets) if target is not None]
         if not wanted:
             return
         enabled, dtype = self.autocast
@@ -242,7 +238,7 @@ class RecurrentCheck:
             )
         outer = torch.cat([g.flatten() for _, g in pairs])
         for i, d in zip(wanted, plain, strict=True):
-            use.compare(i, grads[i], d, outer, x)
+            use.compare(i, contribution(i).total().to(d.dtype), d, outer, x)
 
 
 @handles("lstm", "gru", "rnn_tanh", "rnn_relu", needs_batch=True, takes_numbered=True)
@@ -261,10 +257,10 @@ def recurrent(tensors: TensorState, op: Operation) -> Any:
     x, ends = call.x, []
     for i in range(call.num_layers):
         weights = call.weights[i * count * per :][: count * per]
-        use = tensors.use(op.name, weights)
-        layer = Layer(call, order, use.batch, [w.shape for w in weights])
+        collected, used = collect(tensors, op.name, weights)
+        layer = Layer(call, order, batch, [w.shape for w in weights])
         firsts = [s[i * count : (i + 1) * count] for s in states if s is not None]
-        x, *last = RecurrentFunction.apply(use, layer, x, *firsts, *weights)
+        x, *last = RecurrentFunction.apply(collected, layer, x, *firsts, *used)
         ends.append(last)
         if call.dropout and call.train and i < call.num_layers - 1:
             x = F.dropout(x, call.dropout, True)

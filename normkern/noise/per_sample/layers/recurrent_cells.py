@@ -19,9 +19,10 @@ from ..numbered import Grouping, Order, order_along, ordered
 from ..operation import Operation
 from ..recurrent_call import agreed
 from ..sums import real
-from ..tensor_state import TensorState, Use
+from ..tensor_state import TensorState
 from . import recurrent_steps
 from .base import autocast, goes_back_sample_by_sample, mixed, shape_of, without_modes
+from .collected import Collected, collect
 from .recurrent import RecurrentCheck, contribution_of
 from .recurrent_steps import Steps, Weights, gru_gates, lstm_gates, products
 from .registry import handles
@@ -87,16 +88,16 @@ class CellFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, use: Use, cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None
+        ctx: Any, collected: Collected, cell: Cell, x: Tensor, h: Tensor, c: Tensor | None, *weights: Tensor | None
     ) -> tuple[Tensor, ...]:
-        ctx.use, ctx.cell = use, cell
+        ctx.collected, ctx.cell = collected, cell
         with without_modes():
             x_, h_, *weights_ = autocast(x, h, *weights)
             assert x_ is not None
             assert h_ is not None
             states = [h_] if c is None else [h_, c]
             out, kept = cell.forward(x_, states, Weights(*weights_))  # type: ignore[arg-type]
-        ctx.check = RecurrentCheck(cell.run, x) if use.accumulator.checking else None
+        ctx.check = RecurrentCheck(cell.run, x) if collected.use.accumulator.checking else None
         ctx.dtypes = [t.dtype for t in (x, h, c) if t is not None]
         ctx.count = len(states)
         ctx.save_for_backward(x_, *states, *weights_, *kept)
@@ -106,7 +107,7 @@ class CellFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Any, ...]:
-        use, cell, count = ctx.use, ctx.cell, ctx.count
+        collected, cell, count = ctx.collected, ctx.cell, ctx.count
         needs = ctx.needs_input_grad[2:]
         if all(g is None for g in gs):
             return (None,) * (2 + len(needs))
@@ -120,27 +121,23 @@ class CellFunction(torch.autograd.Function):
             ]
             w = Weights(*(None if p is None else p.to(kind) for p in weights))  # type: ignore[arg-type]
             before = [s.to(kind) for s in states]
-            use.begin()
             of = cell.gradients([t.to(kind) for t in kept], before, given, w)
             rows = x.to(kind)
             contribution = contribution_of(
                 cell.group, functools.cache(lambda: cell.group(rows)), before[0], of, True, cell.shapes
             )
-            grads = [
-                use.measure(i, functools.partial(contribution, i)) if needed else None
-                for i, needed in enumerate(needs[3:])
-            ]
-            if ctx.check is not None and not use.accumulator.estimating:
-                ctx.check.compare(use, x, states, weights, gs, grads)
+            collected.add(contribution)
+            if ctx.check is not None and not collected.use.accumulator.estimating:
+                ctx.check.compare(collected.use, x, states, weights, gs, contribution)
                 ctx.check = None
             dx = (of.of_x @ w.w_x).to(ctx.dtypes[0]) if needs[0] else None
             dh = of.h.to(ctx.dtypes[1]) if needs[1] else None
             dc = of.c.to(ctx.dtypes[2]) if needs[2] and of.c is not None else None
-            return (None, None, dx, dh, dc, *grads)
+            return (None, None, dx, dh, dc, *(None,) * (len(needs) - 3))
 
 
 @handles("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell", needs_batch=True, takes_numbered=True)
-def cell(tensors: TensorState, op: Operation) -> Any:
+def recurrent_cell(tensors: TensorState, op: Operation) -> Any:
     """torch.nn.RNNCell, LSTMCell and GRUCell."""
     x, hx, w_x, w_h, b_x, b_h = op.bind("input hx w_ih w_hh b_ih b_hh")
     states, batch, weights = list(hx) if op.name == "lstm_cell" else [hx], tensors.rules.batch, (w_x, w_h, b_x, b_h)
@@ -152,10 +149,9 @@ def cell(tensors: TensorState, op: Operation) -> Any:
     order = agreed("they are not the rows of its input" if found is None else found, x, states, 0, of, batch)
     if isinstance(order, str):
         raise mixed(tensors, op.name, op.parameters[0], order)
-    use = tensors.use(op.name, weights)
-    out = CellFunction.apply(
-        use, Cell(op.name, order, use.batch, [shape_of(w) for w in weights]), x, *(*states, None)[:2], *weights
-    )
+    collected, used = collect(tensors, op.name, weights)
+    cell = Cell(op.name, order, batch, [shape_of(w) for w in weights])
+    out = CellFunction.apply(collected, cell, x, *(*states, None)[:2], *used)
     for t in out:
         tensors.mark(t, ordered(t.shape, 0, order, batch))
     return out if op.name == "lstm_cell" else out[0]
