@@ -259,7 +259,7 @@ KEEPS_NUMBERS = POINTWISE | {"embedding", "one_hot"}
 
 
 def treats_rows_alone(op: Operation, x: Tensor, state: Numbered) -> bool:
-    """Return whether an operation with parameters treats the entries along `state.dim` of x, its input, by themselves."""
+    """Return whether an operation with parameters treats the entries of x along `state.dim` by themselves."""
     if op.name in POINTWISE:
         return state.dim == 0 and all(p.dim() < x.dim() for p in op.parameters)
     if op.argument(0, "input") is not x:
@@ -272,7 +272,8 @@ def treats_rows_alone(op: Operation, x: Tensor, state: Numbered) -> bool:
 
 
 def _states_of(op: Operation) -> dict[int, State]:
-    return {id(t): state for t, state in (*op.samples, *op.numbered)}
+    states: list[tuple[Tensor, State]] = [*op.samples, *op.numbered]
+    return {id(t): state for t, state in states}
 
 
 def keeps_numbers(op: Operation, results: list[Tensor], batch: int) -> list[State]:
@@ -281,9 +282,7 @@ def keeps_numbers(op: Operation, results: list[Tensor], batch: int) -> list[Stat
     place = state.dim - x.dim()
     if op.name in ("embedding", "one_hot"):
         place -= 1
-    elif not all(
-        s.dim - t.dim() == place and torch.equal(s.numbers, state.numbers) for t, s in op.numbered
-    ):
+    elif not all(s.dim - t.dim() == place and torch.equal(s.numbers, state.numbers) for t, s in op.numbered):
         return [Mixed(f"{op.name} of operands whose samples do not lie side by side")] * len(results)
     size = len(state.numbers)
     return [

@@ -262,8 +262,8 @@ class Tracer(TorchFunctionMode):
             tensors.mark(rows, sample_layout.leading(rows.shape, tensors.rules.batch))
             return tensors.run(lambda: op.run_with(lambda t: rows if t is x else t))
 
-        out, state = by_rows(x, state, tensors.rules.batch, run)
-        tensors.mark(out, state)
+        out, after = by_rows(x, state, tensors.rules.batch, run)
+        tensors.mark(out, after)
         return out
 
     def _derive(self, op: Operation) -> Any:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..contributions import Contribution
 from ..tensor_state import TensorState, Use
-from .base import without_modes
+from .base import first_order, without_modes
 
 
 class Collected:
@@ -28,6 +27,8 @@ class Collected:
 
     def add(self, contribution: Callable[[int], Contribution]) -> None:
         """Take a function that returns the contributions of one use to the i-th weight."""
+        if not any(target is not None for target in self.use.targets):
+            return
         self._came.setdefault(torch._C._current_graph_task_id(), []).append(contribution)
 
     def take(self) -> list[Callable[[int], Contribution]]:
@@ -47,7 +48,7 @@ class Collect(torch.autograd.Function):
         return tuple(None if w is None else w.view_as(w) for w in weights)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *_: Tensor | None) -> tuple[Any, ...]:
         use, needs = ctx.collected.use, ctx.needs_input_grad[1:]
         came = ctx.collected.take()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import sample_layout
 from ..contributions import Contribution, Matrix
@@ -24,7 +23,7 @@ from ..recurrent_call import RecurrentCall
 from ..sums import real
 from ..tensor_state import TensorState, Use
 from . import recurrent_steps
-from .base import goes_back_sample_by_sample, mixed, without_modes
+from .base import first_order, goes_back_sample_by_sample, mixed, without_modes
 from .broadcast import PerSampleParameter
 from .collected import Collected, collect
 from .linear import LinearContribution
@@ -59,6 +58,16 @@ class Layer:
                 self.has_biases, 1, 0.0, self.train, self.bidirectional, *last,
             )  # fmt: skip
         return out
+
+    def run_as_in_training(
+        self, x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """Return what `run` returns where a backward follows: oneDNN's LSTM has other bits without."""
+        if not (self.of_lstm and x.device.type == "cpu" and x.dtype != torch.float64):
+            return self.run(x, states, weights)
+        with torch.enable_grad():
+            out = self.run(x.detach(), [s.detach() for s in states], [w.detach().requires_grad_() for w in weights])
+        return tuple(y.detach() for y in out)
 
     def rows(self, t: Tensor) -> Tensor:
         """Return an input or output as rows, one time step after the other, in the dtype of sums."""
@@ -104,7 +113,7 @@ class RecurrentFunction(torch.autograd.Function):
         ctx.collected, ctx.layer = collected, layer
         count = 2 if layer.of_lstm else 1
         with without_modes():
-            out = layer.run(x, tensors[:count], tensors[count:])
+            out = layer.run_as_in_training(x, tensors[:count], tensors[count:])
             out = tuple(torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y for y in out)
         ctx.check = RecurrentCheck(layer.run, x) if collected.use.accumulator.checking else None
         ctx.save_for_backward(x, out[0], *tensors)
@@ -112,7 +121,7 @@ class RecurrentFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Any, ...]:
         layer, needs = ctx.layer, ctx.needs_input_grad[2:]
         if all(g is None for g in gs):
@@ -126,8 +135,8 @@ class RecurrentFunction(torch.autograd.Function):
             if ctx.check is not None and not ctx.collected.use.accumulator.estimating:
                 ctx.check.compare(ctx.collected.use, x, states, weights, gs, contribution)
                 ctx.check = None
-            d_states = [d if n else None for d, n in zip(d_states, needs[1:], strict=False)]
-            return (None, None, dx() if needs[0] else None, *d_states, *(None,) * len(weights))
+            of_states = (d if n else None for d, n in zip(d_states, needs[1:], strict=False))
+            return (None, None, dx() if needs[0] else None, *of_states, *(None,) * len(weights))
 
 
 def _through_time(
@@ -227,16 +236,14 @@ class RecurrentCheck:
             return
         enabled, dtype = self.autocast
         with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=enabled):
-            leaves = [None if w is None else w.detach().requires_grad_(i in wanted) for i, w in enumerate(weights)]
-            outs = self.run(x.detach(), [s.detach() for s in states], leaves)
+            leaves = {i: w.detach().requires_grad_(i in wanted) for i, w in enumerate(weights) if w is not None}
+            outs = self.run(x.detach(), [s.detach() for s in states], [leaves.get(i) for i in range(len(weights))])
             pairs = [(y, g) for y, g in zip(outs, gs, strict=True) if g is not None]
             plain = torch.autograd.grad(
-                [y for y, _ in pairs],
-                [leaf for i in wanted if (leaf := leaves[i]) is not None],
-                [g for _, g in pairs],
-                materialize_grads=True,
+                [y for y, _ in pairs], [leaves[i] for i in wanted], [g for _, g in pairs], materialize_grads=True
             )
         outer = torch.cat([g.flatten() for _, g in pairs])
+        outer = outer.to(dtype) if enabled and outer.dtype != torch.float64 else outer  # the precision of the products
         for i, d in zip(wanted, plain, strict=True):
             use.compare(i, contribution(i).total().to(d.dtype), d, outer, x)
 

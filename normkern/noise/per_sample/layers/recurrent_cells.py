@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import sample_layout
 from ..numbered import Grouping, Order, order_along, ordered
@@ -21,7 +20,7 @@ from ..recurrent_call import agreed
 from ..sums import real
 from ..tensor_state import TensorState
 from . import recurrent_steps
-from .base import autocast, goes_back_sample_by_sample, mixed, shape_of, without_modes
+from .base import first_order, goes_back_sample_by_sample, mixed, shape_of, without_modes
 from .collected import Collected, collect
 from .recurrent import RecurrentCheck, contribution_of
 from .recurrent_steps import Steps, Weights, gru_gates, lstm_gates, products
@@ -92,20 +91,16 @@ class CellFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.collected, ctx.cell = collected, cell
         with without_modes():
-            x_, h_, *weights_ = autocast(x, h, *weights)
-            assert x_ is not None
-            assert h_ is not None
-            states = [h_] if c is None else [h_, c]
-            out, kept = cell.forward(x_, states, Weights(*weights_))  # type: ignore[arg-type]
+            states = [h] if c is None else [h, c]
+            out, kept = cell.forward(x, states, Weights(*weights))  # type: ignore[arg-type]
         ctx.check = RecurrentCheck(cell.run, x) if collected.use.accumulator.checking else None
-        ctx.dtypes = [t.dtype for t in (x, h, c) if t is not None]
         ctx.count = len(states)
-        ctx.save_for_backward(x_, *states, *weights_, *kept)
+        ctx.save_for_backward(x, *states, *weights, *kept)
         ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, *gs: Tensor | None) -> tuple[Any, ...]:
         collected, cell, count = ctx.collected, ctx.cell, ctx.count
         needs = ctx.needs_input_grad[2:]
@@ -130,9 +125,9 @@ class CellFunction(torch.autograd.Function):
             if ctx.check is not None and not collected.use.accumulator.estimating:
                 ctx.check.compare(collected.use, x, states, weights, gs, contribution)
                 ctx.check = None
-            dx = (of.of_x @ w.w_x).to(ctx.dtypes[0]) if needs[0] else None
-            dh = of.h.to(ctx.dtypes[1]) if needs[1] else None
-            dc = of.c.to(ctx.dtypes[2]) if needs[2] and of.c is not None else None
+            dx = (of.of_x @ w.w_x).to(x.dtype) if needs[0] else None
+            dh = of.h.to(states[0].dtype) if needs[1] else None
+            dc = of.c.to(states[1].dtype) if needs[2] and of.c is not None else None
             return (None, None, dx, dh, dc, *(None,) * (len(needs) - 3))
 
 

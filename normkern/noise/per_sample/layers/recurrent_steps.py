@@ -146,12 +146,12 @@ def lstm(
     arrived = None if w.w_r is None else gates.new_empty(rows, len(w.w_r))
     parts, slopes, lasts, into, leaks = (steps.split(a) for a in (factors, slope, last, of, f))
     kept = None if arrived is None else steps.split(arrived)
-    g_c = g_c.clone()
+    w_r, g_c = w.w_r, g_c.clone()
 
     def step(t: int, d: Tensor) -> Tensor:
-        if kept is not None:
+        if kept is not None and w_r is not None:
             kept[t].copy_(d)
-            d = d @ w.w_r
+            d = d @ w_r
         c = g_c[: len(d)]
         c.addcmul_(d, slopes[t])
         torch.mul(c.unsqueeze(1), parts[t], out=into[t][:, :3])
@@ -170,10 +170,7 @@ def _cells(steps: Steps, new: Tensor, f: Tensor, first: Tensor) -> Tensor:
     c = first
     for t in steps.order:
         count = len(news[t])
-        if count > len(c):  # sequences that begin here
-            c = torch.cat([c, first[len(c) : count]])
-        else:
-            c = c[:count]
+        c = c[:count] if count <= len(c) else torch.cat([c, first[len(c) : count]])  # more sequences begin here
         c = news[t].addcmul_(leaks[t], c)
     return new
 
