@@ -8,12 +8,7 @@ divides by n instead of n - 1.
 import sys
 import types
 
-# BackPACK's tests import it, for a check of memory that is not run here.
-sys.modules.setdefault("pytorch_memlab", types.SimpleNamespace(MemReporter=None))
-
-import test.extensions.implementation.backpack as implementation  # noqa: E402
-
-import normkern  # noqa: E402
+import normkern
 
 
 class Measured:
@@ -54,4 +49,10 @@ class Measured:
     sgs_extension_hook = sgs
 
 
-implementation.BackpackExtensions = Measured
+def pytest_configure():
+    """Put `Measured` in the place of the class that calls BackPACK, before the tests import it."""
+    # BackPACK's tests import this package for a check of memory that is not run here.
+    sys.modules.setdefault("pytorch_memlab", types.SimpleNamespace(MemReporter=None))
+    import test.extensions.implementation.backpack as implementation
+
+    implementation.BackpackExtensions = Measured
