@@ -208,7 +208,7 @@ class GradientNoise:
                 if new[i] and accumulator.batch is not None and _samples_in(x) == accumulator.batch:
                     if isinstance(x, PackedSequence):
                         tensors.mark(x.data, state_of_packed(x, accumulator.batch))
-                    else:
+                    elif x.numel():
                         tensors.mark(x, sample_layout.leading(x.shape, accumulator.batch, certain=i == 0))
 
     def _batch_of(self, x: Tensor | PackedSequence) -> int:
@@ -310,7 +310,7 @@ class GradientNoise:
 
 def _samples_in(x: Tensor | PackedSequence) -> int:
     """Return the number of samples of an argument of the model."""
-    return int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else x.shape[0] if x.numel() else 0
+    return int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else x.shape[0]
 
 
 def _unseen(hook: Callable[[ParameterRecord, Tensor], None], r: ParameterRecord) -> Callable[[Tensor], None]:

@@ -62,8 +62,9 @@ class TensorState:
         accumulator: takes the contributions of the parameters.
 
     A handler uses `state` (where a tensor's samples are), `mark` (say where they are, of what the handler returns),
-    `derived` and `roots` (which parameters a tensor was made of), `use` (announce contributions), `run` (other
-    operations in place of its own), `rules` (where the samples are after an operation) and `accumulator`.
+    `derived` and `roots` (which parameters a tensor was made of), `use` (announce contributions), `once_per_call` (what
+    all uses in one call of the model share), `run` (other operations in place of its own), `rules` (where the samples
+    are after an operation) and `accumulator`.
     """
 
     def __init__(self, accumulator: Accumulator, mode: AbstractContextManager[Any]) -> None:

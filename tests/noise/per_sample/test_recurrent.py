@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import normkern
 from normkern.noise.per_sample import kernels
 from normkern.noise.per_sample.layers import collected, recurrent_steps
+from normkern.noise.per_sample.numbered import Grouping
 
 from .budgets import TIERS, assert_says, close
 from .case import Problem, numbers, squares
@@ -361,6 +362,43 @@ def test_rows_in_another_order_meet_no_ordered_samples():
 
     with refuses("linear uses 'b.weight'"):
         measured(numbers(Meets(), 4, 2, 4))
+
+
+def test_rows_are_grouped_by_their_samples():
+    numbers, x = torch.tensor([2, 0, 2, 4, 0, 2]), torch.randn(6, 3)
+    to = Grouping.of(numbers, 5, x.device)
+    grouped = to.group(x)
+    assert grouped.shape == (5, 3, 3)
+    for b in range(5):
+        own = x[numbers == b]
+        assert torch.equal(grouped[b, : len(own)], own)
+        assert not grouped[b, len(own) :].any()
+    assert torch.equal(grouped.flatten(0, 1)[to.places], x)
+
+
+class Picks(nn.Module):
+    """Some samples twice, some not at all."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x.index_select(0, torch.tensor([2, 0, 2])))[0])
+
+
+def test_samples_that_are_picked_twice_or_not_at_all():
+    torch.manual_seed(0)
+    model, x = Picks().double(), torch.randn(4, 3, 4, dtype=F64)
+    noise = normkern.GradientNoise(model, ("norms",), reduction="sum", check=True)
+    with noise:
+        model(x).square().sum().backward()
+    wanted = []
+    for b, times in enumerate((1, 0, 2, 0)):
+        loss = times * model.head(model.layer(x[b : b + 1])[0]).square().sum()
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        wanted.append(sum(g.square().sum() for g in grads))
+    torch.testing.assert_close(noise.result().sq_norms, torch.stack(wanted))
 
 
 @pytest.mark.parametrize("model", [Layer(nn.LSTM), Cells(nn.LSTMCell), Cells(nn.RNNCell)])

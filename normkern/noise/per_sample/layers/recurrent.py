@@ -6,9 +6,10 @@ torch's own operation computes each layer of a stack. The backward goes back thr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ from .recurrent_steps import Gradients, Steps, Weights, gru_gates, lstm_gates, p
 from .registry import handles
 
 
+@contextlib.contextmanager
+def _without_cudnns_warning() -> Iterator[None]:
+    """Silence what cuDNN says of weights of one layer, which it wants side by side in memory with those of all."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        yield
+
+
 class Layer:
     """One layer of a recurrent stack, in one direction or both.
 
@@ -51,8 +60,7 @@ class Layer:
         """Return the outputs and the last states, as torch computes them."""
         first = (x,) if self.batch_sizes is None else (x, self.batch_sizes)
         last = (self.batch_first,) if self.batch_sizes is None else ()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
+        with _without_cudnns_warning() if x.is_cuda else contextlib.nullcontext():
             out: tuple[Tensor, ...] = getattr(torch._VF, self.name)(
                 *first, tuple(states) if self.of_lstm else states[0], list(weights),
                 self.has_biases, 1, 0.0, self.train, self.bidirectional, *last,

@@ -23,8 +23,8 @@ or computes it by a `LayerKind` (see `base`), whose backward hands every sample'
         return out
 
 What a handler may use of `tensors`: `state`, `layout` and `mark` (where samples are), `derived`, `roots` and `target`
-(which parameters a tensor was made of), `use` (announces contributions), `run` (other operations), `rules` (where the
-samples are after an operation), and `accumulator`.
+(which parameters a tensor was made of), `use` (announces contributions), `once_per_call` (what all uses in one call of
+the model share), `run` (other operations), `rules` (where the samples are after an operation), and `accumulator`.
 """
 
 from __future__ import annotations
