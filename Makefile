@@ -15,7 +15,7 @@ KERNEL_TESTS := tests/ops --ignore=tests/ops/test_schemas.py \
 
 CUDA_PYTEST = CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow instructions bench bench-compare papers lint format stubs docs dist cuda sanitize fuzz clean \
+.PHONY: help demo test test-slow test-backpack instructions bench bench-compare papers lint format stubs docs dist cuda sanitize fuzz clean \
   bench-all bench-noise bench-ddp lint-python lint-cpp lint-texts lint-stubs lint-tidy
 
 help: ## print this list
@@ -32,6 +32,14 @@ test-slow: ## the same as make test SLOW=1
 
 instructions: .venv/ready ## count the instructions of hot paths; more than 5 % over the budgets fails (WRITE=1: write budgets)
 	cd tests && $(abspath $(BIN)/python) -m instructions $(if $(WRITE),--write,--json ../build/instructions.json)
+
+test-backpack: $(if $(BACKPACK),.venv/backpack-ready) ## run BackPACK's own tests on GradientNoise (BACKPACK=folder: a checkout)
+	@test -d "$(BACKPACK)" || { echo "make test-backpack expected BACKPACK=folder, a checkout of BackPACK:"; \
+	  echo "  git clone https://github.com/f-dangel/backpack build/backpack"; \
+	  echo "  make test-backpack BACKPACK=build/backpack"; exit 1; }
+	here=$(CURDIR) && cd "$(BACKPACK)" && PYTHONPATH=$$here:$$here/tests/backpack:$$PWD OMP_WAIT_POLICY=passive \
+	  $(abspath $(BIN))/python -m pytest -n $(WORKERS) -q -p adapter \
+	  $(addprefix test/extensions/firstorder/,batch_l2_grad sum_grad_squared variance)
 
 bench: ## measure speed; fill the tables of README and docs (QUICK=1: short, into build/; ONLY=noise, ddp)
 bench: bench-$(or $(ONLY),all)
@@ -141,7 +149,7 @@ bench-ddp: .venv/bench-ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench-peers]" || echo "bench: going on without some peers"
 	touch $@
 
-# tidy, dist, docs, cmake: the dependency groups of pyproject.toml.
+# tidy, dist, docs, cmake, backpack: the dependency groups of pyproject.toml.
 .venv/%-ready: pyproject.toml constraints.txt | .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group $*
 	touch $@

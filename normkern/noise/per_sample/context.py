@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import Self
 
@@ -19,6 +20,7 @@ from ...tracing import force_eager, isinstance_if_imported
 from . import distributed, errors, sample_layout
 from .accumulator import Accumulator
 from .model_parameters import ModelParameters, batch_norms
+from .numbered import state_of_packed
 from .random_signs import SignedBackward
 from .record import ParameterRecord, Uncovered, spreads
 from .result import Coverage, GradientNoiseResult, scalars
@@ -191,21 +193,28 @@ class GradientNoise:
         assert self._tracer is not None
         accumulator, tensors = self._accumulator, self._tracer.tensors
         with torch._C.DisableTorchFunction():
+            leaves = tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))
             given = [
-                t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() and not accumulator.knows(t)
+                x
+                for x in leaves
+                if isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.dim() and not accumulator.knows(x))
             ]
-            states = [tensors.state(t) for t in given]
+            states = [tensors.state(x.data if isinstance(x, PackedSequence) else x) for x in given]
             new = [not (isinstance(s, Mixed) or (isinstance(s, SampleLayout) and s.certain)) for s in states]
             if new and new[0] and module is self.model:
                 accumulator.batch = self._batch_of(given[0])
             accumulator.new_call(bool(new and new[0]))
-            for i, t in enumerate(given):  # the first is the batch; others yield where they do not fit
-                if new[i] and accumulator.batch is not None and t.shape[0] == accumulator.batch and t.numel():
-                    tensors.mark(t, sample_layout.leading(t.shape, accumulator.batch, certain=t is given[0]))
+            for i, x in enumerate(given):  # the first is the batch; others yield where they do not fit
+                if new[i] and accumulator.batch is not None and _samples_in(x) == accumulator.batch:
+                    if isinstance(x, PackedSequence):
+                        tensors.mark(x.data, state_of_packed(x, accumulator.batch))
+                    elif x.numel():
+                        tensors.mark(x, sample_layout.leading(x.shape, accumulator.batch, certain=x is given[0]))
 
-    def _batch_of(self, x: Tensor) -> int:
-        """Return B, the leading dimension of the first tensor that the model is given."""
-        batch = x.shape[0]
+    def _batch_of(self, x: Tensor | PackedSequence) -> int:
+        """Return B, the leading dimension of the first tensor that the model is given, or the number of sequences."""
+        batch = _samples_in(x)
+        x = x.data if isinstance(x, PackedSequence) else x
         if self.batch_size is not None and batch != self.batch_size:
             raise errors.wrong_batch_size(self.batch_size, batch, tuple(x.shape))
         if batch < 2:
@@ -297,6 +306,11 @@ class GradientNoise:
             _read_mean=lambda: {r.name: r.mean(unit / batch) for r in measured},
             _read_coverage=lambda: _coverage(accumulator),
         )
+
+
+def _samples_in(x: Tensor | PackedSequence) -> int:
+    """Return the number of samples of an argument of the model."""
+    return int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else x.shape[0]
 
 
 def _unseen(hook: Callable[[ParameterRecord, Tensor], None], r: ParameterRecord) -> Callable[[Tensor], None]:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from .sums import Sums, of_matrix, one_by_one, real
 
@@ -83,6 +82,13 @@ class Matrix(Contribution):
 
     def project(self, on: Tensor) -> Tensor:
         return self.rows.double() @ on.double().reshape(-1)
+
+    def merge(self, others: Sequence[Contribution]) -> Matrix | None:
+        """Add the rows."""
+        every = [c.matrix() for c in (self, *others)]
+        if any(rows is None for rows in every):
+            return None
+        return Matrix(sum(rows.to(real(rows.dtype)) for rows in every if rows is not None), self.shape)  # type: ignore[arg-type]
 
 
 @dataclass

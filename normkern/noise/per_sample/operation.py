@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
+from .numbered import Numbered
 from .sample_layout import SampleLayout
 
 Samples = list[tuple[Tensor, SampleLayout]]
@@ -26,6 +27,7 @@ class Operation:
         args, kwargs: its arguments.
         samples: the operands that have samples, with their layouts.
         parameters: the operands that are trainable parameters or were made of parameters alone.
+        numbered: the operands whose samples lie in any order along one dimension.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Operation:
     kwargs: dict[str, Any]
     samples: Samples
     parameters: list[Tensor] = field(default_factory=list)
+    numbered: list[tuple[Tensor, Numbered]] = field(default_factory=list)
 
     def bind(self, names: str, **defaults: Any) -> list[Any]:
         """Return the arguments in the order of these names, separated by spaces; None where there is no default."""

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from . import errors, sample_layout
+from .numbered import Numbered, numbers_of, order_along, ordered, packed_numbers
 from .operation import Operation, Samples, tensors_in
+from .recurrent_call import RecurrentCall
 from .sample_layout import Mixed, SampleLayout, State
 
 Rule = Callable[[Operation, list[Tensor], int], list[State]]
@@ -34,7 +36,7 @@ RULES: dict[str, Rule] = {}
 MOVES = frozenset(
     """view view_as reshape reshape_as flatten unflatten ravel squeeze unsqueeze transpose swapaxes swapdims t T
     mT H mH adjoint permute movedim moveaxis expand expand_as broadcast_to repeat tile repeat_interleave
-    __getitem__ select narrow index_select gather take_along_dim flip fliplr flipud rot90 roll chunk split
+    __getitem__ select narrow gather take_along_dim flip fliplr flipud rot90 roll chunk split
     split_with_sizes tensor_split unbind hsplit vsplit dsplit cat concat concatenate stack hstack vstack dstack
     column_stack diagonal unfold atleast_1d atleast_2d atleast_3d __iter__ as_strided""".split()
 )
@@ -266,15 +268,91 @@ def _resized(op: Operation, out: Tensor) -> State:
 @propagates(*RECURRENT)
 def recurrent(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Return outputs that lie as the inputs do, and states with the samples in dimension 1."""
-    x, layout = op.samples[0]
-    found = sample_layout.axis(x.shape, layout.block, batch)
-    if found is None or x.dim() != 3 or found[0] == 2:
-        return [Mixed("a recurrent layer of folded samples")] * len(results)
-    first, *states = results
+    call, of = RecurrentCall.of(op), _states_of(op)
+    order = call.order({id(t): of.get(id(t)) for t in (call.x, *call.states)}, batch)
+    if isinstance(order, str):
+        return [Mixed(order)] * len(results)
+    return call.after(results, order, batch)
+
+
+# ---- In any order ---------------------------------------------------------------------------------------------------
+
+#: Know operands whose samples lie in any order.
+TAKES_NUMBERED = frozenset({"index_select", "_pack_padded_sequence", "_pad_packed_sequence", *RECURRENT})
+#: Keep their order.
+KEEPS_NUMBERS = POINTWISE | {"embedding", "one_hot"}
+
+
+def treats_rows_alone(op: Operation, x: Tensor, state: Numbered) -> bool:
+    """Return whether an operation with parameters treats the entries of x along `state.dim` by themselves."""
+    if op.name in POINTWISE:
+        return state.dim == 0 and all(p.dim() < x.dim() for p in op.parameters)
+    if op.argument(0, "input") is not x:
+        return False
+    if op.name == "embedding":
+        return True
+    if op.name in ("layer_norm", "rms_norm"):
+        return _is_not_mixed(op, x, state.dim, x)
+    return op.name == "linear" and state.dim < x.dim() - 1
+
+
+def _states_of(op: Operation) -> dict[int, State]:
+    states: list[tuple[Tensor, State]] = [*op.samples, *op.numbered]
+    return {id(t): state for t, state in states}
+
+
+def keeps_numbers(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Keep the order of the samples in an operation of `KEEPS_NUMBERS`, on tensors with the same one."""
+    x, state = op.numbered[0]
+    place = state.dim - x.dim()
+    if op.name in ("embedding", "one_hot"):
+        place -= 1
+    elif not all(s.dim - t.dim() == place and torch.equal(s.numbers, state.numbers) for t, s in op.numbered):
+        return [Mixed(f"{op.name} of operands whose samples do not lie side by side")] * len(results)
+    size = len(state.numbers)
     return [
-        SampleLayout(sample_layout.block_on(first.shape, *found), layout.certain),
-        *(SampleLayout(sample_layout.block_on(y.shape, 1, found[1]), layout.certain) for y in states),
+        ordered(y.shape, place + y.dim(), state.numbers, batch)
+        if -place <= y.dim() and y.shape[place] == size
+        else Mixed(f"{op.name} goes over the samples")
+        for y in results
     ]
+
+
+@propagates("_pack_padded_sequence")
+def packs(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Pack sequences: the rows of all steps, one step after the other. Batch sizes have no samples."""
+    x, _, batch_first = op.bind("input lengths batch_first")
+    dim = 0 if batch_first else 1
+    order = order_along(x.shape, _states_of(op).get(id(x)), dim, batch)
+    if order is None:
+        return [Mixed(f"packing expects them along dimension {dim}, with batch_first={batch_first}"), None]
+    rows = packed_numbers(numbers_of(order, x.shape[dim], batch), results[1].tolist())
+    return [ordered(results[0].shape, 0, rows, batch), None]
+
+
+@propagates("_pad_packed_sequence")
+def pads(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Undo `packs`."""
+    x, sizes, batch_first = op.bind("data batch_sizes batch_first padding_value total_length")[:3]
+    order = order_along(x.shape, _states_of(op).get(id(x)), 0, batch)
+    if order is None:
+        return [Mixed("padding expects rows of samples")] * len(results)
+    columns = numbers_of(order, len(x), batch)[: int(sizes[0])]
+    return [ordered(y.shape, dim, columns, batch) for y, dim in zip(results, (0 if batch_first else 1, 0), strict=True)]
+
+
+@propagates("index_select")
+def selects(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Pick entries along a dimension, which may be the samples'."""
+    x, dim, index = op.bind("input dim index")
+    state = _states_of(op).get(id(x))
+    dim %= max(x.dim(), 1)
+    order = order_along(x.shape, state, dim, batch)
+    if order is not None:
+        return [ordered(results[0].shape, dim, numbers_of(order, x.shape[dim], batch)[index.cpu()], batch)]
+    if isinstance(state, Numbered):
+        return [ordered(results[0].shape, state.dim, state.numbers, batch)]
+    return moves(op, results, batch)
 
 
 # ---- Moves ----------------------------------------------------------------------------------------------------------

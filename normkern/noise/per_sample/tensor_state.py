@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .propagation import LayoutRules
 from .record import ParameterRecord, Root, Target
 from .sample_layout import Mixed, SampleLayout, State
 
+_T = TypeVar("_T")
 _Entry = tuple["weakref.ref[Tensor]", Any]
 
 
@@ -61,8 +62,9 @@ class TensorState:
         accumulator: takes the contributions of the parameters.
 
     A handler uses `state` (where a tensor's samples are), `mark` (say where they are, of what the handler returns),
-    `derived` and `roots` (which parameters a tensor was made of), `use` (announce contributions), `run` (other
-    operations in place of its own), `rules` (where the samples are after an operation) and `accumulator`.
+    `derived` and `roots` (which parameters a tensor was made of), `use` (announce contributions), `once_per_call` (what
+    all uses in one call of the model share), `run` (other operations in place of its own), `rules` (where the samples
+    are after an operation) and `accumulator`.
     """
 
     def __init__(self, accumulator: Accumulator, mode: AbstractContextManager[Any]) -> None:
@@ -75,11 +77,14 @@ class TensorState:
         self._written: dict[int, _Entry] = {}
         self._leaves: dict[int, Tensor] = {}
         self._rules: LayoutRules | None = None
+        self._made: dict[Any, Any] = {}
+        self._made_in: int | None = None
 
     def forget(self) -> None:
         """Forget all tensors, and the mode, which holds this object."""
         for table in (self._states, self._derived, self._opaque, self._written, self._leaves):
             table.clear()
+        self._made.clear()
         self._mode = None
 
     def sweep(self) -> None:
@@ -208,6 +213,18 @@ class TensorState:
         assert self._mode is not None
         with self._mode:
             return func(*args, **kwargs)
+
+    def once_per_call(self, key: Any, make: Callable[[], _T]) -> _T:
+        """Return what `make` returned for this key in the current call of the model; else call it."""
+        call = self.accumulator.call()
+        if call is None:
+            return make()
+        if call != self._made_in:
+            self._made, self._made_in = {}, call
+        if key not in self._made:
+            self._made[key] = make()
+        found: _T = self._made[key]
+        return found
 
     def use(self, name: str, operands: Sequence[Any]) -> Use:
         """Return a use of these operands, of which those that are no parameters need no gradient here."""

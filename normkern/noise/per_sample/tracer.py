@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,8 +22,17 @@ from . import errors, sample_layout
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
 from .layers.registry import CHECKS, find
+from .numbered import Numbered, by_rows
 from .operation import Operation, Samples, name_of, tensors_in
-from .propagation import POINTWISE, REDUCES, LayoutRules
+from .propagation import (
+    KEEPS_NUMBERS,
+    POINTWISE,
+    REDUCES,
+    TAKES_NUMBERED,
+    LayoutRules,
+    keeps_numbers,
+    treats_rows_alone,
+)
 from .sample_layout import Mixed, SampleLayout, without_guesses
 from .tensor_state import TensorState
 
@@ -138,15 +148,25 @@ class Tracer(TorchFunctionMode):
         if not results or self.accumulator.batch is None:
             return
         tensors, rules = self.tensors, self.tensors.rules
-        samples = []
+        samples: Samples = []
+        lists: list[tuple[Tensor, Numbered]] = []
+        mixed: Mixed | None = None
         for t in operands:
             state = tensors.state(t)
             if isinstance(state, SampleLayout):
                 samples.append((t, state))
+            elif isinstance(state, Numbered):
+                lists.append((t, state))
             elif isinstance(state, Mixed) and t.requires_grad:
-                for x in results:
-                    tensors.mark(x, state)
+                mixed = mixed or state
+        if lists and mixed is None:
+            if self._follow_numbered(op, samples, lists, results):
                 return
+            mixed = next((Mixed(state.why) for t, state in lists if t.requires_grad), None)
+        if mixed is not None:
+            for x in results:
+                tensors.mark(x, mixed)
+            return
         if len(samples) == 1 and op.name in POINTWISE:
             t, layout = samples[0]
             if all(x.shape == t.shape for x in results):
@@ -179,6 +199,23 @@ class Tracer(TorchFunctionMode):
             if not layout.certain and t.requires_grad and self.tensors.known(t):
                 raise errors.wrong_guess(op.name, tuple(t.shape), batch)
 
+    def _follow_numbered(
+        self, op: Operation, samples: Samples, lists: list[tuple[Tensor, Numbered]], results: list[Tensor]
+    ) -> bool:
+        """Record the samples of the results of an operation on samples in any order; False: it does not know them."""
+        rules = self.tensors.rules
+        op = replace(op, samples=samples, numbered=lists)
+        with torch._C.DisableTorchFunction():
+            if op.name in TAKES_NUMBERED:
+                states = rules.after(op, results)
+            elif op.name in KEEPS_NUMBERS and not any(layout.certain for _, layout in samples):
+                states = keeps_numbers(op, results, rules.batch)
+            else:
+                return False
+        for x, state in zip(results, states, strict=True):
+            self.tensors.mark(x, state)
+        return True
+
     # ---- Operations with parameters
 
     def _join(self, op: Operation, operands: list[Tensor]) -> Any:
@@ -194,9 +231,13 @@ class Tracer(TorchFunctionMode):
             state = tensors.state(t)
             if isinstance(state, SampleLayout):
                 op.samples.append((t, state))
+            elif isinstance(state, Numbered):
+                op.numbered.append((t, state))
             elif isinstance(state, Mixed) and t.requires_grad:
                 raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why)
-        if not op.samples:
+        if op.numbered and not (registration is not None and registration.takes_numbered):
+            return self._join_by_rows(op, operands)
+        if not (op.samples or op.numbered):
             makes_samples = None if registration is None else registration.without_samples
             if makes_samples is None or not makes_samples(tensors, op):
                 return self._derive(op)
@@ -214,6 +255,24 @@ class Tracer(TorchFunctionMode):
         elif _is_composite(op.func):
             return self._enter(op)
         return self._leave_out(op, operands, None)
+
+    def _join_by_rows(self, op: Operation, operands: list[Tensor]) -> Any:
+        """Run an operation with parameters on the rows of each sample, where they lie in any order."""
+        tensors = self.tensors
+        (x, state), *others = op.numbered
+        if not treats_rows_alone(op, x, state) or others or any(layout.certain for _, layout in op.samples):
+            if any(t.requires_grad for t, _ in op.numbered):
+                raise errors.mixed(tensors.records(op.parameters)[0].described, op.name, state.why)
+            op.numbered.clear()
+            return self._derive(op) if not op.samples else self._leave_out(op, operands, state.why)
+
+        def run(rows: Tensor) -> Any:
+            tensors.mark(rows, sample_layout.leading(rows.shape, tensors.rules.batch))
+            return tensors.run(lambda: op.run_with(lambda t: rows if t is x else t))
+
+        out, after = by_rows(x, state, tensors.rules.batch, run)
+        tensors.mark(out, after)
+        return out
 
     def _derive(self, op: Operation) -> Any:
         """Run an operation on parameters alone, and remember the way back to them."""

@@ -7,6 +7,7 @@ from .nets_dense import DENSE
 from .nets_norm import NORM
 from .nets_operations import OPERATIONS
 from .nets_published import PUBLISHED
+from .nets_recurrent import RECURRENT
 from .nets_shared import SHARED
 from .nets_tokens import TOKENS
 from .nets_traps import TRAPS
@@ -23,6 +24,7 @@ SEPARABLE: dict[str, Case] = {
     **TRAPS,
     **OPERATIONS,
     **PUBLISHED,
+    **RECURRENT,
 }
 #: With a gradient per sample, in all: what a sum over samples must be equal to.
 ALL: dict[str, Case] = {**SEPARABLE, **UNCOVERED}
@@ -30,6 +32,8 @@ ALL: dict[str, Case] = {**SEPARABLE, **UNCOVERED}
 #: No sample has a gradient of its own.
 NONE: dict[str, Case] = {**COUPLED, **MIXED}
 
-_LISTS = (DENSE, CONV, NORM, TOKENS, ATTENTION, SHARED, TRAPS, OPERATIONS, PUBLISHED, UNCOVERED, COUPLED, MIXED)
+_LISTS = (
+    DENSE, CONV, NORM, TOKENS, ATTENTION, SHARED, TRAPS, OPERATIONS, PUBLISHED, RECURRENT, UNCOVERED, COUPLED, MIXED,
+)  # fmt: skip
 if len({**ALL, **NONE}) != sum(map(len, _LISTS)):
     raise ValueError("two cases of different files have one name")

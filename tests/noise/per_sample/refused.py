@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from normkern.noise.per_sample.propagation import propagates
+from normkern.noise.per_sample.sample_layout import SampleLayout
+
 from .case import Cases, classes, numbers, words
 
 #: No sample has a gradient of its own here. Whatever `uncovered` says.
@@ -213,35 +216,92 @@ def convolution_of_samples_as_channels():
     return numbers(AttendedAcross("channels"), 6, 6)
 
 
-class Lstm(nn.Module):
-    """nn.LSTM, GRU or RNN, which keep their weights in a list of their own."""
+@MIXED("refused")
+def lstm_over_samples():
+    """(B, T, D) given to an LSTM with batch_first=False: torch reads (T, B, D)."""
+    return numbers(RecurrentAcross(nn.LSTM(6, 6)), 6, 6, 6)
 
-    def __init__(self, kind=nn.LSTM, **options):
+
+@MIXED("refused")
+def gru_over_samples_without_batch():
+    """(B, D) given to a GRU: torch reads one sequence."""
+    return numbers(RecurrentAcross(nn.GRU(6, 6)), 6, 6)
+
+
+@MIXED("refused")
+def frozen_rnn_over_samples():
+    """A frozen RNN takes the samples for time, before a layer that is trained."""
+    return numbers(RecurrentAcross(nn.RNN(6, 6).requires_grad_(False)), 6, 6, 6)
+
+
+class RecurrentAcross(nn.Module):
+    def __init__(self, layer):
         super().__init__()
-        self.into, self.layer, self.head = nn.Linear(4, 5), kind(5, 6, batch_first=True, **options), nn.Linear(6, 3)
-        self.wide = options.get("bidirectional", False)
+        self.into, self.layer, self.head = nn.Linear(6, 6), layer, nn.Linear(6, 3)
 
     def forward(self, x):
-        y = self.layer(torch.tanh(self.into(x)))[0]
-        return self.head(y[..., :6] + y[..., 6:] if self.wide else y)
+        return self.head(self.layer(torch.tanh(self.into(x)))[0])
+
+
+@torch.library.custom_op("normkern_tests::squashed_linear", mutates_args=())
+def squashed_linear(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """An operation of the user's own, which nothing describes."""
+    return torch.tanh(x @ w.t() + b)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2], output)
+
+
+def _backward(ctx, grad):
+    x, w, y = ctx.saved_tensors
+    grad = grad * (1 - y * y)
+    rows = grad.flatten(0, -2)
+    return grad @ w, rows.t() @ x.flatten(0, -2), rows.sum(0)
+
+
+squashed_linear.register_autograd(_backward, setup_context=_save)
+
+
+@propagates("normkern_tests::squashed_linear")
+def rows_of_samples(op, results, batch):
+    """The samples stay where they are."""
+    [(x, layout)] = op.samples
+    return [SampleLayout(layout.block // x.shape[-1] * y.shape[-1], layout.certain) for y in results]
+
+
+class Own(nn.Linear):
+    def forward(self, x):
+        return torch.ops.normkern_tests.squashed_linear(x, self.weight, self.bias)
+
+
+class OwnBetween(nn.Module):
+    """Layers of the user's own between Linears."""
+
+    def __init__(self, layers=1):
+        super().__init__()
+        self.into, self.layer, self.head = nn.Linear(4, 5), stack(*(Own(5, 5) for _ in range(layers))), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(torch.tanh(self.into(x))))
 
 
 @UNCOVERED("refused")
-def lstm():
-    """nn.LSTM between Linears."""
-    return numbers(Lstm(), 4, 5, 4)
+def own_operation():
+    """A custom op between Linears."""
+    return numbers(OwnBetween(), 4, 5, 4)
 
 
 @UNCOVERED("refused")
-def gru():
-    """nn.GRU of two layers, both directions."""
-    return numbers(Lstm(nn.GRU, num_layers=2, bidirectional=True), 6, 5, 4)
+def own_operations():
+    """Two of them."""
+    return numbers(OwnBetween(2), 6, 5, 4)
 
 
 @UNCOVERED("refused")
-def rnn():
-    """nn.RNN, an odd number of samples."""
-    return numbers(Lstm(nn.RNN), 5, 5, 4)
+def own_operation_odd():
+    """An odd number of samples."""
+    return numbers(OwnBetween(), 5, 5, 4)
 
 
 @UNCOVERED("refused")

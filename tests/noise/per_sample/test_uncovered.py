@@ -19,7 +19,12 @@ from .models import UNCOVERED
 from .reference import contributions, expected, gradient
 
 #: Net -> the layer that no rule covers; with a weight its bias goes.
-HIDDEN = {"lstm": "layer.", "gru": "layer.", "rnn": "layer.", "weight_normalised": "0."}
+HIDDEN = {
+    "own_operation": "layer.",
+    "own_operations": "layer.",
+    "own_operation_odd": "layer.",
+    "weight_normalised": "0.",
+}
 
 
 def hidden(name, parameter):
@@ -78,7 +83,7 @@ def test_estimates_are_exact_on_average_over_all_contrasts(name, monkeypatch):
     assert math.isclose(trace, told.scalars["trace_sigma"], rel_tol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["lstm", "rnn"])
+@pytest.mark.parametrize("name", ["own_operation", "own_operation_odd"])
 def test_draws_scatter_around_the_truth(name):
     """Even and odd numbers of samples; a draw differs from the next."""
     problem, draws = problem_of(name), []
@@ -102,7 +107,7 @@ def test_drawn_contrasts_are_balanced_and_their_own():
 
 @pytest.mark.parametrize("stats", [("norms",), ("projections",), ("nsr", "norms")])
 def test_single_samples_cannot_be_estimated(stats):
-    problem = problem_of("lstm")
+    problem = problem_of("own_operation")
     noise = noise_of(problem, stats, uncovered="estimate")
     with refuses("norms.*estimate"):
         with noise:
@@ -191,7 +196,7 @@ def test_custom_functions(uncovered):
 
 def test_estimates_over_micro_batches():
     """Each part has a contrast of its own; the spread between the parts is added."""
-    problem, draws = problem_of("gru"), []
+    problem, draws = problem_of("own_operations"), []
     told = told_of(problem)
     for _ in range(40):
         noise = normkern.GradientNoise(problem.model, uncovered="estimate")

@@ -37,6 +37,18 @@ class LayerKind:
         raise NotImplementedError
 
 
+def first_order(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """Make a backward that refuses to be differentiated: with create_graph=True alone, because the check takes time."""
+    once = once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def run(ctx: Any, *gs: Tensor | None) -> tuple[Any, ...]:
+        out: tuple[Any, ...] = (once if torch.is_grad_enabled() else backward)(ctx, *gs)
+        return out
+
+    return run
+
+
 def apply(use: Use, kind: LayerKind, x: Tensor, *params: Tensor | None) -> Tensor:
     """Return the output of a layer; the contributions to its parameters, the targets of `use`, come in the backward."""
     out: Tensor = LayerFunction.apply(use, kind, x, *params)
@@ -59,31 +71,24 @@ class LayerFunction(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
-        return (_backward_once if torch.is_grad_enabled() else _backward)(ctx, g)
-
-
-def _backward(ctx: Any, g: Tensor | None) -> tuple[Any, ...]:
-    use, kind = ctx.use, ctx.kind
-    needs_x, *needs = ctx.needs_input_grad[2:]
-    if g is None:
-        return (None,) * (3 + len(needs))
-    kept = ctx.saved_tensors  # with the mode on: activation checkpointing may run its forward here
-    with without_modes():
-        dx = kind.input_grad(g, *kept) if needs_x else None
-        use.begin()
-        contribution = kind.contributions(g, *kept)
-        grads = [
-            use.measure(i, functools.partial(contribution, i)) if needed else None for i, needed in enumerate(needs)
-        ]
-        if ctx.check is not None and not use.accumulator.estimating:
-            ctx.check.compare(use, g, grads)
-            ctx.check = None  # the graph may live longer, and holds x
-        return (None, None, dx, *grads)
-
-
-#: With create_graph=True. The decorator takes time.
-_backward_once = once_differentiable(_backward)
+        use, kind = ctx.use, ctx.kind
+        needs_x, *needs = ctx.needs_input_grad[2:]
+        if g is None:
+            return (None,) * (3 + len(needs))
+        kept = ctx.saved_tensors  # with the mode on: activation checkpointing may run its forward here
+        with without_modes():
+            dx = kind.input_grad(g, *kept) if needs_x else None
+            use.begin()
+            contribution = kind.contributions(g, *kept)
+            grads = [
+                use.measure(i, functools.partial(contribution, i)) if needed else None for i, needed in enumerate(needs)
+            ]
+            if ctx.check is not None and not use.accumulator.estimating:
+                ctx.check.compare(use, g, grads)
+                ctx.check = None  # the graph may live longer, and holds x
+            return (None, None, dx, *grads)
 
 
 class AutogradCheck:

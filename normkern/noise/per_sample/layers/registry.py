@@ -23,8 +23,8 @@ or computes it by a `LayerKind` (see `base`), whose backward hands every sample'
         return out
 
 What a handler may use of `tensors`: `state`, `layout` and `mark` (where samples are), `derived`, `roots` and `target`
-(which parameters a tensor was made of), `use` (announces contributions), `run` (other operations), `rules` (where the
-samples are after an operation), and `accumulator`.
+(which parameters a tensor was made of), `use` (announces contributions), `once_per_call` (what all uses in one call of
+the model share), `run` (other operations), `rules` (where the samples are after an operation), and `accumulator`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ class Registration:
     handler: Handler
     needs_batch: bool = False
     without_samples: Callable[[TensorState, Operation], bool] | None = None
+    takes_numbered: bool = False
 
 
 #: The handler of each operation, by its name.
@@ -62,6 +63,7 @@ def handles(
     *operations: str | Callable[..., Any],
     needs_batch: bool = False,
     without_samples: Callable[[TensorState, Operation], bool] | None = None,
+    takes_numbered: bool = False,
 ) -> Callable[[Handler], Handler]:
     """Register a handler for operations.
 
@@ -71,6 +73,7 @@ def handles(
         needs_batch: whether the operation always has samples, so that its use is an error where the batch size is not
             known yet.
         without_samples: returns whether the handler is called although no operand has samples: it makes them.
+        takes_numbered: whether the handler knows operands whose samples lie in any order (`numbered`).
 
     Raises:
         TypeError: no operation, something that is none, or a handler that does not take (tensors, op).
@@ -91,7 +94,7 @@ def handles(
             if name in HANDLERS:
                 raise errors.already_handled(name, _described(HANDLERS[name].handler))
         for name in names:
-            HANDLERS[name] = Registration(handler, needs_batch, without_samples)
+            HANDLERS[name] = Registration(handler, needs_batch, without_samples, takes_numbered)
         return handler
 
     return register
