@@ -1,8 +1,8 @@
 """Names of parameters, without the prefixes that wrappers of a model put into them.
 
-`DistributedDataParallel`, `torch.compile`, FSDP and Lightning's Fabric wrap a model in a module of their own, which adds
-a part to the name of every parameter: ``module.0.weight``, ``_orig_mod.0.weight``. normkern uses the names of the model
-that the user wrote, so that the numbers of an optimizer, of `GradientNoise` and of a monitor can be joined by name.
+`DistributedDataParallel`, `torch.compile`, FSDP and Lightning's Fabric wrap a model in a module of their own, which
+adds a part to the name of every parameter: ``module.0.weight``, ``_orig_mod.0.weight``. normkern uses the names of the
+model that the user wrote, so that the numbers of an optimizer, of `GradientNoise` and of a monitor can be joined.
 """
 
 from __future__ import annotations

@@ -67,12 +67,13 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.accumulator = accumulator
         self.tensors = TensorState(accumulator, self)
+        self.active = True  #: False: the context was lost or closed in another thread, and the mode waits for its end
         self._entered = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        if name in READS or peek_interpreter_stack() is not None:
+        if name in READS or not self.active or peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         if name == "backward" or func is torch.autograd.grad:
             return self._backward(func, args, kwargs)
