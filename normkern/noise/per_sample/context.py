@@ -157,12 +157,12 @@ class GradientNoise:
         if is_dynamo_compiling():
             raise RuntimeError(errors.INSIDE_A_GRAPH)
         session.forget_lost()
-        other = session.current()
-        if other is not None:
-            owner = other.owner()
-            raise errors.nested(type(owner.model).__name__, owner is self)
-        if self._session is not None:  # opened in another thread
+        if self._session is not None:  # perhaps in another thread
             raise errors.nested(type(self.model).__name__, True)
+        other = session.current()
+        owner = None if other is None else other.owner()
+        if owner is not None:
+            raise errors.nested(type(owner.model).__name__, False)
         parameters = ModelParameters.of(self.model)
         if not parameters.records:
             raise errors.no_parameters()

@@ -53,7 +53,7 @@ def _has(ddp: nn.Module, parameters: set[int]) -> bool:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers that only run it elsewhere."""
     while is_ddp(model) or isinstance_if_imported(model, "torch.nn.parallel.data_parallel", "DataParallel"):
-        model = model.module  # type: ignore[assignment]
+        model = model.module
     return model
 
 

@@ -7,6 +7,7 @@ more, and the next context of the thread removes it.
 
 from __future__ import annotations
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable
@@ -89,6 +90,8 @@ def current() -> Session | None:
 def forget_lost() -> None:
     """Remove the session of this thread if its owner no longer exists, or closed it in another thread."""
     session = current()
+    if session is not None and session.tracer.active:
+        gc.collect()  # it may be in a cycle; two contexts of one thread are an error otherwise
     if session is not None and not session.tracer.active:
         session.close()
 

@@ -7,6 +7,7 @@ is, and the layout of its samples is propagated to its results (`propagation`). 
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from . import errors
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
-from .layers.registry import CHECKS, find
+from .layers.registry import CHECKS, Check, find
 from .operation import Operation, name_of, tensors_in
 from .propagation import POINTWISE, REDUCES, LayoutRules
 from .sample_layout import Mixed, SampleLayout, without_guesses
@@ -86,7 +87,9 @@ class Tracer(TorchFunctionMode):
             for t in op.parameters:
                 self.accumulator.seen_without_grad(t)
         if name in CHECKS:
-            CHECKS[name](tensors, op)
+            self._check(CHECKS[name], op)
+            if not self.active:
+                return func(*args, **kwargs)
         if name == "__setitem__":
             return self._assign(op)
         if _is_composite(func) and not (op.parameters or LayoutRules.knows(name)):
@@ -118,6 +121,15 @@ class Tracer(TorchFunctionMode):
         """Run the body of a composite function with the mode on."""
         with self:
             return body(op.func)(*op.args, **op.kwargs)
+
+    def _check(self, check: Check, op: Operation) -> None:
+        """Refuse an operation that couples samples, unless it turns out that the context was lost."""
+        try:
+            check(self.tensors, op)
+        except RuntimeError:
+            gc.collect()  # the lost `GradientNoise` may be in a cycle
+            if self.active:
+                raise
 
     # ---- Operations without parameters
 
