@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerCallback
 
 from ._recorder import Recorder, Scalars
-
-if TYPE_CHECKING:
-    TrainerCallback = PrinterCallback = ProgressCallback = Any
-else:
-    from transformers import PrinterCallback, TrainerCallback
-    from transformers.trainer_callback import ProgressCallback
 
 
 class HuggingFaceCallback(TrainerCallback):  # type: ignore[misc]
     """Log the statistics of steps, and gradient noise, where a transformers ``Trainer`` reports to.
 
     ``trainer.add_callback(HuggingFaceCallback(trainer, every=10, noise_every=100))`` reports
-    ``effective_lr/{parameter}`` and ``angular_update/{parameter}`` after every 10th step, and ``noise/gns/{parameter}``,
-    ``noise/gns/all`` and others of every 100th, to TensorBoard, Weights & Biases and all others in ``report_to``, but
-    not to the console. The noise is measured by a forward and backward of its own
-    (`normkern.GradientNoise.measure`) with the trainer's ``compute_loss``, of all micro-batches of the step.
+    ``effective_lr/{parameter}`` and ``angular_update/{parameter}`` after every 10th step, and
+    ``noise/gns/{parameter}``, ``noise/gns/all`` and others of every 100th. The numbers go to TensorBoard, Weights &
+    Biases and all others in ``report_to``, but not to the console. The noise is measured by a forward and backward of
+    its own (`normkern.GradientNoise.measure`) with the trainer's ``compute_loss``, of all micro-batches of the step.
 
     Args:
         trainer: gives the loss, the optimizer, and the places to report to.

@@ -5,13 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ._recorder import Recorder
 
-if TYPE_CHECKING:
-    Callback = Any
-elif "lightning.pytorch" not in sys.modules and "pytorch_lightning" in sys.modules:
+if "lightning.pytorch" not in sys.modules and "pytorch_lightning" in sys.modules:
     from pytorch_lightning import Callback
 else:
     from lightning.pytorch import Callback
@@ -49,9 +47,7 @@ class LightningCallback(Callback):  # type: ignore[misc]
         noise_quantities: Iterable[str] | None = None,
         **noise_options: Any,
     ) -> None:
-        self._recorder = Recorder(
-            "LightningCallback", every, noise_every, quantities, noise_quantities, noise_options
-        )
+        self._recorder = Recorder("LightningCallback", every, noise_every, quantities, noise_quantities, noise_options)
         self._loss = loss
         self._steps = 0
 

@@ -42,9 +42,7 @@ def trainer_of(folder, net, optimizer=None, **options):
         save_strategy="no", logging_steps=4, use_cpu=True, seed=0, disable_tqdm=True, **options,
     )  # fmt: skip
     optimizer = optimizer or normkern.SGD(net.parameters(), lr=0.1, momentum=0.9, stats="tensor")
-    return transformers.Trainer(
-        model=net, args=args, train_dataset=Texts(), optimizers=(optimizer, None)
-    )
+    return transformers.Trainer(model=net, args=args, train_dataset=Texts(), optimizers=(optimizer, None))
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +98,8 @@ def test_loss_and_options_of_the_noise(tmp_path):
     trainer.train()
     assert seen == [{"input_ids", "labels"}] * 2
     found = read(tmp_path / "runs")
-    assert "train/noise/nsr_batch/all" in found and "train/noise/trace_sigma/all" not in found
+    assert "train/noise/nsr_batch/all" in found
+    assert "train/noise/trace_sigma/all" not in found
 
 
 def test_refusals_are_sentences(tmp_path):

@@ -106,7 +106,7 @@ def test_joined_noise_is_that_of_the_whole_batch(tmp_path):
 
 
 def test_optimizer_without_statistics_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r'^LightningCallback: expected an optimizer such as normkern.SGD.*got SGD;'):
+    with pytest.raises(ValueError, match=r"^LightningCallback: expected an optimizer such as normkern.SGD.*got SGD;"):
         fit(tmp_path, [LightningCallback()], Classifier(optimizer=torch.optim.SGD))
     with pytest.raises(ValueError, match=r"got SGD without stats; or every=None"):
         fit(tmp_path, [LightningCallback()], Classifier(stats=None))

@@ -59,7 +59,9 @@ def test_lookahead_has_it_inside(factory, net):
 
 
 def test_unknown_name_is_refused(factory, net):
-    with pytest.raises(ValueError, match=r"^register_with_timm: expected normkern_sgd or normkern_momentum, got 'normk"):
+    with pytest.raises(
+        ValueError, match=r"^register_with_timm: expected normkern_sgd or normkern_momentum, got 'normk"
+    ):
         factory(net, opt="normkern_svag", lr=0.1)
 
 

@@ -41,7 +41,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def import_torchvision():
     """Import torchvision; put the stub into its place if that fails."""
     try:
-        import torchvision  # noqa: F401
+        import torchvision
     except (ImportError, RuntimeError):
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
             del sys.modules[name]

@@ -208,7 +208,8 @@ def inner_module(rank, world):
         for given in (ddp, model):
             measured = normkern.GradientNoise.measure(given, mean_of_squares, mine[rank], stats=tiers)
             same(measured, expected, tiers, own)
-            assert all(p.grad is g and torch.equal(g, b) for p, g, b in zip(model.parameters(), grads, before))
+            assert all(p.grad is g for p, g in zip(model.parameters(), grads, strict=True))
+            assert all(torch.equal(g, b) for g, b in zip(grads, before, strict=True))
         parts = [normkern.GradientNoise.measure(ddp, mean_of_squares, x, stats=tiers) for x in (mine[rank], mine[rank])]
         twice = normkern.GradientNoise.measure(
             alone, mean_of_squares, torch.cat([whole, whole]), stats="variance", sync=False
@@ -288,7 +289,9 @@ def other_shards(rank, world):
     cpu = torch.device("cpu")
     fsdp = [FullyShardedDataParallel(Net(), device_id=cpu, use_orig_params=o) for o in (True, False)]
     for model in (*fsdp, fsdp[0].module):
-        with pytest.raises(NotImplementedError, match=r"^GradientNoise: '.*' is a shard of Fully.*fully_shard\(model\)"):
+        with pytest.raises(
+            NotImplementedError, match=r"^GradientNoise: '.*' is a shard of Fully.*fully_shard\(model\)"
+        ):
             normkern.GradientNoise.measure(model, mean_of_squares, x)
         with pytest.raises(NotImplementedError, match="FSDP1"), normkern.GradientNoise(model):
             pass

@@ -179,6 +179,15 @@ def second_backward(operation: str) -> RuntimeError:
     )
 
 
+def double_backward() -> RuntimeError:
+    """A loss has gradients inside, as a gradient penalty does."""
+    return RuntimeError(
+        "GradientNoise: the loss contains gradients of the model (create_graph=True, a gradient penalty), and this "
+        "backward differentiates them once more, which cannot be measured; expected a loss of the model's outputs, "
+        "and the penalty's backward outside of the context"
+    )
+
+
 def two_calls() -> RuntimeError:
     """One backward goes through two calls of the model with different samples."""
     return RuntimeError(

@@ -53,7 +53,7 @@ def _has(ddp: nn.Module, parameters: set[int]) -> bool:
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside wrappers that only run it elsewhere."""
     while is_ddp(model) or isinstance_if_imported(model, "torch.nn.parallel.data_parallel", "DataParallel"):
-        model = model.module
+        model = model.get_submodule("module")
     return model
 
 
@@ -99,7 +99,7 @@ class Shards:
             raise errors.tensor_parallel(name)
         if is_dtensor(managed._unsharded_param):
             raise errors.tensor_parallel(name)
-        return managed._unsharded_param  # type: ignore[no-any-return]
+        return managed._unsharded_param
 
     def group(self, names: Iterable[tuple[str, Tensor]]) -> Any:
         """Return the process group over which the shards of these parameters lie; None: all processes."""

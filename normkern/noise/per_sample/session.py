@@ -46,7 +46,7 @@ class Session:
         self.parameters = parameters.known | parameters.constants
         self._eagerly: AbstractContextManager[None] | None = eagerly
         self._handles: list[Any] = []
-        for r in parameters.records:
+        for r in accumulator.records:
             self._handles.append(r.param.register_hook(_unseen(accumulator.incoming, r)))
             self._handles.append(r.param.register_post_accumulate_grad_hook(_unseen(accumulator.accumulated, r)))
         self._lost = weakref.finalize(owner, self.release)

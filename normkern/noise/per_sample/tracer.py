@@ -106,9 +106,11 @@ class Tracer(TorchFunctionMode):
         try:
             with self:
                 out = body(func)(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             if outermost:
                 self.accumulator.forget_backward()
+            if isinstance(error, RuntimeError) and "once_differentiable" in str(error):
+                raise errors.double_backward() from error
             raise
         finally:
             self._entered -= 1
