@@ -51,6 +51,7 @@ class Recorder:
         Raises:
             ValueError: no optimizer measures its steps, but statistics of steps are wanted.
         """
+        self._noise = None  # of a training that ended within a step
         found = [opt for opt in map(unwrap_optimizer, optimizers) if isinstance(opt, SGD)]
         for optimizer in found:
             optimizer.name_parameters(model)

@@ -57,6 +57,7 @@ class HuggingFaceCallback(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Name the parameters of the optimizer, which the trainer built without names."""
+        self._stop()  # a training before may have failed within a step
         self._recorder.begin([self._trainer.optimizer], self._trainer.model)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -1,6 +1,10 @@
 """LightningCallback in a real Trainer, its TensorBoard files read back."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -143,3 +147,17 @@ def test_loss_that_is_not_finite_is_left_out(tmp_path):
     with pytest.warns(RuntimeWarning, match="LightningCallback: no gradient noise of this step: GradientNoise.measure"):
         fit(tmp_path, [LightningCallback(noise_every=1, loss=loss)], module)
     assert [step for step, _ in read(tmp_path)["noise/batch_size"]] == [5, 6, 7, 8]
+
+
+def test_noise_is_of_the_samples_of_all_processes(tmp_path):
+    script = Path(__file__).with_name("lightning_ddp.py")
+    root = str(script.parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = read(tmp_path)
+    assert found["noise/batch_size"] == [(1, 16.0), (3, 16.0)]
+    assert len(found["effective_lr/net.0.weight"]) == 4

@@ -51,6 +51,10 @@ class GradientNoise:
         check: whether every layer is compared with autograd in the first context ("first"), always or never. That
             ``.grad`` gets the sum of what was measured is always checked.
 
+    Names are those of the user's model: the prefixes of wrappers (``module.``, ``_orig_mod.``) are left out. Where
+    forward and backward are in hooks of a framework, `open` and `close` are the ``with`` statement; `measure` does all
+    in one call. A copy (pickle, deepcopy) has the options and has measured nothing.
+
     Kernels compute the sums on the CPU and on CUDA devices, torch elsewhere. Only checks synchronise a device. What
     torch.compile has compiled (the model, a part of it, a function around it) runs uncompiled while a context is open.
 
@@ -59,7 +63,8 @@ class GradientNoise:
         RuntimeError: batch statistics, operations that mix samples, a scripted model, contexts inside each other or
             inside a compiled function, a backward outside of its context or a second one of one forward, contributions
             that do not add up.
-        NotImplementedError: a parameter that is not covered, with ``uncovered="raise"``.
+        NotImplementedError: a parameter that is not covered, with ``uncovered="raise"``; shards of FSDP1 or of tensor
+            parallelism.
 
     A loss that couples samples by itself (contrastive, over the batch) cannot be detected.
 

@@ -371,6 +371,14 @@ def batch_without_tensors(got: str) -> ValueError:
     )
 
 
+def batch_of_one(samples: int) -> ValueError:
+    """A variance needs two samples."""
+    return ValueError(
+        f"{_MEASURE}: batch has {samples} sample{'' if samples == 1 else 's'} in the first dimension of its tensors; "
+        "expected at least 2, or batch_size= if the samples are in another dimension"
+    )
+
+
 def not_a_scalar_loss(got: str) -> TypeError:
     """The loss function returned something else."""
     return TypeError(

@@ -22,16 +22,18 @@ def check_arguments(model: Any, loss: Any, batch: Any, batch_size: int | None) -
 
     Raises:
         TypeError: no module, no function.
-        ValueError: no tensor in the batch, and no batch_size.
+        ValueError: no tensor in the batch, or one sample, and no batch_size.
     """
     if not isinstance(model, nn.Module):
         raise errors.not_a_model(type(model).__name__)
     if not callable(loss):
         raise errors.not_a_loss(type(loss).__name__)
-    first = next((t for t in _tensors(batch) if t.dim()), None)
-    if first is None and batch_size is None:
+    sizes = [t.shape[0] for t in _tensors(batch) if t.dim()]
+    if batch_size is None and not sizes:
         raise errors.batch_without_tensors(type(batch).__name__)
-    return None if first is None or first.shape[0] < 2 else first.shape[0]
+    if batch_size is None and max(sizes) < 2:
+        raise errors.batch_of_one(max(sizes))
+    return sizes[0] if sizes and sizes[0] >= 2 else None
 
 
 def check_loss(value: Any) -> Tensor:
