@@ -243,7 +243,7 @@ class GradientNoise:
             self._depth += module is self._outermost
             return
         for name, p in module._parameters.items():
-            if p is not None and p.requires_grad and id(p) not in opened.parameters and not in_dispatch_mode():
+            if id(p) not in opened.parameters and p is not None and p.requires_grad and not in_dispatch_mode():
                 raise errors.replaced_parameter(f"{type(module).__name__}.{name}")
         if self._outermost is not None:
             self._depth += module is self._outermost
