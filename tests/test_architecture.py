@@ -241,14 +241,14 @@ def test_bug_reports_ask_for_info():
 GRAPH = import_graph.import_graph(ROOT, "normkern", "bench", "experiments")
 #: The parts of normkern, the lowest layer first. A part imports lower layers only, also inside functions.
 LAYERS = [
-    {"normkern.tracing", "normkern.theory"},
+    {"normkern.names", "normkern.tracing", "normkern.theory"},
     {"normkern.ops"},
     {"normkern.reference"},
     {"normkern.noise"},
     {"normkern.optim"},
     {"normkern.invariance", "normkern.monitors", "normkern.schedules"},
     {"normkern"},
-    {"normkern.demo", "normkern.doctor"},
+    {"normkern.demo", "normkern.doctor", "normkern.integrations"},
     {"normkern.__main__"},
 ]
 #: The files of normkern/ops. The ops themselves, all other files, form one layer between the two lists.

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..names import strip_all
 from .result import Invariances
 from .search import find
 
@@ -78,16 +79,17 @@ def param_groups(
     invariant = {n for n in found.scale_invariant if include_norms or n not in minor}
     sets = [list(names) for names in found.joint if include_norms or not minor.issuperset(names)]
     invariant.update(*sets)
+    short = dict(zip(params, strip_all(list(params)), strict=True))
     groups: dict[str, dict[str, Any]] = {name: {"params": [], "name": name} for name in NAMES}
     for name, p in params.items():
         if p.requires_grad:
             kind = "scale_invariant" if name in invariant else "norm_and_bias" if name in minor else "rest"
-            groups[kind]["params"].append((name, p))
+            groups[kind]["params"].append((short[name], p))
     for name, group in groups.items():
         group["scale_invariant"] = name == "scale_invariant"
         if not group["params"]:
             group["param_names"] = []  # torch wants names everywhere or nowhere
-    groups["scale_invariant"][JOINT] = sets
+    groups["scale_invariant"][JOINT] = [[short[name] for name in names] for names in sets]
     return [group | options[name] for name, group in groups.items()]
 
 

@@ -158,3 +158,13 @@ def test_wrongly_shared_batches_are_no_concern_of_groups():
     other = convnet(nn.GroupNorm(2, 8))
     assert members(param_groups(other, found)) == members(param_groups(net, found))
     assert len(pairs(*ROWS)) == 3
+
+
+def test_groups_of_a_wrapped_model_have_the_names_of_the_model():
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    batches = [(torch.randn(16, 4), torch.randint(3, (16,))) for _ in range(2)]
+
+    for wrapped in (model, nn.DataParallel(model)):
+        groups = param_groups(wrapped, loss=F.cross_entropy, batches=batches)
+        assert [n for n, _ in groups[0]["params"]] == ["0.weight"]
+        assert sorted(n for group in groups for n, _ in group["params"]) == sorted(dict(model.named_parameters()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from .combine import combined
 from .contrast import Contrast
 from .contributions import Contribution
 from .derived import Through
-from .record import ROUNDING, ParameterRecord, Target, Uncovered
+from .record import ROUNDING, GradientMark, ParameterRecord, Target, Uncovered
 from .sums import real, sq_norm
 
 
@@ -40,11 +39,13 @@ class Accumulator:
         keep_totals: whether totals need memory of their own, because `.grad` becomes something else.
         batch_size: B, if the user said it.
         batch_norms: names the layers that use batch statistics, for an error.
+        has_batchnorm: whether the model has such layers.
     """
 
     def __init__(
         self, records: Sequence[ParameterRecord], constants: set[int], tiers: frozenset[str], uncovered: Uncovered,
         checking: bool | str, keep_totals: bool, batch_size: int | None, batch_norms: Callable[[], str],
+        has_batchnorm: bool = False,
     ) -> None:  # fmt: skip
         self.records = list(records)
         self._by_id = {id(r.param): r for r in records}
@@ -67,6 +68,7 @@ class Accumulator:
         self._claiming: set[int] = set()
         self._batch_of_backward: int | None = None
         self.batch_norms = batch_norms
+        self.has_batchnorm = has_batchnorm
 
     # ---- Parameters
 
@@ -231,12 +233,18 @@ class Accumulator:
             raise self._unexplained(r)
         if r.fresh:
             assert param.grad is not None
-            r.in_grad = weakref.ref(param.grad), param.grad._version
+            r.in_grad = GradientMark.of(param.grad)
 
     def _unexplained(self, r: ParameterRecord) -> RuntimeError:
         if not any(x.expected for x in self.records) and not self.batches:
             return errors.forward_outside()
         return errors.unexplained(r.described)
+
+    def keep_gradients(self) -> None:
+        """Hold the gradients that are the totals, before the caller takes them out of `.grad`."""
+        for r in self.records:
+            if r.in_grad is not None:
+                r.total, r.in_grad = r.read_total(), None
 
     # ---- After the backward
 

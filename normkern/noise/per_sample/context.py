@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-import threading
+import weakref
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Literal
 
@@ -16,19 +15,20 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import Self
 
-from ...tracing import force_eager, isinstance_if_imported
-from . import distributed, errors, sample_layout
+from ...tracing import force_eager, in_dispatch_mode
+from . import distributed, errors, measuring, sample_layout, session
 from .accumulator import Accumulator
 from .model_parameters import ModelParameters, batch_norms
 from .numbered import state_of_packed
+from .parallel import find_ddp, is_ddp, running_ddp, unwrapped
 from .random_signs import SignedBackward
-from .record import ParameterRecord, Uncovered, spreads
-from .result import Coverage, GradientNoiseResult, scalars
+from .record import Uncovered
+from .result import GradientNoiseResult
 from .sample_layout import Mixed, SampleLayout
-from .tracer import Tracer
+from .session import Session
+from .summary import summarise
 
 TIERS = ("nsr", "norms", "variance", "projections")
-_open = threading.local()
 
 
 class GradientNoise:
@@ -53,6 +53,10 @@ class GradientNoise:
         check: whether every layer is compared with autograd in the first context ("first"), always or never. That
             ``.grad`` gets the sum of what was measured is always checked.
 
+    Names are those of the user's model: the prefixes of wrappers (``module.``, ``_orig_mod.``) are left out. Where
+    forward and backward are in hooks of a framework, `open` and `close` are the ``with`` statement; `measure` does all
+    in one call. A copy (pickle, deepcopy) has the options and has measured nothing.
+
     Kernels compute the sums on the CPU and on CUDA devices, torch elsewhere. Only checks synchronise a device. What
     torch.compile has compiled (the model, a part of it, a function around it) runs uncompiled while a context is open.
 
@@ -61,7 +65,8 @@ class GradientNoise:
         RuntimeError: batch statistics, operations that mix samples, a scripted model, contexts inside each other or
             inside a compiled function, a backward outside of its context or a second one of one forward, contributions
             that do not add up.
-        NotImplementedError: a parameter that is not covered, with ``uncovered="raise"``.
+        NotImplementedError: a parameter that is not covered, with ``uncovered="raise"``; shards of FSDP1 or of tensor
+            parallelism.
 
     A loss that couples samples by itself (contrastive, over the batch) cannot be detected.
 
@@ -115,12 +120,19 @@ class GradientNoise:
         self.check: bool | Literal["first"] = check
         self._checked = False
         self._accumulator: Accumulator | None = None
-        self._tracer: Tracer | None = None
-        self._handles: list[Any] = []
-        self._eagerly: AbstractContextManager[None] | None = None
+        self._session: Session | None = None
+        self._ddp: nn.Module | None = None  # that reduces the model's gradients, where it is not the model itself
+        self._group: Any = None  # of an FSDP2 model
+        self._sharded = False
+        self._batch_of_measure: int | None = None
         self._outermost: nn.Module | None = None  # that runs now
         self._depth = 0  # of calls of the outermost module by itself
         self._seen_out: set[nn.Module] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the options and the model: a copy has measured nothing."""
+        nothing = dict.fromkeys(("_accumulator", "_session", "_ddp", "_group", "_outermost"))
+        return {**self.__dict__, **nothing, "_sharded": False, "_depth": 0, "_seen_out": set()}
 
     def __repr__(self) -> str:
         return f"GradientNoise({type(self.model).__name__}, stats={self.stats!r}, reduction={self.reduction!r})"
@@ -128,70 +140,123 @@ class GradientNoise:
     # ---- The context
 
     def __enter__(self) -> Self:
-        if is_dynamo_compiling():
-            raise RuntimeError(errors.INSIDE_A_GRAPH)
-        if getattr(_open, "noise", None) is not None:
-            raise errors.nested()
-        parameters = ModelParameters.of(self.model)
-        records = parameters.records
-        if not records:
-            raise errors.no_parameters()
-        uncompiled = force_eager()
-        try:
-            uncompiled.__enter__()
-        except RuntimeError as error:
-            raise RuntimeError(errors.INSIDE_A_GRAPH) from error
-        self._eagerly = uncompiled
-        checking = self.check if self.check != "first" else (False if self._checked else "first")
-        self._accumulator = Accumulator(
-            records, parameters.constants, frozenset(self.stats), self.uncovered, checking, _is_ddp(self.model),
-            self.batch_size, lambda: batch_norms(self.model),
-        )  # fmt: skip
-        self._tracer = Tracer(self._accumulator)
-        self._outermost = None
-        accumulator = self._accumulator
-        for r in records:
-            self._handles.append(r.param.register_hook(_unseen(accumulator.incoming, r)))
-            self._handles.append(r.param.register_post_accumulate_grad_hook(_unseen(accumulator.accumulated, r)))
-        for module in parameters.modules:
-            self._handles.append(module.register_forward_pre_hook(self._called, with_kwargs=True, prepend=True))
-        _open.noise = self
-        self._tracer.__enter__()
+        self.open()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._tracer is not None
-        assert self._accumulator is not None
-        assert self._eagerly is not None
-        self._tracer.__exit__(kind, error, trace)
-        self._eagerly.__exit__(None, None, None)
-        _open.noise = None
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self.close()
+
+    def open(self, *, join: bool = False) -> None:
+        """Open the context, where a ``with`` does not fit: in one hook of a framework; `close` it in another.
+
+        If an error comes in between, call `close` before the next `open`. A context whose object no longer exists is
+        closed by itself.
+
+        Args:
+            join: whether the backwards of this context belong to the batch of the context before, as micro-batches
+                between which the program leaves the context: `result` is then of all of them.
+
+        Raises:
+            RuntimeError: another context is open in this thread, or there is none to join.
+        """
+        if is_dynamo_compiling():
+            raise RuntimeError(errors.INSIDE_A_GRAPH)
+        session.forget_lost()
+        if self._session is not None:  # perhaps in another thread
+            raise errors.nested(type(self.model).__name__, True)
+        other = session.current()
+        owner = None if other is None else other.owner()
+        if owner is not None:
+            raise errors.nested(type(owner.model).__name__, False)
+        parameters = ModelParameters.of(self.model)
+        if not parameters.records:
+            raise errors.no_parameters()
+        accumulator = self._joined(parameters) if join else self._new_accumulator(parameters)
+        uncompiled = force_eager()
+        try:
+            uncompiled.__enter__()
+        except RuntimeError as error:
+            raise RuntimeError(errors.INSIDE_A_GRAPH) from error
+        self._accumulator = accumulator
+        self._outermost = None
+        self._session = opened = session.Session(self, parameters, accumulator, uncompiled)
+        for module in parameters.modules:
+            opened.before_forward(module, self._called)
+
+    def close(self) -> None:
+        """Close the context; without effect if it is not open. Hooks and modes are removed, also after an error."""
+        opened, self._session = self._session, None
+        if opened is None:
+            return
+        opened.close()
         self._seen_out.clear()
-        self._accumulator.open = False
-        self._tracer.tensors.forget()
-        self._tracer = None
-        if self._accumulator.batches:
+        if opened.accumulator.batches:
             self._checked = True
+
+    def _new_accumulator(self, parameters: ModelParameters) -> Accumulator:
+        """Return an empty accumulator, for the batch that begins."""
+        checking = self.check if self.check != "first" else (False if self._checked else "first")
+        model = weakref.ref(self.model)  # the mode must not keep it alive
+        self._sharded, self._group = bool(parameters.shards.managed), parameters.group
+        if not is_ddp(self.model):
+            self._ddp = next((m for m in parameters.modules if is_ddp(m)), self._ddp)
+
+        def names() -> str:
+            alive = model()
+            return "batch_norm" if alive is None else batch_norms(alive)
+
+        accumulator = Accumulator(
+            parameters.records, parameters.constants, frozenset(self.stats), self.uncovered, checking, self._is_shared,
+            self.batch_size, names, parameters.has_batchnorm,
+        )  # fmt: skip
+        if self.batch_size is None:
+            accumulator.batch = self._batch_of_measure
+        return accumulator
+
+    def _joined(self, parameters: ModelParameters) -> Accumulator:
+        """Return the accumulator of the context before, to be continued."""
+        accumulator = self._accumulator
+        if accumulator is None or not accumulator.batches:
+            raise errors.nothing_to_join()
+        if [id(r.param) for r in accumulator.records] != [id(r.param) for r in parameters.records]:
+            raise errors.joined_parameters()
+        accumulator.open = True
+        return accumulator
+
+    @property
+    def _reducer(self) -> nn.Module | None:
+        """The `DistributedDataParallel` that averages the gradients."""
+        return self.model if is_ddp(self.model) else self._ddp
+
+    @property
+    def _is_shared(self) -> bool:
+        """Whether other processes have samples of the same batch."""
+        return self._sharded or self._reducer is not None
 
     def _called(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Record, before every module's forward, the samples that the outermost module gets."""
-        if self._outermost is not None:
+        opened = self._session
+        if opened is None or id(module) not in opened.modules:  # a copy of a module has its hooks
+            return
+        accumulator, tensors = opened.accumulator, opened.tracer.tensors
+        if torch._C._current_graph_task_id() != -1:
             self._depth += module is self._outermost
             return
-        if torch._C._current_graph_task_id() != -1:
+        for name, p in module._parameters.items():
+            if id(p) not in opened.parameters and p is not None and p.requires_grad and not in_dispatch_mode():
+                raise errors.replaced_parameter(f"{type(module).__name__}.{name}")
+        if self._outermost is not None:
+            self._depth += module is self._outermost
             return
         self._outermost, self._depth = module, 1
         if module not in self._seen_out:
             self._seen_out.add(module)
-            self._handles.append(module.register_forward_hook(self._returned, with_kwargs=True, always_call=True))
-        assert self._accumulator is not None
-        assert self._tracer is not None
-        accumulator, tensors = self._accumulator, self._tracer.tensors
+            opened.after_forward(module, self._returned)
+        if not accumulator.keep_totals and self._ddp is None:
+            self._ddp = running_ddp(opened.parameters)
+            accumulator.keep_totals = self._ddp is not None
         with torch._C.DisableTorchFunction():
             leaves = tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))
             given = [
@@ -231,9 +296,9 @@ class GradientNoise:
         self._outermost = None
         if self.uncovered != "estimate":
             return None
-        assert self._accumulator is not None
-        assert self._tracer is not None
-        accumulator, tensors = self._accumulator, self._tracer.tensors
+        opened = self._session
+        assert opened is not None
+        accumulator, tensors = opened.accumulator, opened.tracer.tensors
 
         def signed(x: Any) -> Any:
             layout = tensors.layout(x) if isinstance(x, Tensor) and x.requires_grad else None
@@ -252,97 +317,100 @@ class GradientNoise:
         """Return the statistics of the context entered last; it can be called again until the next entry.
 
         Args:
-            sync: for a `DistributedDataParallel` model, whether the numbers are of all processes' samples, as one
-                process would have them of the joint batch: then every process must call this. Each sample counts the
-                same, also where processes have different numbers of them. Numbers per sample (`sq_norms`) stay those
-                of the process's own samples.
+            sync: whether, for a `DistributedDataParallel` or FSDP2 model (also for the module inside of it), the
+                numbers are of all processes' samples, as one process would have them of the joint batch: then every
+                process must call this. Each sample counts the same, also where processes have different numbers of
+                them. Numbers per sample (`sq_norms`) stay those of the process's own samples.
 
         Raises:
             RuntimeError: nothing was measured, here or in another process, or a statistic cannot be given.
         """
         accumulator = self._accumulator
-        together = sync and _is_ddp(self.model)
-        batches: list[int] = []
-        if together:
+        batches = None
+        group = self._group if self._sharded else None
+        if sync and self._is_shared:
+            if self._reducer is not None and not self._sharded:
+                group = self._reducer.process_group
             records = ModelParameters.of(self.model).records if accumulator is None else accumulator.records
-            own = 0 if accumulator is None else sum(accumulator.batches)
-            batches = distributed.agree(records, own, self.model.process_group)
+            batches = distributed.agree(records, 0 if accumulator is None else sum(accumulator.batches), group)
         if accumulator is None or not accumulator.batches:
             raise errors.nothing_measured(entered=accumulator is not None)
-        if any(r.status == "estimated" for r in accumulator.records) and {"norms", "projections"} & set(self.stats):
-            raise errors.estimated_samples()
-        if together and accumulator.projects:
-            raise errors.joint_projections()
-        batch = sum(accumulator.batches)
-        unit = float(batch) if self.reduction == "mean" else 1.0
-        measured: list[ParameterRecord] = [r for r in accumulator.records if r.status != "excluded"]
-        if not measured:
-            raise errors.all_excluded()
-        if together:
-            joined = distributed.join(measured, batch, unit, batches, accumulator.squares, self.model.process_group)
-            measured, batch, unit = joined.records, joined.batch, 1.0
-        device = measured[0].param.device
-        squares = torch.stack([r.square().to(device) for r in measured])
-        traces = spreads(measured, squares, batch) * (unit**2 / (batch - 1))
-        signals = squares * (unit / batch) ** 2
-        whole = scalars(traces.sum(), signals.sum(), batch)
-        norms = None
-        if "norms" in self.stats:
-            norms = {r.name: torch.cat(r.sq_norms) * unit**2 for r in measured}
-        projections = None
-        if accumulator.projects:
-            projections = _sum(r.all_projections for r in measured if r.all_projections is not None)
-            projections = projections * (unit**2 / batch)
-        return GradientNoiseResult(
-            **vars(whole),
-            batch_size=batch,
-            sq_norms=None if norms is None else _sum(n.to(device) for n in norms.values()),
-            sq_norms_per_param=norms,
-            projections=projections,
-            variance={r.name: r.variance(unit**2 / (batch - 1)) for r in measured} if accumulator.squares else None,
-            _names=[r.name for r in measured],
-            _traces=traces,
-            _signals=signals,
-            _read_mean=lambda: {r.name: r.mean(unit / batch) for r in measured},
-            _read_coverage=lambda: _coverage(accumulator),
-        )
+        return summarise(accumulator, self.stats, self.reduction, batches, group)
+
+    @staticmethod
+    def measure(
+        model: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        batch: Any,
+        *,
+        stats: Iterable[str] | str = ("nsr",),
+        reduction: Literal["mean", "sum"] = "mean",
+        batch_size: int | None = None,
+        uncovered: Uncovered = "raise",
+        check: bool | Literal["first"] = "first",
+        sync: bool = True,
+    ) -> GradientNoiseResult:
+        """Measure a batch by a forward and backward of its own, and leave everything as it was.
+
+        Gradients, buffers, the modes of modules, hooks, and the states of random generators (torch's, NumPy's and
+        Python's) are those of before, also after an error. BatchNorm layers are in eval mode meanwhile, all other
+        layers (dropout) stay as they are; ``result.batchnorm`` and ``result.scalars()`` say so. It works in callbacks
+        that run under ``no_grad`` or ``inference_mode``.
+
+        For a `DistributedDataParallel` or FSDP2 model, or the module inside of it, the numbers are of all processes'
+        samples, and every process must call this; ``sync=False``: of its own.
+
+        Args:
+            loss: ``loss(model, batch)`` returns a scalar, the mean over samples (or `reduction`).
+            batch: any object that `loss` takes; its first tensor has the samples in its first dimension, or
+                `batch_size` says how many there are.
+            stats, reduction, batch_size, uncovered, check: as for `GradientNoise`.
+
+        The model is given to `loss` without `DistributedDataParallel` around it.
+
+        Raises:
+            TypeError, ValueError: arguments, a loss that is no scalar or has no graph.
+            FloatingPointError: the loss, here or in another process, is NaN or infinite.
+            RuntimeError, NotImplementedError: as for `GradientNoise`.
+
+        A batch of tensors, and one for a model of the transformers library:
+
+        >>> import torch, normkern
+        >>> from torch.nn.functional import cross_entropy
+        >>> model = torch.nn.Linear(4, 3)
+        >>> images, labels = torch.randn(8, 4), torch.randint(3, (8,))
+        >>> def loss(model, batch):
+        ...     return cross_entropy(model(batch[0]), batch[1])
+        >>> result = normkern.GradientNoise.measure(model, loss, (images, labels))
+        >>> result.batch_size, model.weight.grad
+        (8, None)
+        >>> def loss_of_transformer(model, batch):
+        ...     return model(**batch).loss
+        """
+        options: dict[str, Any] = {"reduction": reduction, "batch_size": batch_size, "uncovered": uncovered}
+        guess = measuring.check_arguments(model, loss, batch, batch_size)
+        noise = GradientNoise(unwrapped(model), stats, check=check, **options)
+        noise._batch_of_measure = guess
+        records = ModelParameters.of(noise.model).records
+        if not records:
+            raise errors.measured_model_without_parameters()
+        noise._ddp = model if is_ddp(model) else find_ddp({id(r.param) for r in records}) if sync else None
+        try:
+            with measuring.keep(noise.model, records, noise._ddp):
+                with noise:
+                    value = measuring.check_loss(loss(noise.model, measuring.without_inference(batch)))
+                    value.backward()
+                assert noise._accumulator is not None
+                noise._accumulator.keep_gradients()
+        except Exception as error:
+            if sync and noise._reducer is not None:  # the others wait in result()
+                failed = distributed.NOT_FINITE if isinstance(error, FloatingPointError) else 0
+                with suppress(RuntimeError, FloatingPointError):
+                    distributed.agree(records, failed, noise._reducer.process_group)
+            raise
+        return noise.result(sync=sync)
 
 
 def _samples_in(x: Tensor | PackedSequence) -> int:
     """Return the number of samples of an argument of the model."""
     return int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else x.shape[0]
-
-
-def _unseen(hook: Callable[[ParameterRecord, Tensor], None], r: ParameterRecord) -> Callable[[Tensor], None]:
-    """Return a hook of a parameter whose own operations the tracer does not see."""
-
-    def call(t: Tensor) -> None:
-        with torch._C.DisableTorchFunction():
-            hook(r, t)
-
-    return call
-
-
-def _sum(values: Iterable[Tensor]) -> Tensor:
-    first, *rest = list(values)
-    for x in rest:
-        first = first + x
-    return first
-
-
-def _coverage(accumulator: Accumulator) -> Coverage:
-    words = ("exact", "estimated", "excluded", "unused")
-    kinds = {r.name: r.status if r.used or r.status != "exact" else "unused" for r in accumulator.records}
-    names = {w: tuple(n for n, k in kinds.items() if k == w) for w in words}
-    sizes = {r.name: r.param.numel() for r in accumulator.records}
-    squares = {r.name: float(r.square()) for r in accumulator.records}
-    count, whole = sum(sizes.values()), math.fsum(squares.values())
-    return Coverage(
-        **names,
-        parameters={w: sum(sizes[n] for n in names[w]) / count for w in words},
-        grad_sq={w: (math.fsum(squares[n] for n in names[w]) / whole if whole else 0.0) for w in words},
-    )
-
-
-def _is_ddp(model: nn.Module) -> bool:
-    return isinstance_if_imported(model, "torch.nn.parallel.distributed", "DistributedDataParallel")

@@ -50,7 +50,7 @@ class Contribution:
         """Return the norm of all contributions, for the rounding of their sum."""
         return self.sums(False).sq_norms.sum().sqrt().item()
 
-    def merge(self, others: Sequence[Contribution]) -> Self | None:
+    def merge(self, others: Sequence[Contribution]) -> Contribution | None:
         """Return one contribution that is the sum of this and others to the same tensor; None: it has no such form."""
         return None
 

@@ -1,4 +1,4 @@
-r"""Combines the sums of all processes of a `DistributedDataParallel` model, as if one process had the joint batch.
+r"""Combines the sums of all processes that share a model, as if one process had the joint batch.
 
 Process r has :math:`B_r` samples with gradients :math:`g_b`, their total :math:`D_r` and centred sum :math:`S_r`.
 
@@ -25,6 +25,9 @@ from . import errors
 from .record import ParameterRecord
 from .sums import real, sq_norm
 
+#: In place of a batch size.
+NOT_FINITE = -1
+
 
 @dataclass
 class Joined:
@@ -37,14 +40,20 @@ class Joined:
 def agree(records: Sequence[ParameterRecord], batch: int, group: Any) -> list[int]:
     """Return every process's batch size; exclude the parameters that any process excluded. Every process calls this.
 
+    Args:
+        batch: this process's; 0: it measured nothing; NOT_FINITE: its loss is NaN or infinite.
+
     Raises:
         RuntimeError: a process has measured nothing.
+        FloatingPointError: the loss of a process is not finite.
     """
     own = torch.tensor([batch] + [r.status == "excluded" for r in records], device=records[0].param.device)
     every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(every, own, group=group)
     table = torch.stack(every).tolist()
     batches = [row[0] for row in table]
+    if NOT_FINITE in batches:
+        raise errors.rank_loss_not_finite(batches.index(NOT_FINITE))
     if 0 in batches:
         raise errors.rank_measured_nothing(batches.index(0))
     for i, r in enumerate(records):

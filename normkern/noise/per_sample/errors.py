@@ -11,14 +11,78 @@ INSIDE_A_GRAPH = "GradientNoise: entered inside a function that torch.compile co
 # ---- The context and the model
 
 
-def nested() -> RuntimeError:
+def nested(model: str, same: bool) -> RuntimeError:
     """Another context is open."""
-    return RuntimeError("GradientNoise: this context is inside another one; expected one at a time")
+    if same:
+        return RuntimeError(
+            f"GradientNoise: this context (model {model}) is already open; expected close() before it is opened again, "
+            "also after an error in between"
+        )
+    return RuntimeError(
+        f"GradientNoise: this context is inside another one, of model {model}; expected one at a time: leave the other "
+        "one's `with`, or call its close()"
+    )
 
 
 def no_parameters() -> ValueError:
     """The model has nothing to measure."""
-    return ValueError("GradientNoise: model has no parameter that requires a gradient")
+    return ValueError(
+        "GradientNoise: model has no parameter that requires a gradient; expected a model with some (frozen parameters "
+        "are not measured)"
+    )
+
+
+def nothing_to_join() -> RuntimeError:
+    """open(join=True) without a context before."""
+    return RuntimeError(
+        "GradientNoise.open: join=True adds to the context before, but there is none with a backward; expected "
+        "join=False for the first micro-batch"
+    )
+
+
+def joined_parameters() -> RuntimeError:
+    """The trainable parameters changed between two joined contexts."""
+    return RuntimeError(
+        "GradientNoise.open: join=True expected the trainable parameters of the context before, but the model now has "
+        "others; open without join"
+    )
+
+
+def replaced_parameter(path: str) -> RuntimeError:
+    """A module has other parameters than at the entry."""
+    return RuntimeError(
+        f"GradientNoise: {path} has another parameter than when the context was opened (torch.func.functional_call or "
+        "an assignment put it there), so its gradients do not arrive in the model; expected a call of the model with "
+        "its own parameters"
+    )
+
+
+# ---- Sharded models
+
+
+def fully_sharded_1(name: str) -> NotImplementedError:
+    """FSDP1 flattens and shards parameters."""
+    return NotImplementedError(
+        f"GradientNoise: {name!r} is a shard of FullyShardedDataParallel (FSDP1), so a process has no whole gradient "
+        "to measure; expected DistributedDataParallel, or FSDP2: torch.distributed.fsdp.fully_shard(model)"
+    )
+
+
+def tensor_parallel(name: str) -> NotImplementedError:
+    """A DTensor that is not FSDP2's."""
+    return NotImplementedError(
+        f"GradientNoise: {name!r} is a DTensor that no fully_shard() of this model's modules manages (tensor "
+        "parallelism, distribute_tensor, or fully_shard() of a larger module), so a process has only a part of every "
+        "sample's gradient; expected plain parameters, or the whole model that fully_shard() was called on"
+    )
+
+
+def fsdp_mesh(name: str) -> NotImplementedError:
+    """Data-parallel meshes that are not all of one process group."""
+    return NotImplementedError(
+        f"GradientNoise: {name!r} is sharded over another mesh than the parameters before it, or over one that is "
+        "neither one-dimensional nor of all processes; expected one mesh for all parameters"
+    )
 
 
 def scripted(path: str) -> RuntimeError:
@@ -115,6 +179,15 @@ def second_backward(operation: str) -> RuntimeError:
     )
 
 
+def double_backward() -> RuntimeError:
+    """A loss has gradients inside, as a gradient penalty does."""
+    return RuntimeError(
+        "GradientNoise: the loss contains gradients of the model (create_graph=True, a gradient penalty), and this "
+        "backward differentiates them once more, which cannot be measured; expected a loss of the model's outputs, "
+        "and the penalty's backward outside of the context"
+    )
+
+
 def two_calls() -> RuntimeError:
     """One backward goes through two calls of the model with different samples."""
     return RuntimeError(
@@ -195,6 +268,22 @@ def changed_gradient(name: str) -> RuntimeError:
     )
 
 
+def mean_of_earlier_backwards() -> RuntimeError:
+    """The context had another backward after this result."""
+    return RuntimeError(
+        "GradientNoise: the context has had another backward since this result; expected result.mean to be read before "
+        "it"
+    )
+
+
+def mean_not_copied() -> RuntimeError:
+    """A copy of a result has no mean."""
+    return RuntimeError(
+        "GradientNoise: this copy of a result (pickle, deepcopy, torch.save) has no mean, which is as large as the "
+        "model; expected result.mean to be read once before the copy, to be in it"
+    )
+
+
 def changed_variance(name: str) -> RuntimeError:
     """The memory of an earlier result was written to."""
     return RuntimeError(
@@ -219,6 +308,14 @@ def rank_measured_nothing(rank: int) -> RuntimeError:
     )
 
 
+def rank_loss_not_finite(rank: int) -> FloatingPointError:
+    """The loss of another process is NaN or infinite."""
+    return FloatingPointError(
+        f"GradientNoise.measure: the loss of rank {rank} is not finite, so that no process has a result; expected "
+        "finite losses: look for NaN in its batch and parameters"
+    )
+
+
 def estimated_samples() -> RuntimeError:
     """Estimates are not of single samples."""
     return RuntimeError(
@@ -238,6 +335,103 @@ def joint_projections() -> RuntimeError:
 def all_excluded() -> RuntimeError:
     """No parameter is left."""
     return RuntimeError("GradientNoise.result: all parameters are excluded; expected one that is covered")
+
+
+# ---- GradientNoise.measure
+
+_MEASURE = "GradientNoise.measure"
+
+
+def not_a_model(got: str) -> TypeError:
+    """The first argument is no module."""
+    return TypeError(f"{_MEASURE}: model expected a torch.nn.Module, got {got}; expected measure(model, loss, batch)")
+
+
+def not_a_loss(got: str) -> TypeError:
+    """The second argument cannot be called."""
+    return TypeError(
+        f"{_MEASURE}: loss expected a function loss(model, batch) that returns a scalar, got {got}; for example "
+        "lambda model, batch: cross_entropy(model(batch[0]), batch[1])"
+    )
+
+
+def measured_model_without_parameters() -> ValueError:
+    """Nothing to measure."""
+    return ValueError(
+        f"{_MEASURE}: model has no parameter that requires a gradient; expected a model with some (frozen parameters "
+        "are not measured)"
+    )
+
+
+def batch_without_tensors(got: str) -> ValueError:
+    """No tensor was found in the batch."""
+    return ValueError(
+        f"{_MEASURE}: batch ({got}) has no tensor with samples in its first dimension; expected tensors, or containers "
+        "of them, or batch_size= for another kind of batch"
+    )
+
+
+def batch_of_one(samples: int) -> ValueError:
+    """A variance needs two samples."""
+    return ValueError(
+        f"{_MEASURE}: batch has {samples} sample{'' if samples == 1 else 's'} in the first dimension of its tensors; "
+        "expected at least 2, or batch_size= if the samples are in another dimension"
+    )
+
+
+def not_a_scalar_loss(got: str) -> TypeError:
+    """The loss function returned something else."""
+    return TypeError(
+        f"{_MEASURE}: loss(model, batch) returned {got}; expected a tensor with one element, such as .mean() of the "
+        "samples' losses (of a transformers model: model(**batch).loss)"
+    )
+
+
+def detached_loss() -> ValueError:
+    """The loss has no graph."""
+    return ValueError(
+        f"{_MEASURE}: the loss does not depend on parameters that require a gradient; expected loss(model, batch) to "
+        "call the model it gets, without detach(), item() or no_grad()"
+    )
+
+
+def loss_not_finite(value: float) -> FloatingPointError:
+    """The loss is NaN or infinite."""
+    return FloatingPointError(
+        f"{_MEASURE}: the loss is {value}, so its gradients have no statistics; expected a finite loss: look for NaN "
+        "in the batch and the parameters"
+    )
+
+
+# ---- GradientNoiseResult
+
+
+def unknown_quantities(got: object, known: str) -> ValueError:
+    """A quantity of scalars() does not exist."""
+    return ValueError(f"GradientNoiseResult.scalars: quantities expected some of {known}, got {got!r}")
+
+
+def not_results(got: str) -> TypeError:
+    """join() gets something else."""
+    return TypeError(
+        f"GradientNoiseResult.join: expected a list of GradientNoiseResult, one for each micro-batch, got {got}"
+    )
+
+
+def different_results(what: str) -> ValueError:
+    """The results to be joined are not of one model with one set of statistics."""
+    return ValueError(
+        f"GradientNoiseResult.join: the results have different {what}; expected results of one model, measured with "
+        "the same options"
+    )
+
+
+def joined_projections() -> ValueError:
+    """Projections are on the mean of each micro-batch."""
+    return ValueError(
+        'GradientNoiseResult.join: stats "projections" are on the mean of each micro-batch by itself; expected results '
+        "without them"
+    )
 
 
 # ---- Registration of handlers

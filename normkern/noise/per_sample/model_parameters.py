@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...names import strip_all
 from . import errors
+from .parallel import Shards
 from .record import ParameterRecord
 
 
@@ -16,8 +19,12 @@ class ModelParameters:
     """The modules and parameters of one model, at one time."""
 
     modules: list[nn.Module]
-    records: list[ParameterRecord]  #: of the parameters that require a gradient, by their names in named_parameters()
+    records: list[ParameterRecord]  #: of the parameters that require a gradient, named as by `normkern.names`
+    known: set[int]  #: ids of those parameters, and of their shards
     constants: set[int]  #: ids of the others, and of buffers
+    has_batchnorm: bool
+    shards: Shards
+    group: Any  #: of the processes that have the shards; None: all, or no shards
 
     @classmethod
     def of(cls, model: nn.Module) -> ModelParameters:
@@ -25,9 +32,10 @@ class ModelParameters:
 
         Raises:
             RuntimeError: a module is scripted.
+            NotImplementedError: a parameter is sharded in a way that cannot be measured.
         """
         modules: list[nn.Module] = []
-        records: dict[int, ParameterRecord] = {}
+        trained: dict[int, tuple[str, str, Tensor]] = {}
         constants: set[int] = set()
         seen: set[nn.Module] = set()
         waiting = [("", model)]
@@ -41,15 +49,30 @@ class ModelParameters:
             modules.append(module)
             dot = path and path + "."
             for name, p in module._parameters.items():
-                if p is None or id(p) in records:
+                if p is None or id(p) in trained:
                     continue
                 if p.requires_grad:
-                    records[id(p)] = ParameterRecord(dot + name, f"{path or 'the model'} ({type(module).__name__})", p)
+                    trained[id(p)] = (dot + name, f"{path or 'the model'} ({type(module).__name__})", p)
                 else:
                     constants.add(id(p))
             constants.update(id(b) for b in module._buffers.values() if b is not None)
             waiting += [(dot + name, m) for name, m in reversed(module._modules.items()) if m is not None]
-        return cls(modules, list(records.values()), constants)
+        shards = Shards.of(modules)
+        names = strip_all([name for name, _, _ in trained.values()])
+        records = [
+            ParameterRecord(name, where, shards.whole(name, p))
+            for name, (_, where, p) in zip(names, trained.values(), strict=True)
+        ]
+        constants.update(id(p._unsharded_param) for i, p in shards.managed.items() if i in constants)
+        return cls(
+            modules,
+            records,
+            set(trained).union(id(r.param) for r in records),
+            constants,
+            any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules),
+            shards,
+            shards.group(zip(names, (p for _, _, p in trained.values()), strict=True)),
+        )
 
 
 def batch_norms(model: nn.Module) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import errors
 from .contributions import Contribution
@@ -20,6 +20,30 @@ Uncovered = Literal["raise", "estimate", "exclude"]
 
 #: How much a sum of contributions may differ from the gradient that arrived, relative to their norms.
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
+
+
+class GradientMark(NamedTuple):
+    """Which tensor `.grad` was, and its version.
+
+    The reference is to the storage: a weak reference to the tensor would forbid torch.utils.swap_tensors.
+    """
+
+    storage: StorageWeakRef
+    version: int
+
+    @classmethod
+    def of(cls, grad: Tensor) -> GradientMark:
+        """Mark a gradient."""
+        return cls(StorageWeakRef(_storage(grad)), grad._version)
+
+    def fits(self, grad: Tensor | None) -> bool:
+        """Return whether a gradient is the marked one, unchanged."""
+        # The reference keeps the address of a freed storage from being used again.
+        return grad is not None and grad._version == self.version and self.storage.cdata == _storage(grad)._cdata
+
+
+def _storage(grad: Tensor) -> torch.UntypedStorage:
+    return (grad._values() if grad.is_sparse else grad).untyped_storage()
 
 
 @dataclass(eq=False, slots=True)
@@ -43,7 +67,7 @@ class ParameterRecord:
     sq_now: Tensor | None = None  #: |sum_b c_b|^2
     #: All backwards:
     total: Tensor | None = None  #: sum_b c_b, if it cannot be read off .grad
-    in_grad: tuple[weakref.ref[Tensor], int] | None = None  #: else the gradient, and its version
+    in_grad: GradientMark | None = None  #: else which gradient it is
     total_sq: Tensor | None = None
     centred: Tensor | None = None  #: sum_b (c_b - mean)^2, times `scaled`
     scaled: float | None = None  #: a result's factor, once its variance is this very memory
@@ -66,8 +90,8 @@ class ParameterRecord:
         """
         if self.total is not None or self.in_grad is None:
             return self.total
-        grad, version = self.in_grad[0](), self.in_grad[1]
-        if grad is None or grad._version != version:
+        grad = self.param.grad
+        if grad is None or not self.in_grad.fits(grad):
             raise errors.changed_gradient(self.name)
         return grad.detach()
 

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from . import errors
+from .sums import sq_norm
+
+#: The quantities of `GradientNoiseResult.scalars`.
+QUANTITIES = ("trace_sigma", "grad_sq_norm", "grad_sq_norm_unbiased", "nsr", "nsr_batch", "gns")
+_KINDS = ("exact", "estimated", "excluded", "unused")
+_PRECEDENCE = ("excluded", "estimated", "exact", "unused")  #: of a parameter's kinds in several results
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,12 +57,27 @@ class Coverage:
     unused: tuple[str, ...]
     parameters: dict[str, float]
     grad_sq: dict[str, float]
+    _sizes: dict[str, int] = field(repr=False, compare=False)
+    _squares: dict[str, float] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, kinds: dict[str, str], sizes: dict[str, int], squares: dict[str, float]) -> Coverage:
+        """Return the coverage from each parameter's kind, number of coordinates and squared gradient norm."""
+        names = {kind: tuple(n for n, k in kinds.items() if k == kind) for kind in _KINDS}
+        count, whole = sum(sizes.values()), math.fsum(squares.values())
+        return cls(
+            **names,
+            parameters={kind: sum(sizes[n] for n in names[kind]) / count for kind in _KINDS},
+            grad_sq={kind: math.fsum(squares[n] for n in names[kind]) / whole if whole else 0.0 for kind in _KINDS},
+            _sizes=sizes,
+            _squares=squares,
+        )
 
     def __str__(self) -> str:
         return ", ".join(
             f"{len(getattr(self, kind))} {kind} ({self.parameters[kind]:.1%} of parameters, {self.grad_sq[kind]:.1%} "
             "of |grad|^2)"
-            for kind in ("exact", "estimated", "excluded", "unused")
+            for kind in _KINDS
             if getattr(self, kind)
         )
 
@@ -60,10 +86,12 @@ class Coverage:
 class GradientNoiseResult(NoiseScalars):
     r"""Statistics of the per-sample gradients :math:`g_b` of one context; ``trace_sigma`` … ``gns`` of the whole model.
 
-    Excluded parameters are in none of them, estimated ones in all scalars; `coverage` says which those are.
+    Excluded parameters are in none of them, estimated ones in all scalars; `coverage` says which those are. A result
+    can be pickled, copied and saved; a copy has `mean` if it was read before.
 
     Attributes:
         batch_size: B, the samples.
+        batchnorm: "eval" if the model has BatchNorm layers: they were measured with their running statistics.
         sq_norms: (B,) :math:`|g_b|^2` over all parameters, float64; None without the tier "norms".
         sq_norms_per_param: the same of each parameter, or None.
         projections: (B,) :math:`\langle g_b, \bar g\rangle`, float64; None without the tier.
@@ -71,6 +99,7 @@ class GradientNoiseResult(NoiseScalars):
     """
 
     batch_size: int
+    batchnorm: str | None
     sq_norms: Tensor | None = field(repr=False)
     sq_norms_per_param: dict[str, Tensor] | None = field(repr=False)
     projections: Tensor | None = field(repr=False)
@@ -78,8 +107,8 @@ class GradientNoiseResult(NoiseScalars):
     _names: list[str] = field(repr=False)
     _traces: Tensor = field(repr=False)  #: of each parameter: trace_sigma,
     _signals: Tensor = field(repr=False)  #: and grad_sq_norm
-    _read_mean: Callable[[], dict[str, Tensor]] = field(repr=False)
-    _read_coverage: Callable[[], Coverage] = field(repr=False)
+    _read_mean: Callable[[], dict[str, Tensor]] | None = field(repr=False)
+    _read_coverage: Callable[[], Coverage] | None = field(repr=False)
 
     @cached_property
     def mean(self) -> dict[str, Tensor]:
@@ -87,6 +116,8 @@ class GradientNoiseResult(NoiseScalars):
 
         Read from ``.grad`` when first asked for: RuntimeError if that has been changed since the backward.
         """
+        if self._read_mean is None:
+            raise errors.mean_not_copied()
         return self._read_mean()
 
     @cached_property
@@ -98,7 +129,82 @@ class GradientNoiseResult(NoiseScalars):
     @cached_property
     def coverage(self) -> Coverage:
         """How each parameter was measured, a `Coverage`."""
+        assert self._read_coverage is not None
         return self._read_coverage()
+
+    def scalars(
+        self,
+        quantities: Iterable[str] | str = ("gns", "nsr_batch", "trace_sigma", "grad_sq_norm_unbiased"),
+        prefix: str = "noise/",
+    ) -> dict[str, float]:
+        r"""Return plain numbers for a logger: flat, finite, and in JSON as they are. Synchronizes.
+
+        The keys are ``{prefix}{quantity}/{name}`` for each parameter and ``{prefix}{quantity}/all``. A number that is
+        not known is absent: a ratio of 0 / 0, and "gns" where the noise hides the signal (where the unbiased estimate
+        of :math:`|\nabla L|^2` is not positive). There is also ``{prefix}batch_size``, and ``{prefix}batchnorm_eval``
+        = 1 if BatchNorm layers were measured with their running statistics.
+
+        Args:
+            quantities: of "trace_sigma", "grad_sq_norm", "grad_sq_norm_unbiased", "nsr", "nsr_batch", "gns".
+
+        >>> import torch, normkern
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batch = torch.tensor([[1.0, 0.0], [3.0, 2.0]])
+        >>> result = normkern.GradientNoise.measure(model, lambda model, x: model(x).mean(), batch)
+        >>> result.scalars("nsr_batch")
+        {'noise/nsr_batch/weight': 0.4, 'noise/nsr_batch/all': 0.4, 'noise/batch_size': 2.0}
+        """
+        wanted = (quantities,) if isinstance(quantities, str) else tuple(quantities)
+        if not all(isinstance(q, str) and q in QUANTITIES for q in wanted):
+            raise errors.unknown_quantities(quantities, ", ".join(QUANTITIES))
+        each = vars(scalars(self._traces, self._signals, self.batch_size))
+        names = [*self._names, "all"]
+        values: dict[str, float] = {}
+        if wanted:
+            of_all = ("grad_sq_norm_unbiased", *wanted)
+            table = torch.stack([torch.cat([each[q], getattr(self, q).view(1)]) for q in of_all]).tolist()
+            signals, columns = table[0], table[1:]
+            for q, column in zip(wanted, columns, strict=True):
+                for name, value, signal in zip(names, column, signals, strict=True):
+                    if math.isfinite(value) and not (q == "gns" and signal <= 0):
+                        values[f"{prefix}{q}/{name}"] = value
+        values[f"{prefix}batch_size"] = float(self.batch_size)
+        if self.batchnorm == "eval":
+            values[f"{prefix}batchnorm_eval"] = 1.0
+        return values
+
+    @staticmethod
+    def join(results: Iterable[GradientNoiseResult]) -> GradientNoiseResult:
+        r"""Return the result of the concatenated batch, from results of its micro-batches.
+
+        With :math:`B_i` samples, means :math:`\bar g_i` and centred sums :math:`S_i = (B_i - 1) \mathrm{tr}\,\Sigma_i`,
+
+        .. math::
+            B = \sum_i B_i, \qquad \bar g = \frac1B \sum_i B_i \bar g_i, \qquad
+            S = \sum_i \bigl(S_i + B_i |\bar g_i - \bar g|^2\bigr).
+
+        The mean of each result is read: join results of `GradientNoise.measure`, which have theirs; with a context of
+        your own, `GradientNoise.open(join=True)` does the same without further memory. A parameter that one result
+        excludes is excluded in all. Losses are those of each micro-batch by itself; if you divide each by their number
+        m, ratios and "gns" stay, and squared quantities are divided by m².
+
+        Raises:
+            TypeError, ValueError: no results, or results with projections, of different models or statistics.
+        """
+        parts = list(results) if isinstance(results, Iterable) else [results]
+        bad = next((type(p).__name__ for p in parts if not isinstance(p, GradientNoiseResult)), None)
+        if bad is not None or not parts:
+            raise errors.not_results(bad or "none")
+        return parts[0] if len(parts) == 1 else _joined(parts)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return plain data: the coverage as it is, and no way back to the model."""
+        state = {**self.__dict__, "coverage": self.coverage}
+        state["_read_mean"] = state["_read_coverage"] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
 
 
 def scalars(trace: Tensor, mean_sq: Tensor, batch: int) -> NoiseScalars:
@@ -106,3 +212,71 @@ def scalars(trace: Tensor, mean_sq: Tensor, batch: int) -> NoiseScalars:
     unbiased = mean_sq - trace / batch
     nsr = trace / mean_sq
     return NoiseScalars(trace, mean_sq, unbiased, nsr, nsr / batch, trace / unbiased)
+
+
+def _joined(parts: Sequence[GradientNoiseResult]) -> GradientNoiseResult:
+    every = [set(p._names) | set(p.coverage.excluded) for p in parts]
+    if any(names != every[0] for names in every):
+        raise errors.different_results("parameters")
+    if any(p.projections is not None for p in parts):
+        raise errors.joined_projections()
+    for tier in ("variance", "sq_norms"):
+        if len({getattr(p, tier) is None for p in parts}) > 1:
+            raise errors.different_results("statistics")
+    excluded = {name for p in parts for name in p.coverage.excluded}
+    names = [n for n in parts[0]._names if n not in excluded]
+    if not names:
+        raise errors.all_excluded()
+    batch = sum(p.batch_size for p in parts)
+    means: dict[str, Tensor] = {}
+    sums, signals = [], []
+    variance: dict[str, Tensor] | None = None if parts[0].variance is None else {}
+    for name in names:
+        of = [p.mean[name] for p in parts]
+        kind = torch.float64 if of[0].dtype == torch.float64 else torch.float32
+        mean = torch.stack([m.to(kind) * (p.batch_size / batch) for m, p in zip(of, parts, strict=True)]).sum(0)
+        shifts = [m.to(kind) - mean for m in of]
+        within = torch.stack([p._traces[p._names.index(name)] * (p.batch_size - 1) for p in parts]).sum()
+        between = torch.stack([sq_norm(s) * p.batch_size for s, p in zip(shifts, parts, strict=True)]).sum()
+        sums.append(within + between.to(within.device))
+        signals.append(sq_norm(mean).to(within.device))
+        means[name] = mean
+        if variance is not None:
+            centred = torch.zeros_like(mean)
+            for s, p in zip(shifts, parts, strict=True):
+                assert p.variance is not None
+                centred.addcmul_(s, s, value=p.batch_size).add_(p.variance[name].to(kind), alpha=p.batch_size - 1)
+            variance[name] = centred / (batch - 1)
+    norms = None
+    if parts[0].sq_norms is not None:
+        norms = {n: torch.cat([p.sq_norms_per_param[n] for p in parts]) for n in names}  # type: ignore[index]
+    traces, squares = torch.stack(sums) / (batch - 1), torch.stack(signals)
+    coverage = _joined_coverage(parts, dict(zip(names, squares.tolist(), strict=True)))
+    return GradientNoiseResult(
+        **vars(scalars(traces.sum(), squares.sum(), batch)),
+        batch_size=batch,
+        batchnorm=parts[0].batchnorm,
+        sq_norms=None if norms is None else torch.stack([n.to(traces.device) for n in norms.values()]).sum(0),
+        sq_norms_per_param=norms,
+        projections=None,
+        variance=variance,
+        _names=names,
+        _traces=traces,
+        _signals=squares,
+        _read_mean=lambda: means,
+        _read_coverage=lambda: coverage,
+    )
+
+
+def _joined_coverage(parts: Sequence[GradientNoiseResult], squares: dict[str, float]) -> Coverage:
+    """Return the coverage of all, where a parameter that one result excludes is excluded.
+
+    `squares` are of the measured parameters' joint gradients; of the excluded ones the results' average is taken.
+    """
+    kinds: dict[str, str] = {}
+    for p in parts:
+        for kind in reversed(_KINDS):
+            for name in getattr(p.coverage, kind):
+                kinds[name] = min(kind, kinds.get(name, kind), key=_PRECEDENCE.index)
+    mean_squares = {n: math.fsum(p.coverage._squares[n] for p in parts) / len(parts) for n in kinds}
+    return Coverage.of(kinds, parts[0].coverage._sizes, {**mean_squares, **squares})

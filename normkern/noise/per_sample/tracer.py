@@ -7,6 +7,7 @@ is, and the layout of its samples is propagated to its results (`propagation`). 
 
 from __future__ import annotations
 
+import gc
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from . import errors, sample_layout
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
-from .layers.registry import CHECKS, find
+from .layers.registry import CHECKS, Check, find
 from .numbered import Numbered, by_rows
 from .operation import Operation, Samples, name_of, tensors_in
 from .propagation import (
@@ -77,12 +78,13 @@ class Tracer(TorchFunctionMode):
         super().__init__()
         self.accumulator = accumulator
         self.tensors = TensorState(accumulator, self)
+        self.active = True  #: False: the context was lost or closed in another thread, and the mode waits for its end
         self._entered = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = name_of(func)
-        if name in READS or peek_interpreter_stack() is not None:
+        if name in READS or not self.active or peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
         if name == "backward" or func is torch.autograd.grad:
             return self._backward(func, args, kwargs)
@@ -95,7 +97,9 @@ class Tracer(TorchFunctionMode):
             for t in op.parameters:
                 self.accumulator.seen_without_grad(t)
         if name in CHECKS:
-            CHECKS[name](tensors, op)
+            self._check(CHECKS[name], op)
+            if not self.active:
+                return func(*args, **kwargs)
         if name == "__setitem__":
             return self._assign(op)
         if _is_composite(func) and not (op.parameters or LayoutRules.knows(name)):
@@ -112,9 +116,11 @@ class Tracer(TorchFunctionMode):
         try:
             with self:
                 out = body(func)(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
             if outermost:
                 self.accumulator.forget_backward()
+            if isinstance(error, RuntimeError) and "once_differentiable" in str(error):
+                raise errors.double_backward() from error
             raise
         finally:
             self._entered -= 1
@@ -127,6 +133,15 @@ class Tracer(TorchFunctionMode):
         """Run the body of a composite function with the mode on."""
         with self:
             return body(op.func)(*op.args, **op.kwargs)
+
+    def _check(self, check: Check, op: Operation) -> None:
+        """Refuse an operation that couples samples, unless it turns out that the context was lost."""
+        try:
+            check(self.tensors, op)
+        except RuntimeError:
+            gc.collect()  # the lost `GradientNoise` may be in a cycle
+            if self.active:
+                raise
 
     # ---- Operations without parameters
 

@@ -1,0 +1,40 @@
+"""Callbacks and registrations for frameworks. `import normkern` does not import this package, nor any framework.
+
+A name is loaded, with its framework, when it is first used:
+
+* `LightningCallback`: statistics of steps and gradient noise into the loggers of a Lightning ``Trainer``;
+* `HuggingFaceCallback`: the same for the ``Trainer`` of the transformers library;
+* `register_with_timm`: normkern's optimizers by name in timm's ``create_optimizer_v2``;
+* `unwrap_optimizer`: the optimizer inside wrappers of accelerate, Lightning, timm, Opacus and torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._unwrap import unwrap_optimizer
+    from .huggingface import HuggingFaceCallback
+    from .lightning import LightningCallback
+    from .timm import register_with_timm
+
+__all__ = ["HuggingFaceCallback", "LightningCallback", "register_with_timm", "unwrap_optimizer"]
+
+_FILES = {
+    "HuggingFaceCallback": "huggingface",
+    "LightningCallback": "lightning",
+    "register_with_timm": "timm",
+    "unwrap_optimizer": "_unwrap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
