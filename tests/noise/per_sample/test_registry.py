@@ -225,7 +225,7 @@ def test_every_file_of_layers_is_imported():
     assert names <= sys.modules.keys()
     kinds = {r.handler.__module__ for r in HANDLERS.values()}
     shared = {"base", "registry", "collected", "recurrent_steps"}
-        assert kinds == names - {f"{layers.__name__}.{name}" for name in shared}
+    assert kinds == names - {f"{layers.__name__}.{name}" for name in shared}
 
 
 def test_moves_are_remembered_up_to_a_limit(monkeypatch):
