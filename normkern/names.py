@@ -7,6 +7,9 @@ model that the user wrote, so that the numbers of an optimizer, of `GradientNois
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 from torch import Tensor, nn
 
 #: The attributes in which wrappers keep the model.
@@ -19,6 +22,19 @@ WRAPPERS = frozenset(
         "_forward_module",  # Lightning's Fabric
     }
 )
+
+
+def did_you_mean(words: object, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" for the first unknown word that is nearly a known one, else an empty string.
+
+    >>> did_you_mean(["norm"], ["nsr", "norms"])
+    "; did you mean 'norms'?"
+    """
+    names = list(known)
+    for word in [words] if isinstance(words, str) else words if isinstance(words, Iterable) else ():
+        if isinstance(word, str) and word not in names and (near := get_close_matches(word, names, 1)):
+            return f"; did you mean {near[0]!r}?"
+    return ""
 
 
 def strip_prefixes(name: str) -> str:

@@ -94,12 +94,12 @@ void Pass::sq_norms(const py::object& table, const py::object& new_scratch) {
 
 void Pass::clip(const py::list& coefs) {
   for (py::handle coef : coefs) {
-    clip_coefs_.push_back(number("Pass.clip", "coefs", coef));
+    clip_coefs_.push_back(number("sgd_", "clip_coef", coef));
     owned_.push_back(py::reinterpret_borrow<py::object>(coef));
   }
   for (int device : devices())
     if (!clip_coef_on(device))
-      throw py::value_error("Pass.clip: coefs expected a number on each device of the parameters, got none on " +
+      throw py::value_error("sgd_: clip_coef expected a number on each device of the parameters, got none on " +
                             std::to_string(device));
 }
 

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from ..names import did_you_mean
 from . import _binary
 
 #: The dtypes that kernels read and write, in the order of the binary's codes.
@@ -54,7 +55,8 @@ def stats_code(stats: Stats, where: str) -> int:
     try:
         return _STATS_CODE[stats]
     except (KeyError, TypeError):
-        raise ValueError(f'{where}: stats expected None, "tensor" or "row", got {stats!r}') from None
+        near = did_you_mean(stats, ("tensor", "row"))
+        raise ValueError(f'{where}: stats expected None, "tensor" or "row", got {stats!r}{near}') from None
 
 
 def column(table: Tensor, name: str, columns: Sequence[str] = SUMS + PAIR_SUMS) -> Tensor:

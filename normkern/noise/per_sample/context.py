@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 from typing_extensions import Self
 
+from ...names import did_you_mean
 from ...tracing import force_eager, in_dispatch_mode
 from . import distributed, errors, measuring, sample_layout, session
 from .accumulator import Accumulator
@@ -101,7 +102,9 @@ class GradientNoise:
             raise TypeError(f"{where}: model expected a torch.nn.Module, got {type(model).__name__}")
         tiers = (stats,) if isinstance(stats, str) else tuple(stats)
         if not tiers or not all(isinstance(t, str) and t in TIERS for t in tiers):
-            raise ValueError(f"{where}: stats expected some of {', '.join(TIERS)}, got {stats!r}")
+            raise ValueError(
+                f"{where}: stats expected some of {', '.join(TIERS)}, got {stats!r}{did_you_mean(tiers, TIERS)}"
+            )
         if reduction not in ("mean", "sum"):
             raise ValueError(f'{where}: reduction expected "mean" or "sum", got {reduction!r}')
         if uncovered not in ("raise", "estimate", "exclude"):

@@ -6,6 +6,8 @@ its name, and the name and class of its module.
 
 from __future__ import annotations
 
+from ...names import did_you_mean
+
 INSIDE_A_GRAPH = "GradientNoise: entered inside a function that torch.compile compiles; expected the context around it"
 
 # ---- The context and the model
@@ -126,7 +128,8 @@ def mixed(parameter: str, operation: str, why: str) -> RuntimeError:
     """A layer gets a tensor whose samples cannot be told apart."""
     return RuntimeError(
         f"GradientNoise: {operation} uses {parameter} on samples that cannot be told apart any more: {why}. Expected "
-        "operations that treat every sample by itself"
+        "operations that treat every sample by itself, and a loss of the model's outputs alone: leave a penalty on the "
+        "weights to weight_decay, or add it outside of the context"
     )
 
 
@@ -168,7 +171,10 @@ def backward_outside() -> RuntimeError:
 
 def forward_outside() -> RuntimeError:
     """The backward came without a forward."""
-    return RuntimeError("GradientNoise: a backward without a forward inside the context; expected both in one `with`")
+    return RuntimeError(
+        "GradientNoise: got a backward whose forward ran outside of the context, where it was not seen; expected both "
+        "in one `with`: move the call of the model and the loss into it"
+    )
 
 
 def second_backward(operation: str) -> RuntimeError:
@@ -258,6 +264,14 @@ def no_outputs(name: str) -> RuntimeError:
 
 
 # ---- The result
+
+
+def not_asked_for(attribute: str, tier: str) -> AttributeError:
+    """The tier was not measured."""
+    return AttributeError(
+        f'GradientNoiseResult.{attribute}: not measured; expected "{tier}" in stats: '
+        f'GradientNoise(model, stats=("nsr", "{tier}"))'
+    )
 
 
 def changed_gradient(name: str) -> RuntimeError:
@@ -406,9 +420,12 @@ def loss_not_finite(value: float) -> FloatingPointError:
 # ---- GradientNoiseResult
 
 
-def unknown_quantities(got: object, known: str) -> ValueError:
+def unknown_quantities(got: object, known: tuple[str, ...]) -> ValueError:
     """A quantity of scalars() does not exist."""
-    return ValueError(f"GradientNoiseResult.scalars: quantities expected some of {known}, got {got!r}")
+    return ValueError(
+        f"GradientNoiseResult.scalars: quantities expected some of {', '.join(known)}, got {got!r}"
+        f"{did_you_mean(got, known)}"
+    )
 
 
 def not_results(got: str) -> TypeError:

@@ -28,6 +28,7 @@ class Operation:
         samples: the operands that have samples, with their layouts.
         parameters: the operands that are trainable parameters or were made of parameters alone.
         numbered: the operands whose samples lie in any order along one dimension.
+        why: what keeps a handler from measuring these arguments; it is put into the sentence of the refusal.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Operation:
     samples: Samples
     parameters: list[Tensor] = field(default_factory=list)
     numbered: list[tuple[Tensor, Numbered]] = field(default_factory=list)
+    why: str | None = None
 
     def bind(self, names: str, **defaults: Any) -> list[Any]:
         """Return the arguments in the order of these names, separated by spaces; None where there is no default."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from . import errors
 from .sums import sq_norm
 
+_T = TypeVar("_T")
 #: The quantities of `GradientNoiseResult.scalars`.
 QUANTITIES = ("trace_sigma", "grad_sq_norm", "grad_sq_norm_unbiased", "nsr", "nsr_batch", "gns")
 _KINDS = ("exact", "estimated", "excluded", "unused")
@@ -92,23 +93,46 @@ class GradientNoiseResult(NoiseScalars):
     Attributes:
         batch_size: B, the samples.
         batchnorm: "eval" if the model has BatchNorm layers: they were measured with their running statistics.
-        sq_norms: (B,) :math:`|g_b|^2` over all parameters, float64; None without the tier "norms".
-        sq_norms_per_param: the same of each parameter, or None.
-        projections: (B,) :math:`\langle g_b, \bar g\rangle`, float64; None without the tier.
-        variance: per parameter, elementwise, unbiased, of its shape; None without the tier.
+        sq_norms: (B,) :math:`|g_b|^2` over all parameters, float64. Needs "norms" in `stats`.
+        sq_norms_per_param: the same of each parameter.
+        projections: (B,) :math:`\langle g_b, \bar g\rangle`, float64. Needs "projections" in `stats`.
+        variance: per parameter, elementwise, unbiased, of its shape. Needs "variance" in `stats`.
+
+    Raises:
+        AttributeError: an attribute was not measured, because `stats` did not name it.
     """
 
     batch_size: int
     batchnorm: str | None
-    sq_norms: Tensor | None = field(repr=False)
-    sq_norms_per_param: dict[str, Tensor] | None = field(repr=False)
-    projections: Tensor | None = field(repr=False)
-    variance: dict[str, Tensor] | None = field(repr=False)
+    _sq_norms: Tensor | None = field(repr=False)
+    _sq_norms_per_param: dict[str, Tensor] | None = field(repr=False)
+    _projections: Tensor | None = field(repr=False)
+    _variance: dict[str, Tensor] | None = field(repr=False)
     _names: list[str] = field(repr=False)
     _traces: Tensor = field(repr=False)  #: of each parameter: trace_sigma,
     _signals: Tensor = field(repr=False)  #: and grad_sq_norm
     _read_mean: Callable[[], dict[str, Tensor]] | None = field(repr=False)
     _read_coverage: Callable[[], Coverage] | None = field(repr=False)
+
+    @property
+    def sq_norms(self) -> Tensor:
+        """(B,) squared norms of the per-sample gradients."""
+        return _measured(self._sq_norms, "sq_norms", "norms")
+
+    @property
+    def sq_norms_per_param(self) -> dict[str, Tensor]:
+        """The same of each parameter."""
+        return _measured(self._sq_norms_per_param, "sq_norms_per_param", "norms")
+
+    @property
+    def projections(self) -> Tensor:
+        """(B,) inner products of the per-sample gradients with their mean."""
+        return _measured(self._projections, "projections", "projections")
+
+    @property
+    def variance(self) -> dict[str, Tensor]:
+        """Elementwise variance of the per-sample gradients of each parameter."""
+        return _measured(self._variance, "variance", "variance")
 
     @cached_property
     def mean(self) -> dict[str, Tensor]:
@@ -156,7 +180,7 @@ class GradientNoiseResult(NoiseScalars):
         """
         wanted = (quantities,) if isinstance(quantities, str) else tuple(quantities)
         if not all(isinstance(q, str) and q in QUANTITIES for q in wanted):
-            raise errors.unknown_quantities(quantities, ", ".join(QUANTITIES))
+            raise errors.unknown_quantities(quantities, QUANTITIES)
         each = vars(scalars(self._traces, self._signals, self.batch_size))
         names = [*self._names, "all"]
         values: dict[str, float] = {}
@@ -207,6 +231,12 @@ class GradientNoiseResult(NoiseScalars):
         self.__dict__.update(state)
 
 
+def _measured(value: _T | None, attribute: str, tier: str) -> _T:
+    if value is None:
+        raise errors.not_asked_for(attribute, tier)
+    return value
+
+
 def scalars(trace: Tensor, mean_sq: Tensor, batch: int) -> NoiseScalars:
     """Return all scalars from the trace and the squared norm of the mean."""
     unbiased = mean_sq - trace / batch
@@ -218,9 +248,9 @@ def _joined(parts: Sequence[GradientNoiseResult]) -> GradientNoiseResult:
     every = [set(p._names) | set(p.coverage.excluded) for p in parts]
     if any(names != every[0] for names in every):
         raise errors.different_results("parameters")
-    if any(p.projections is not None for p in parts):
+    if any(p._projections is not None for p in parts):
         raise errors.joined_projections()
-    for tier in ("variance", "sq_norms"):
+    for tier in ("_variance", "_sq_norms"):
         if len({getattr(p, tier) is None for p in parts}) > 1:
             raise errors.different_results("statistics")
     excluded = {name for p in parts for name in p.coverage.excluded}
@@ -230,7 +260,7 @@ def _joined(parts: Sequence[GradientNoiseResult]) -> GradientNoiseResult:
     batch = sum(p.batch_size for p in parts)
     means: dict[str, Tensor] = {}
     sums, signals = [], []
-    variance: dict[str, Tensor] | None = None if parts[0].variance is None else {}
+    variance: dict[str, Tensor] | None = None if parts[0]._variance is None else {}
     for name in names:
         of = [p.mean[name] for p in parts]
         kind = torch.float64 if of[0].dtype == torch.float64 else torch.float32
@@ -244,22 +274,21 @@ def _joined(parts: Sequence[GradientNoiseResult]) -> GradientNoiseResult:
         if variance is not None:
             centred = torch.zeros_like(mean)
             for s, p in zip(shifts, parts, strict=True):
-                assert p.variance is not None
                 centred.addcmul_(s, s, value=p.batch_size).add_(p.variance[name].to(kind), alpha=p.batch_size - 1)
             variance[name] = centred / (batch - 1)
     norms = None
-    if parts[0].sq_norms is not None:
-        norms = {n: torch.cat([p.sq_norms_per_param[n] for p in parts]) for n in names}  # type: ignore[index]
+    if parts[0]._sq_norms is not None:
+        norms = {n: torch.cat([p.sq_norms_per_param[n] for p in parts]) for n in names}
     traces, squares = torch.stack(sums) / (batch - 1), torch.stack(signals)
     coverage = _joined_coverage(parts, dict(zip(names, squares.tolist(), strict=True)))
     return GradientNoiseResult(
         **vars(scalars(traces.sum(), squares.sum(), batch)),
         batch_size=batch,
         batchnorm=parts[0].batchnorm,
-        sq_norms=None if norms is None else torch.stack([n.to(traces.device) for n in norms.values()]).sum(0),
-        sq_norms_per_param=norms,
-        projections=None,
-        variance=variance,
+        _sq_norms=None if norms is None else torch.stack([n.to(traces.device) for n in norms.values()]).sum(0),
+        _sq_norms_per_param=norms,
+        _projections=None,
+        _variance=variance,
         _names=names,
         _traces=traces,
         _signals=squares,

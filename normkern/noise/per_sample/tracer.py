@@ -269,7 +269,7 @@ class Tracer(TorchFunctionMode):
                 return out
         elif _is_composite(op.func):
             return self._enter(op)
-        return self._leave_out(op, operands, None)
+        return self._leave_out(op, operands, op.why)
 
     def _join_by_rows(self, op: Operation, operands: list[Tensor]) -> Any:
         """Run an operation with parameters on the rows of each sample, where they lie in any order."""

@@ -49,9 +49,37 @@ def test_a_model_is_a_module_with_parameters_to_train():
             pass
 
 
-def test_tiers_that_were_not_asked_for_are_none(mlp):
+@pytest.mark.parametrize(
+    ("attribute", "tier"),
+    [("sq_norms", "norms"), ("sq_norms_per_param", "norms"), ("projections", "projections"), ("variance", "variance")],
+)
+def test_a_tier_that_was_not_asked_for_says_how_to_ask(mlp, attribute, tier):
     result = measured(mlp, ("nsr",))
-    assert (result.sq_norms, result.sq_norms_per_param, result.projections, result.variance) == (None, None, None, None)
+    match = f'^GradientNoiseResult.{attribute}: not measured; expected "{tier}" in stats'
+    with pytest.raises(AttributeError, match=match):
+        getattr(result, attribute)
+
+
+def test_an_unknown_tier_gets_the_nearest_one():
+    with refuses(r"stats expected some of .*, got \('norm',\); did you mean 'norms'\?"):
+        normkern.GradientNoise(nn.Linear(2, 2), stats=("norm",))
+
+
+def test_sparse_embeddings_are_refused_by_their_option():
+    model, ids = nn.Sequential(nn.Embedding(9, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3)), torch.ones(6, 2).long()
+    with pytest.raises(NotImplementedError, match="sparse=True .* use sparse=False"), normkern.GradientNoise(model):
+        model(ids).sum().backward()
+
+
+def test_a_penalty_on_the_weights_is_named():
+    model, x = nn.Linear(5, 3), torch.randn(6, 5)
+    with pytest.raises(RuntimeError, match="leave a penalty on the weights to weight_decay"):
+        with normkern.GradientNoise(model):
+            (model(x).mean() + 0.01 * model.weight.square().sum()).backward()
+
+
+def test_measuring_only_the_basic_tier_gives_the_same_ratio(mlp):
+    result = measured(mlp, ("nsr",))
     assert measured(problem_of("mlp"), "nsr").nsr == result.nsr
 
 

@@ -88,6 +88,8 @@ def embedding(tensors: TensorState, op: Operation) -> Any:
     if scaled and layout is not None:
         raise mixed(tensors, op.name, op.parameters[0], "scale_grad_by_freq counts ids of all samples")
     is_parameter = any(weight is p for p in op.parameters)
+    if sparse:
+        op.why = "sparse=True makes sparse gradients, which are not measured: use sparse=False"
     if layout is None or sparse or not is_parameter or not goes_back_sample_by_sample(tensors, weight):
         return NotImplemented
     if max_norm is not None:
