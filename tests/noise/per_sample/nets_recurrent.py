@@ -293,7 +293,9 @@ LENGTHS, SORTED = (3, 7, 1, 6, 2, 6), (7, 6, 6, 3, 2, 1)
 class Packed(nn.Module):
     """Sequences of different lengths; `rows`: layers work on the packed rows, not on padded outputs."""
 
-    def __init__(self, kind, batch_first=True, rows=False, is_sorted=False, learned=False, embed=False, **options):
+    def __init__(
+        self, kind, batch_first=True, rows=False, is_sorted=False, learned=False, encoded=False, embed=False, **options
+    ):
         super().__init__()
         self.batch_first, self.rows, self.is_sorted = batch_first, rows, is_sorted
         self.embedding = nn.Embedding(7, 4) if embed else None
@@ -304,9 +306,10 @@ class Packed(nn.Module):
         self.scale = nn.Parameter(torch.randn(out * directions))
         rows = options.get("num_layers", 1) * directions
         self.h, self.c = (nn.Parameter(torch.randn(rows, 1, n)) for n in (out, WIDTH)) if learned else (None, None)
+        self.encoder = nn.Linear(4, rows * out) if encoded else None
 
     def forward(self, x, lengths):
-        batch, steps = x.shape[:2]
+        inputs, steps = x, x.shape[1]
         if self.rows:
             packed = self.packed(x, lengths)
             data = packed.data if self.embedding is None else self.embedding(packed.data)
@@ -314,7 +317,7 @@ class Packed(nn.Module):
         else:
             x = x if self.embedding is None else self.embedding(x)
             packed = self.packed(torch.tanh(self.into(x)), lengths)
-        y, states = self.layer(packed, self.states(batch))
+        y, states = self.layer(packed, self.states(inputs))
         if self.rows:
             y = PackedSequence(self.after(y.data), *y[1:])
         y = pad_packed_sequence(y, self.batch_first, total_length=steps)[0]
@@ -329,10 +332,14 @@ class Packed(nn.Module):
         x = x if self.batch_first else x.transpose(0, 1)
         return pack_padded_sequence(x, lengths, self.batch_first, enforce_sorted=self.is_sorted)
 
-    def states(self, batch):
+    def states(self, x):
         if self.h is None:
             return None
+        batch = len(x)
         h, c = self.h.expand(-1, batch, -1).contiguous(), self.c.repeat(1, batch, 1)
+        if self.encoder is not None:  # of each sample
+            h = h * self.encoder(x[:, 0]).view(batch, len(self.h), -1).transpose(0, 1)
+            c = c * x[:, 0, :1]
         return (h, c) if isinstance(self.layer, nn.LSTM) else h
 
 
@@ -364,6 +371,18 @@ def packed_lstm_projected():
 def packed_gru():
     """nn.GRU, both directions, learned first states."""
     return packed(Packed(nn.GRU, learned=True, bidirectional=True))
+
+
+@RECURRENT()
+def packed_gru_from_encoded_states():
+    """First states of each sample, which nn.GRU puts into the order of the lengths."""
+    return packed(Packed(nn.GRU, learned=True, encoded=True, num_layers=2, bidirectional=True))
+
+
+@RECURRENT()
+def packed_lstm_from_encoded_states():
+    """The same of nn.LSTM, whose samples are in order already."""
+    return packed(Packed(nn.LSTM, learned=True, encoded=True, is_sorted=True, bidirectional=True))
 
 
 @RECURRENT()
