@@ -107,9 +107,6 @@ def keep(model: nn.Module, records: Sequence[ParameterRecord], ddp: nn.Module | 
             after.enter_context(ddp.no_sync())  # type: ignore[operator]
         after.enter_context(torch.inference_mode(False))
         after.enter_context(torch.enable_grad())
-        # Casts of weights that autocast has kept are not of this forward, and those of this one not of the next.
-        torch.clear_autocast_cache()
-        after.callback(torch.clear_autocast_cache)
         yield
 
 
