@@ -7,12 +7,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import lightning
 import torch
-from integrations.nets import images, residual_net
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 import normkern
+from integrations.nets import images, residual_net
 from normkern.integrations import LightningCallback
 
 
