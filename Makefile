@@ -149,7 +149,7 @@ bench-ddp: .venv/bench-ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench-peers]" || echo "bench: going on without some peers"
 	touch $@
 
-# tidy, dist, docs, cmake, backpack: the dependency groups of pyproject.toml.
+# tidy, dist, docs, cmake, backpack, frameworks: the dependency groups of pyproject.toml.
 .venv/%-ready: pyproject.toml constraints.txt | .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group $*
 	touch $@

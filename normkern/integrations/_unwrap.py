@@ -26,7 +26,7 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     ...     def __init__(self, optimizer):
     ...         self.optimizer = optimizer
     >>> sgd = normkern.SGD(torch.nn.Linear(2, 2).parameters(), lr=0.1)
-    >>> unwrap_optimizer(Wrapper(Wrapper(sgd))) is sgd
+    >>> unwrap_optimizer(Wrapper(sgd)) is sgd
     True
     """
     seen: list[Any] = []  # wrappers may be in a cycle; some cannot be hashed

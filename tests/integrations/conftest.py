@@ -1,3 +1,3 @@
-"""Scripts that tests start as programs of their own are not collected: they import a framework that may be missing."""
+"""Scripts that import a framework are run by tests, not collected."""
 
 collect_ignore = ["lightning_ddp.py"]

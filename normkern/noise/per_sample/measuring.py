@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.rnn import PackedSequence
 
 from . import errors
 from .parallel import Shards
@@ -28,7 +29,11 @@ def check_arguments(model: Any, loss: Any, batch: Any, batch_size: int | None) -
         raise errors.not_a_model(type(model).__name__)
     if not callable(loss):
         raise errors.not_a_loss(type(loss).__name__)
-    sizes = [t.shape[0] for t in _tensors(batch) if t.dim()]
+    sizes = [
+        int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else x.shape[0]
+        for x in _leaves(batch)
+        if isinstance(x, PackedSequence) or x.dim()
+    ]
     if batch_size is None and not sizes:
         raise errors.batch_without_tensors(type(batch).__name__)
     if batch_size is None and max(sizes) < 2:
@@ -58,18 +63,23 @@ def check_loss(value: Any) -> Tensor:
 
 def _tensors(batch: Any) -> Iterator[Tensor]:
     """Yield the tensors of a batch, depth first."""
-    if isinstance(batch, Tensor):
+    return (x.data if isinstance(x, PackedSequence) else x for x in _leaves(batch))
+
+
+def _leaves(batch: Any) -> Iterator[Tensor | PackedSequence]:
+    """Yield the tensors and packed sequences of a batch, depth first."""
+    if isinstance(batch, (Tensor, PackedSequence)):
         yield batch
     elif isinstance(batch, Mapping):
         for x in batch.values():
-            yield from _tensors(x)
+            yield from _leaves(x)
     elif isinstance(batch, (list, tuple)):
         for x in batch:
-            yield from _tensors(x)
+            yield from _leaves(x)
     elif hasattr(batch, "__dict__") and not isinstance(batch, (nn.Module, type)):
         for x in vars(batch).values():
             if isinstance(x, (Tensor, Mapping, list, tuple)):
-                yield from _tensors(x)
+                yield from _leaves(x)
 
 
 def without_inference(batch: Any) -> Any:
@@ -82,6 +92,8 @@ def without_inference(batch: Any) -> Any:
         return {key: without_inference(x) for key, x in batch.items()}
     if isinstance(batch, Mapping):
         return type(batch)({key: without_inference(x) for key, x in batch.items()})  # type: ignore[call-arg]
+    if isinstance(batch, PackedSequence):
+        return batch._replace(data=without_inference(batch.data))
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*map(without_inference, batch))
     if isinstance(batch, (list, tuple)):
@@ -107,9 +119,6 @@ def keep(model: nn.Module, records: Sequence[ParameterRecord], ddp: nn.Module | 
             after.enter_context(ddp.no_sync())  # type: ignore[operator]
         after.enter_context(torch.inference_mode(False))
         after.enter_context(torch.enable_grad())
-        # Casts of weights that autocast has kept are not of this forward, and those of this one not of the next.
-        torch.clear_autocast_cache()
-        after.callback(torch.clear_autocast_cache)
         yield
 
 

@@ -215,13 +215,16 @@ def test_compiled_model_and_copy_of_weights_have_the_names_of_the_model():
     assert GradientNoise.measure(nn.DataParallel(model), loss, pairs()).scalars() == expected
 
 
-def test_measurement_within_autocast_has_weights_of_its_own():
+@pytest.mark.parametrize("uncovered", ["raise", "estimate"])
+def test_training_and_measurement_in_one_autocast_have_their_gradients(uncovered):
     model, (x, y) = net().float().eval(), pairs()
+    batch = (x.float(), y)
     with torch.autocast("cpu", torch.bfloat16):
-        model(x.float())  # autocast keeps its casts of the weights
-        result = GradientNoise.measure(model, loss, (x.float(), y))
-        loss(model, (x.float(), y)).backward()
-    assert result.coverage.exact
+        with torch.no_grad():
+            model(batch[0])  # autocast keeps casts without a graph
+        result = GradientNoise.measure(model, loss, batch, uncovered=uncovered)
+        loss(model, batch).backward()
+    assert len(result.coverage.exact) == 8
     assert all(p.grad is not None for p in model.parameters())
 
 
