@@ -211,7 +211,7 @@ def test_bug_reports_ask_for_info():
 GRAPH = import_graph.import_graph(ROOT, "normkern", "bench", "experiments")
 #: The parts of normkern, the lowest layer first. A part imports lower layers only, also inside functions.
 LAYERS = [
-    {"normkern.tracing", "normkern.theory"},
+    {"normkern.names", "normkern.tracing", "normkern.theory"},
     {"normkern.ops"},
     {"normkern.reference"},
     {"normkern.noise"},
