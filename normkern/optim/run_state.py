@@ -69,8 +69,19 @@ class RunState:
         self.warned: set[str] = set()
         #: The name of each parameter that has one, and the model that it is from.
         self.names: dict[Tensor, str] = {}
-        self.model: weakref.ref[nn.Module] | None = None
+        self.model: nn.Module | None = None
         # Of groups with decay="exponential", by position.
         self.followers: dict[int, Followers] = {}
         self.versions: dict[int, Versions] = {}
         self.true_weights = False
+
+
+def scaler_attribute(value: Tensor | None, name: str) -> Tensor:
+    """Return what a GradScaler has set; without it there is no such attribute, as the scaler expects.
+
+    Raises:
+        AttributeError: it has set nothing.
+    """
+    if value is None:
+        raise AttributeError(name)
+    return value

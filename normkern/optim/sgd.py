@@ -42,7 +42,7 @@ from .options import (
 )
 from .parameter_names import PARAM_NAMES, all_names, group_names, names_from_model, remember_names
 from .partitions import check_whole, reduced, wrapper_that_splits
-from .run_state import RunState
+from .run_state import RunState, scaler_attribute
 from .step_stats import Measured, StepStats
 from .written_behind import Versions, warn_of_written
 
@@ -227,7 +227,7 @@ class SGD(torch.optim.SGD):
 
     def _name_as_others(self, param_group: dict[str, Any]) -> None:
         """Name the parameters of a new group by the model that has named the others."""
-        model = None if self._run.model is None else self._run.model()
+        model = self._run.model
         params = param_group.get("params")
         if model is None or PARAM_NAMES in param_group:
             return
@@ -235,7 +235,7 @@ class SGD(torch.optim.SGD):
         param_group["params"] = params
         if all(isinstance(p, Tensor) for p in params):
             known, index = parameter_names(model), len(self.param_groups)
-            param_group[PARAM_NAMES] = [known.get(p, f"{index}.{i}") for i, p in enumerate(params)]
+            param_group["params"] = [(known.get(p, f"{index}.{i}"), p) for i, p in enumerate(params)]
 
     def name_parameters(self, model: nn.Module) -> None:
         """Name the parameters as a model does, for `stats`, `SVAG.noise` and monitors, and for checkpoints.
@@ -253,7 +253,7 @@ class SGD(torch.optim.SGD):
         run = self._run
         for group, names in zip(self.param_groups, names_from_model(model, self.param_groups), strict=True):
             group[PARAM_NAMES] = names
-        run.model = weakref.ref(model)
+        run.model = model
         run.names.clear()
         remember_names(run.names, self.param_groups)
 
@@ -286,9 +286,9 @@ class SGD(torch.optim.SGD):
         return self._run.grad_norm
 
     @property
-    def found_inf(self) -> Tensor | None:
+    def found_inf(self) -> Tensor:
         """Infinities or NaN that a GradScaler has found; set only during its step."""
-        return self._run.found_inf
+        return scaler_attribute(self._run.found_inf, "found_inf")
 
     @found_inf.setter
     def found_inf(self, found: Tensor | None) -> None:
@@ -299,9 +299,9 @@ class SGD(torch.optim.SGD):
         self._run.found_inf = None
 
     @property
-    def grad_scale(self) -> Tensor | None:
+    def grad_scale(self) -> Tensor:
         """What a GradScaler has multiplied the loss with; set only during its step."""
-        return self._run.grad_scale
+        return scaler_attribute(self._run.grad_scale, "grad_scale")
 
     @grad_scale.setter
     def grad_scale(self, scale: Tensor | None) -> None:
@@ -525,8 +525,9 @@ class SGD(torch.optim.SGD):
             where = f"SGD.step: param_groups[{group.index}]"
             followers = self._find_followers(group.index, self.param_groups[group.index], where)
             versions = self._run.versions.get(group.index)
-            # What is mixed with followers is of one scale.
-            if versions is not None and not (followers and followers.tensors):
+            # What is mixed with followers is of one scale; but momentum carries decay of the weights that were there.
+            is_right = followers is not None and followers.tensors and group.gauge.step.before[1] == 0
+            if versions is not None and not is_right:
                 i = versions.written(group.params)
                 if i is not None and behind is None:
                     behind = self._name(group.index, i)
@@ -551,7 +552,7 @@ class SGD(torch.optim.SGD):
     def _norm_names(self, group: dict[str, Any]) -> list[str | None]:
         """Return the name of the module of each of the group's norms; None where it is not known."""
         given = group.get(NORM_BUFFERS) or []
-        model = None if self._run.model is None else self._run.model()
+        model = self._run.model
         modules = {} if model is None else {id(m): name for name, m in model.named_modules()}
         names: list[str | None] = []
         for entry in [given] if isinstance(given, nn.Module) else given:
@@ -757,11 +758,11 @@ class SGD(torch.optim.SGD):
             for key in (NORM_BUFFERS, FOLLOWERS, SCALE_INVARIANT, ROUNDING_STEP):
                 if key in old:
                     group.setdefault(key, old[key])
+            group.setdefault(LR_MULTIPLIERS, old.get(LR_MULTIPLIERS))
+            self._check_group(group, f"SGD.load_state_dict: param_groups[{i}]")
             for key in ("stats", PARAM_NAMES):
                 if is_loading and key in old:
                     group[key] = old[key]
-            group.setdefault(LR_MULTIPLIERS, old.get(LR_MULTIPLIERS))
-            self._check_group(group, f"SGD.load_state_dict: param_groups[{i}]")
         check_state(state["state"], groups)
         if not is_loading:
             self._restore(state)

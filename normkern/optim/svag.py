@@ -21,7 +21,7 @@ from .dtensor import is_dtensor, sum_over_shards
 from .group_step import GroupStep, Pair
 from .low_precision import PRECISION
 from .options import number
-from .run_state import RunState
+from .run_state import RunState, scaler_attribute
 from .sgd import SGD
 
 _SCALINGS = ("fixed", "continuous")
@@ -328,9 +328,9 @@ class SVAG(SGD):
         return skips
 
     @property
-    def found_inf(self) -> Tensor | None:
+    def found_inf(self) -> Tensor:
         """Infinities or NaN that a GradScaler has found in ``.grad`` or in held gradients; set only during its step."""
-        return self._run.found_inf
+        return scaler_attribute(self._run.found_inf, "found_inf")
 
     @found_inf.setter
     def found_inf(self, found: Tensor | None) -> None:

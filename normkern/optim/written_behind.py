@@ -51,8 +51,9 @@ def warn_of_written(name: str) -> None:
     warnings.warn(
         f'normkern: the weight {name} was written since the last step, in a group with decay="exponential", whose '
         "weights are stored at a scale of their own: mixed with those of other steps (Lookahead, averaging over "
-        "processes) or restored without the optimizer's state they are of another run. Name the copies that are mixed "
-        "in the group's followers; load the optimizer's state together with the weights; or use decay=\"coupled\"",
+        "processes) or restored without the optimizer's state they are of another run. Load the optimizer's state "
+        "together with the weights; without momentum, name the copies that are mixed in the group's followers; else use "
+        'decay="coupled"',
         UserWarning,
         stacklevel=caller_level(),
     )

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import normkern
-from normkern.demo import training as train
 from normkern.__main__ import main
+from normkern.demo import training as train
 
 
 def run(folder, *options):

@@ -28,6 +28,8 @@ def give(model, t, scale=1.0):
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, 3.5, math.inf])
 def test_it_is_torchs_clip_and_torchs_step(norm_type, differentiable):
     ours, theirs = net(), net()
+    if differentiable:
+        ours.requires_grad_(False)  # torch's loop steps no leaf otherwise
     more = {"differentiable": True} if differentiable else {"stats": "tensor"}
     opt = normkern.SGD(ours.parameters(), max_norm=0.5, norm_type=norm_type, **more, **OPTIONS)
     twin = torch.optim.SGD(theirs.parameters(), **OPTIONS)
@@ -68,7 +70,10 @@ def test_what_a_step_returns():
 
 def test_the_argument_of_a_step_overrides():
     models = net(), net()
-    clipped, plain = normkern.SGD(models[0].parameters(), max_norm=0.1, **OPTIONS), normkern.SGD(models[1].parameters(), **OPTIONS)
+    clipped, plain = (
+        normkern.SGD(models[0].parameters(), max_norm=0.1, **OPTIONS),
+        normkern.SGD(models[1].parameters(), **OPTIONS),
+    )
     for model in models:
         give(model, 0)
     clipped.step(max_norm=math.inf)
@@ -79,7 +84,10 @@ def test_the_argument_of_a_step_overrides():
 def test_it_clips_the_combination_of_pairs():
     """What clip_grad_norm_ between hold() and step() cannot do."""
     models = net(), net()
-    opts = [normkern.SVAG(models[0].parameters(), lr=0.1, l=4, max_norm=0.3), normkern.SVAG(models[1].parameters(), lr=0.1, l=4)]
+    opts = [
+        normkern.SVAG(models[0].parameters(), lr=0.1, l=4, max_norm=0.3),
+        normkern.SVAG(models[1].parameters(), lr=0.1, l=4),
+    ]
     for model, opt in zip(models, opts, strict=True):
         give(model, 0)
         opt.hold()
@@ -111,7 +119,11 @@ def test_it_is_saved_and_restored():
     first.step()
     second = normkern.SGD(model.parameters(), lr=0.1)
     second.load_state_dict(first.state_dict())
-    assert (second.max_norm, second._run.clip_options.norm_type, second._run.clip_options.error_if_nonfinite) == (0.5, math.inf, True)
+    assert (second.max_norm, second._run.clip_options.norm_type, second._run.clip_options.error_if_nonfinite) == (
+        0.5,
+        math.inf,
+        True,
+    )
     third = normkern.SGD(model.parameters(), lr=0.1, max_norm=7.0)  # a checkpoint without leaves the constructor's
     theirs = torch.optim.SGD(model.parameters(), **OPTIONS)
     theirs.load_state_dict(first.state_dict())
@@ -120,7 +132,9 @@ def test_it_is_saved_and_restored():
     assert set(normkern.SGD(model.parameters(), lr=0.1).state_dict()) == {"state", "param_groups"}
 
 
-@pytest.mark.parametrize("entry", [3, {"max_nom": 1.0}, {"max_norm": -1.0}, {"norm_type": 0.5}, {"error_if_nonfinite": 1}])
+@pytest.mark.parametrize(
+    "entry", [3, {"max_nom": 1.0}, {"max_norm": -1.0}, {"norm_type": 0.5}, {"error_if_nonfinite": 1}]
+)
 def test_a_bad_entry_of_a_checkpoint(entry):
     model = net()
     opt = normkern.SGD(model.parameters(), lr=0.1, max_norm=1.0)

@@ -51,7 +51,7 @@ def test_numbers_of_each_parameter_and_of_all(stats):
 @pytest.mark.parametrize("stats", ["tensor", "row"])
 def test_no_number_that_is_none(stats):
     """Frozen parameters, zeros, parameters of different lr: left out; all else is there, and goes through JSON."""
-    model, opt, _ = stepped(stats, frozen=[0])
+    _, opt, _ = stepped(stats, frozen=[0])
     scalars = opt.stats().scalars()
     assert all(type(x) is float and math.isfinite(x) for x in scalars.values())
     assert json.loads(json.dumps(scalars, allow_nan=False)) == scalars
@@ -62,7 +62,10 @@ def test_no_number_that_is_none(stats):
 
 def test_lr_that_differs_has_no_effective_lr_of_all():
     model = net()
-    groups = [{"params": list(model[0].named_parameters()), "lr": 0.1}, {"params": list(model[2].named_parameters(prefix="2")), "lr": 0.2}]
+    groups = [
+        {"params": list(model[0].named_parameters()), "lr": 0.1},
+        {"params": list(model[2].named_parameters(prefix="2")), "lr": 0.2},
+    ]
     opt = normkern.SGD(groups, stats="tensor")
     model(torch.ones(2, 4).double()).sum().backward()
     opt.step()
@@ -71,7 +74,8 @@ def test_lr_that_differs_has_no_effective_lr_of_all():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "meant"), [("efective_lr", "effective_lr"), ("gradnorm", "grad_norm"), (["grad_norm", "angle_update"], "angular_update")]
+    ("wrong", "meant"),
+    [("efective_lr", "effective_lr"), ("gradnorm", "grad_norm"), (["grad_norm", "angle_update"], "angular_update")],
 )
 def test_an_unknown_quantity(wrong, meant):
     _, opt, _ = stepped()
@@ -90,7 +94,14 @@ def test_no_quantities_are_no_numbers():
 
 def test_names_of_a_model_for_groups_without():
     model = net()
-    opt = normkern.SGD([{"params": [p for p in model.parameters() if p.ndim == 2]}, {"params": [p for p in model.parameters() if p.ndim == 1]}], lr=0.1, stats="tensor")
+    opt = normkern.SGD(
+        [
+            {"params": [p for p in model.parameters() if p.ndim == 2]},
+            {"params": [p for p in model.parameters() if p.ndim == 1]},
+        ],
+        lr=0.1,
+        stats="tensor",
+    )
     model(torch.ones(2, 4).double()).sum().backward()
     opt.step()
     assert opt.stats().names == ["0.0", "0.1", "1.0", "1.1"]
@@ -161,7 +172,7 @@ def test_prefixes_of_wrappers_are_left_out():
     model = net()
     compiled = torch.compile(nn.ModuleDict({"module": model}), backend="eager")
     for cls in (normkern.SGD, normkern.SVAG):
-        opt = cls(compiled.named_parameters(), lr=0.1, **({"stats": "tensor"} if cls is normkern.SGD else {}))
+        opt = cls(compiled.named_parameters(), lr=0.1, stats="tensor")
         model(torch.ones(2, 4).double()).sum().backward()
         if cls is normkern.SVAG:
             opt.hold()

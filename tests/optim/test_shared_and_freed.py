@@ -154,6 +154,20 @@ def test_a_misspelled_key_of_a_group(key, meant):
 
 
 def test_keys_of_others_pass():
-    keys = ("name", "initial_lr", "max_lr", "base_momentum", "max_momentum", "swa_lr", "lr_scale", "weight_decay_mult", "layer_decay", "lr_decay", "lookahead_k", "joint", "momentum_scale")
+    keys = (
+        "name",
+        "initial_lr",
+        "max_lr",
+        "base_momentum",
+        "max_momentum",
+        "swa_lr",
+        "lr_scale",
+        "weight_decay_mult",
+        "layer_decay",
+        "lr_decay",
+        "lookahead_k",
+        "joint",
+        "momentum_scale",
+    )
     group = {"params": [nn.Parameter(torch.ones(3))], **dict.fromkeys(keys, 1.0)}
     assert set(keys) <= normkern.SGD([group], lr=0.1).param_groups[0].keys()

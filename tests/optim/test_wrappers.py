@@ -67,8 +67,8 @@ OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
 def test_every_method_through_either_object(outer, inside):
     """Each call through one of the two, in turn, is the run of the bare optimizer."""
     ours, bare = net(), net()
-    opt = normkern.SVAG(ours.named_parameters(), l=4, **OPTIONS)
-    twin = normkern.SVAG(bare.named_parameters(), l=4, **OPTIONS)
+    opt = normkern.SVAG(ours.named_parameters(), l=4, stats="tensor", **OPTIONS)
+    twin = normkern.SVAG(bare.named_parameters(), l=4, stats="tensor", **OPTIONS)
     ways = [inside(opt), outer(opt), opt]
 
     def through(k):
@@ -97,7 +97,7 @@ def test_every_method_through_either_object(outer, inside):
         assert torch.equal(way.stats().update_sq[:4], twin.stats().update_sq[:4])
         assert way.stats() is opt.stats()
         assert torch.equal(way.noise().trace_sigma, twin.noise().trace_sigma)
-        assert way.noise().count == 6
+        assert way.noise().count == twin.noise().count == 3
         assert way.true_scale() == twin.true_scale()
         assert len(way.param_groups) == 2
         assert torch.equal(way.last_grad_norm, twin.last_grad_norm)
@@ -118,7 +118,7 @@ def test_svag_with_l_1_through_a_wrapper(wrapper):
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), bare.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", [Forwarding, Copied])
 @pytest.mark.parametrize("cls", [normkern.SGD, normkern.SVAG])
 def test_a_scaler_that_steps_the_wrapper(wrapper, cls):
     """It leaves its scale on the object that it has."""
@@ -132,8 +132,8 @@ def test_a_scaler_that_steps_the_wrapper(wrapper, cls):
     scaler.update()
     bare.step()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
-    assert opt.found_inf is None
-    assert opt.grad_scale is None
+    assert not hasattr(opt, "found_inf")
+    assert not hasattr(opt, "grad_scale")
 
 
 def test_loading_keeps_the_objects_that_wrappers_have_taken():
@@ -179,7 +179,7 @@ def test_nothing_that_changes_is_an_attribute():
     model = net()
     for cls in (normkern.SGD, normkern.SVAG):
         opt = cls(model.named_parameters(), momentum=0.9, lr=0.1, stats="tensor", max_norm=1.0)
-        before = {k: id(v) for k, v in vars(opt).items()}
+        before = {k: v if isinstance(v, (str, bool)) else id(v) for k, v in vars(opt).items()}
         for t in range(3):
             if cls is normkern.SVAG:
                 give(model, t)
@@ -191,7 +191,7 @@ def test_nothing_that_changes_is_an_attribute():
         opt.max_norm = 2.0
         opt.name_parameters(model)
         opt.add_param_group({"params": [("more", nn.Parameter(torch.ones(2)))]})
-        assert {k: id(v) for k, v in vars(opt).items()} == before
+        assert {k: v if isinstance(v, (str, bool)) else id(v) for k, v in vars(opt).items()} == before
 
 
 @pytest.mark.parametrize("depth", [1, 3])
@@ -212,7 +212,7 @@ def test_monitors_look_inside(attribute, depth):
     give(model, 0)
     opt.step()
     assert all(monitor.update() for monitor in monitors)
-    watch = normkern.InvarianceMonitor(wrapped, names=["0.weight"])
+    watch = normkern.InvarianceMonitor(wrapped, names=["0.weight"], threshold=10.0)
     watch.update()
     assert watch.report()["0.weight"]["updates"] == 1
 
@@ -229,7 +229,9 @@ def test_a_wrapper_of_another_optimizer_is_named():
 
 
 def test_wrappers_in_a_cycle_are_left():
-    a, b = Proxy(None), Proxy(None)
+    class Wrapper:
+        param_groups = ()
+
+    a, b = Wrapper(), Wrapper()
     a.optimizer, b.optimizer = b, a
-    vars(a)["param_groups"] = vars(b)["param_groups"] = []
     assert unwrap_optimizer(a) in (a, b)

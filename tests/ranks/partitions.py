@@ -53,7 +53,14 @@ def zero(rank, world):
                 continue  # ZeRO keeps options in its groups, and copies them
             more = {"max_norm": 0.1} if how == "constructor" else {}
             model = nn.parallel.DistributedDataParallel(net())
-            opt = ZeroRedundancyOptimizer(model.parameters(), normkern.SGD, lr=0.5, stats="tensor", **more, **({} if group is None else {"group": group}))
+            opt = ZeroRedundancyOptimizer(
+                model.parameters(),
+                normkern.SGD,
+                lr=0.5,
+                stats="tensor",
+                **more,
+                **({} if group is None else {"group": group}),
+            )
             argument = {"max_norm": 0.1} if how == "argument" else {}
             for _ in range(3):
                 opt.zero_grad()
@@ -93,7 +100,12 @@ def flat_shards(rank, world):
     """FSDP's first version, both kinds of its parameters."""
     alone, expected = clipped_alone(rank, world, 0.1)
     for originals in (True, False):
-        for options, argument in (({"stats": "tensor"}, {}), ({"stats": "row"}, {"max_norm": 0.1}), ({}, {"max_norm": 0.1}), ({"max_norm": 0.1}, {})):
+        for options, argument in (
+            ({"stats": "tensor"}, {}),
+            ({"stats": "row"}, {"max_norm": 0.1}),
+            ({}, {"max_norm": 0.1}),
+            ({"max_norm": 0.1}, {}),
+        ):
             model = FullyShardedDataParallel(net(), use_orig_params=originals, device_id=CPU)
             opt = normkern.SGD(model.parameters(), lr=0.5, **options)
             model(own(rank, world)[1]).square().mean().backward()
@@ -117,7 +129,9 @@ def flat_shards(rank, world):
 
 
 def flat_but_whole(rank, world):
-    model = FullyShardedDataParallel(net(), use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=CPU)
+    model = FullyShardedDataParallel(
+        net(), use_orig_params=True, sharding_strategy=ShardingStrategy.NO_SHARD, device_id=CPU
+    )
     opt = normkern.SGD(model.named_parameters(), lr=0.5, stats="tensor")
     alone, expected = clipped_alone(rank, world, 0.1, steps=1)
     model(own(rank, world)[1]).square().mean().backward()
