@@ -42,7 +42,8 @@ def norms_with_torch(group: GroupStep, grad_scale: Tensor | None, p: float) -> l
 def _p_norm(x: Tensor, p: float) -> Tensor:
     if x.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=x.device)
-    return torch.linalg.vector_norm(x, p, dtype=None if x.is_complex() else torch.float64).double()
+    norm: Tensor = torch.linalg.vector_norm(x, p, dtype=None if x.is_complex() else torch.float64)
+    return norm.double()
 
 
 def step_with_torch(group: GroupStep, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:

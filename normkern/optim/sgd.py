@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import torch
@@ -18,14 +18,15 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
-from ..names import parameter_names, strip_prefixes
+from ..names import parameter_names
 from ..tracing import in_dispatch_mode
 from .clip_options import CLIPPING, ClipOptions
 from .clipping import clip
 from .dtensor import has_dtensors, sum_step_over_shards
-from .exponential_decay import norm_buffers, rescale_norms, warn_of_lag
+from .exponential_decay import norm_buffers
+from .exponential_groups import find_followers, follow, prepare, true_weights, warn_once
 from .fallback import step_with_torch, with_torch_sums
-from .followers import FOLLOWERS, SLOW_WEIGHTS, Followers
+from .followers import FOLLOWERS
 from .group_step import GroupStep
 from .low_precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
 from .options import (
@@ -44,7 +45,6 @@ from .parameter_names import PARAM_NAMES, all_names, group_names, names_from_mod
 from .partitions import check_whole, reduced, wrapper_that_splits
 from .run_state import RunState, scaler_attribute
 from .step_stats import Measured, StepStats
-from .written_behind import Versions, warn_of_written
 
 
 class SGD(torch.optim.SGD):
@@ -220,7 +220,7 @@ class SGD(torch.optim.SGD):
             if group.setdefault(LR_MULTIPLIERS, None) is not None:
                 ops.read_lr_multipliers(group[LR_MULTIPLIERS], len(group["params"]), where)
             remember_names(run.names, self.param_groups)
-            self._find_followers(index, group, where)
+            find_followers(run, self.param_groups, index, where)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -335,9 +335,7 @@ class SGD(torch.optim.SGD):
         """
         return [group.get(GAUGE, ops.NEW_GAUGE)[0] for group in self.param_groups]
 
-    @contextmanager
-    @torch.no_grad()
-    def true_weights(self) -> Iterator[None]:
+    def true_weights(self) -> AbstractContextManager[None]:
         """Multiply the stored weights with `true_scale()` inside of the context: those of the run with weight decay.
 
         For evaluation by code that looks at weights, and for export: ``with opt.true_weights():
@@ -347,32 +345,7 @@ class SGD(torch.optim.SGD):
         Raises:
             RuntimeError: a step inside of it; one context inside of another.
         """
-        run = self._run
-        if run.true_weights:
-            raise RuntimeError("SGD.true_weights: expected no such context around it, but the weights are true already")
-        saved: list[tuple[Tensor, Tensor]] = []
-        try:
-            for index, group in enumerate(self.param_groups):
-                scale = group.get(GAUGE, ops.NEW_GAUGE)[0]
-                if scale == 1:
-                    continue
-                followers = self._find_followers(index, group, f"SGD.true_weights: param_groups[{index}]")
-                weights = [*group["params"], *(followers.tensors if followers else [])]
-                norms = norm_buffers(group.get(NORM_BUFFERS) or [], "SGD.true_weights") + (
-                    followers.norms if followers else []
-                )
-                saved += [(x, x.detach().clone()) for x in (*weights, *(x for pair in norms for x in pair))]
-                for x in weights:
-                    x.mul_(scale)
-                rescale_norms(norms, scale)
-            run.true_weights = True
-            yield
-        finally:
-            run.true_weights = False
-            for x, before in saved:
-                x.copy_(before)
-            for index in list(run.versions)[: len(self.param_groups)]:
-                run.versions[index] = Versions(self.param_groups[index]["params"])
+        return true_weights(self._run, self.param_groups)
 
     @overload
     def step(self, closure: None = None, *, max_norm: None = None) -> None: ...
@@ -483,7 +456,7 @@ class SGD(torch.optim.SGD):
             if max_norm is not None:
                 unscaled_by_kernel = None if scaler is None else found_inf
                 norm, coef = clip(step, groups, max_norm, clip_options, grad_scale, unscaled_by_kernel, self._name)
-            behind = self._prepare_gauges(groups) if gauged else None
+            behind = prepare(run, self.param_groups, groups, self._name) if gauged else None
         except BaseException:
             step.begin()  # lets go of the gradients
             raise
@@ -513,94 +486,8 @@ class SGD(torch.optim.SGD):
             table = self._measure(table, groups, coef)
         self._stepped(table)
         if gauged:  # last: a warning may be an error
-            self._warn_of_gauges(rescaled, behind)
+            warn_once(run, self.param_groups, rescaled, behind)
         return norm
-
-    def _prepare_gauges(self, groups: list[GroupStep]) -> str | None:
-        """Find the followers of groups; return the name of a weight that was written since the last step, or None."""
-        behind = None
-        for group in groups:
-            if group.gauge is None or group.gauge.step is None:
-                continue
-            where = f"SGD.step: param_groups[{group.index}]"
-            followers = self._find_followers(group.index, self.param_groups[group.index], where)
-            versions = self._run.versions.get(group.index)
-            # What is mixed with followers is of one scale; but momentum carries decay of the weights that were there.
-            is_right = followers is not None and followers.tensors and group.gauge.step.before[1] == 0
-            if versions is not None and not is_right:
-                i = versions.written(group.params)
-                if i is not None and behind is None:
-                    behind = self._name(group.index, i)
-        return behind
-
-    def _find_followers(self, index: int, group: dict[str, Any], where: str) -> Followers | None:
-        """Return the followers of a group, found when its option is seen for the first time."""
-        run, given = self._run, group.get(FOLLOWERS)
-        if given is None:
-            run.followers.pop(index, None)
-            return None
-        found = run.followers.get(index)
-        if found is None or found.given is not given or found.params is not group["params"]:
-            names = None
-            if group.get(PARAM_NAMES) or run.names:
-                names = all_names([(index, group["params"])], self.param_groups, run.names)
-            norms = norm_buffers(group.get(NORM_BUFFERS) or [], where)
-            found = Followers(given, group["params"], names, norms, self._norm_names(group), where)
-            run.followers[index] = found
-        return found
-
-    def _norm_names(self, group: dict[str, Any]) -> list[str | None]:
-        """Return the name of the module of each of the group's norms; None where it is not known."""
-        given = group.get(NORM_BUFFERS) or []
-        model = self._run.model
-        modules = {} if model is None else {id(m): name for name, m in model.named_modules()}
-        names: list[str | None] = []
-        for entry in [given] if isinstance(given, nn.Module) else given:
-            if isinstance(entry, nn.Module) and getattr(entry, "running_mean", None) is None:
-                continue
-            name = modules.get(id(entry))
-            weight = getattr(entry, "weight", None)
-            if name is None and isinstance(weight, Tensor) and weight in self._run.names:
-                name = self._run.names[weight].rpartition(".")[0] or None
-            names.append(None if name is None else strip_prefixes(f"{name}.x")[:-2])
-        return names
-
-    def _follow(self, group: GroupStep) -> bool:
-        """Let what follows the weights of a group follow the step; return whether the weights were rescaled."""
-        assert group.gauge is not None
-        run, gauge, own = self._run, group.gauge, self.param_groups[group.index]
-        rescaled = gauge.commit(own)
-        if gauge.step is None:
-            return False
-        followers = run.followers.get(group.index)
-        if followers is not None:
-            followers.follow(gauge.ratio, gauge.factor)
-        for p in group.params:
-            for key in SLOW_WEIGHTS:
-                if key in self.state[p]:
-                    with torch.no_grad():
-                        self.state[p][key].mul_(gauge.ratio)
-        if own["decay"] == "exponential":
-            run.versions[group.index] = Versions(group.params)
-        else:
-            run.versions.pop(group.index, None)
-        return rescaled
-
-    def _warn_of_gauges(self, rescaled: list[int], behind: str | None) -> None:
-        """Warn, once each, of what lags behind rescaled weights and of a weight that something else has written."""
-        warned = self._run.warned
-        groups = [self.param_groups[index] for index in rescaled]
-        norms = "norms" not in warned and any(group.get(NORM_BUFFERS) is None for group in groups)
-        averages = "averages" not in warned and any(group.get(FOLLOWERS) is None for group in groups)
-        if norms or averages:
-            warned.update({"norms"} if norms else (), {"averages"} if averages else ())
-        if behind is not None and "written" not in warned:
-            warned.add("written")
-            if norms or averages:
-                warn_of_lag(norms, averages)
-            warn_of_written(behind)
-        elif norms or averages:
-            warn_of_lag(norms, averages)
 
     def _measure(self, table: Tensor, groups: list[GroupStep], clip_coef: Tensor | None) -> Tensor:
         """Complete the table of a step's sums, keep it for `stats`, and return it."""
@@ -637,7 +524,7 @@ class SGD(torch.optim.SGD):
                 increment_version(group.wrappers)
             if group.precision is not None:
                 group.precision.commit(self.param_groups[group.index])
-            if group.gauge is not None and self._follow(group):
+            if group.gauge is not None and follow(self._run, self.param_groups, self.state, group):
                 rescaled.append(group.index)
         return rescaled
 
@@ -742,7 +629,7 @@ class SGD(torch.optim.SGD):
             run.loaded = None
 
     def __getstate__(self) -> dict[str, Any]:
-        state = super().__getstate__()  # type: ignore[no-untyped-call]
+        state = super().__getstate__()
         options = self._run.clip_options
         return {**state, CLIPPING: (options, self._run.part_of)}
 

@@ -52,8 +52,8 @@ def warn_of_written(name: str) -> None:
         f'normkern: the weight {name} was written since the last step, in a group with decay="exponential", whose '
         "weights are stored at a scale of their own: mixed with those of other steps (Lookahead, averaging over "
         "processes) or restored without the optimizer's state they are of another run. Load the optimizer's state "
-        "together with the weights; without momentum, name the copies that are mixed in the group's followers; else use "
-        'decay="coupled"',
+        "together with the weights; without momentum, name the copies that are mixed in the group's followers; else "
+        'use decay="coupled"',
         UserWarning,
         stacklevel=caller_level(),
     )

@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import normkern
 from normkern import ops
+from normkern.optim.exponential_groups import find_followers
 
 
 def net(buffers=True):
@@ -347,7 +348,7 @@ def test_norms_of_a_module_that_are_not_known():
     opt = normkern.SGD([group, {"params": [p for p in model.parameters() if p.ndim != 4]}], lr=0.1, decay="exponential")
     opt.name_parameters(model)
     opt.param_groups[0]["followers"] = [average]
-    found = opt._find_followers(0, opt.param_groups[0], "here")
+    found = find_followers(opt._run, opt.param_groups, 0, "here")
     assert [id(m) for m, _ in found.norms] == [id(average.module[0][i].running_mean) for i in (1, 4)]
 
 
