@@ -52,18 +52,21 @@ class ClipOptions:
                     f'{where}: group expected a torch.distributed.ProcessGroup, "world" or None, got {self.group!r}'
                 )
 
-    def check_group_key(self, key: str, value: Any, where: str) -> None:
-        """Check an option that stands in a param group, where a wrapper such as ZeroRedundancyOptimizer puts it.
+    def without_own_keys(self, param_group: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Return a new param group without these options, which wrappers such as ZeroRedundancyOptimizer put into it.
 
         Raises:
-            ValueError: it is not the optimizer's.
+            ValueError: it has another value of one than the optimizer.
         """
-        own = getattr(self, key)
-        if value is not own and value != own:
-            raise ValueError(
-                f"{where}: {key} is an option of the whole optimizer, not of a param group: expected "
-                f"{own!r} as at its construction, got {value!r}"
-            )
+        keys = {*_SAVED} if self.group is None else {*_SAVED, "group"}
+        for key in keys & param_group.keys():
+            own, value = getattr(self, key), param_group[key]
+            if value is not own and value != own:
+                raise ValueError(
+                    f"{where}: {key} is an option of the whole optimizer, not of a param group: expected {own!r} as at "
+                    f"its construction, got {value!r}"
+                )
+        return {key: x for key, x in param_group.items() if key not in keys}
 
     def state(self) -> dict[str, Any]:
         """Return what a state dict has of them."""

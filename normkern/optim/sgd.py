@@ -201,15 +201,14 @@ class SGD(torch.optim.SGD):
         """Add a group as in `torch.optim.Optimizer`, with the options of a group that the class names.
 
         A key that is nearly one of them is refused, with the key that was meant; others pass, as in torch. A group
-        without names, added to groups that `name_parameters` has named, gets its names from the same model.
+        without names, added to groups that have some, gets those of the model that `name_parameters` was given, else
+        its positions, such as "1.0".
         """
         run, index = self._run, len(self.param_groups)
         where = f"SGD: param_groups[{index}]"
         self.defaults.update(self._own_defaults)
         if isinstance(param_group, dict):
-            for key in _OF_THE_OPTIMIZER & param_group.keys():
-                run.clip_options.check_group_key(key, param_group[key], where)
-            param_group = {key: x for key, x in param_group.items() if key not in _OF_THE_OPTIMIZER}
+            param_group = run.clip_options.without_own_keys(param_group, where)
             check_key_names(param_group, (*self._own_options, *_GROUP_KEYS), where)
             if param_group.get(NORM_BUFFERS) is not None:
                 norm_buffers(param_group[NORM_BUFFERS], where)
@@ -226,15 +225,14 @@ class SGD(torch.optim.SGD):
             raise
 
     def _name_as_others(self, param_group: dict[str, Any]) -> None:
-        """Name the parameters of a new group by the model that has named the others."""
-        model = self._run.model
-        params = param_group.get("params")
-        if model is None or PARAM_NAMES in param_group:
+        """Name the parameters of a new group where the others have names: torch refuses a mixture."""
+        params, index = param_group.get("params"), len(self.param_groups)
+        if index == 0 or PARAM_NAMES not in self.param_groups[0] or PARAM_NAMES in param_group or params is None:
             return
-        params = [params] if isinstance(params, Tensor) else list(params) if params is not None else []
-        param_group["params"] = params
-        if all(isinstance(p, Tensor) for p in params):
-            known, index = parameter_names(model), len(self.param_groups)
+        model = self._run.model
+        known = {} if model is None else parameter_names(model)
+        param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        if params and all(isinstance(p, Tensor) for p in params):
             param_group["params"] = [(known.get(p, f"{index}.{i}"), p) for i, p in enumerate(params)]
 
     def name_parameters(self, model: nn.Module) -> None:
@@ -687,8 +685,6 @@ class SGD(torch.optim.SGD):
 
 #: Group keys of ours besides the options.
 _GROUP_KEYS = (GAUGE, SCALE_INVARIANT, NORM_BUFFERS, FOLLOWERS, LR_MULTIPLIERS, ROUNDING_STEP)
-#: Options that are not of a group.
-_OF_THE_OPTIMIZER = {"max_norm", "norm_type", "error_if_nonfinite", "group"}
 
 _alive: weakref.WeakSet[SGD] = weakref.WeakSet()
 

@@ -121,6 +121,18 @@ def test_names_of_a_model_for_groups_without():
     assert opt.stats().names == ["0.weight", "2.weight", "0.bias", "2.bias", "3.weight", "3.bias"]
 
 
+def test_a_group_without_names_beside_others():
+    """As Lightning's BaseFinetuning adds it to an optimizer made of named_parameters()."""
+    model, extra = net(), nn.Linear(2, 2).double()
+    opt = normkern.SGD(model.named_parameters(), lr=0.1, stats="tensor")
+    opt.add_param_group({"params": extra.weight})
+    opt.add_param_group({"params": iter([extra.bias])})
+    for p in (*model.parameters(), *extra.parameters()):
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert opt.stats().names == ["0.weight", "0.bias", "2.weight", "2.bias", "1.0", "2.0"]
+
+
 def test_names_follow_parameters():
     """Removed from a group, swapped, moved to another group."""
     model = net()
@@ -206,3 +218,33 @@ def test_names_are_those_of_the_constructor_after_loading():
     plain.param_groups[0]["stats"] = "tensor"
     plain.step()
     assert plain.stats().names == [n for n, _ in model.named_parameters()]
+
+
+def test_invariances_have_the_names_of_the_model():
+    """Behind wrappers too, so that groups, statistics and monitors agree."""
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = inner
+
+        def forward(self, x):
+            return self.module(x)
+
+    def loss(model, batch):
+        return model(batch).square().mean()
+
+    wrapped, batches = Wrapper(), [torch.randn(16, 4) for _ in range(2)]
+    found = normkern.invariance.find(wrapped, loss, batches, granularity="tensor")
+    assert set(found.granularity) == {n for n, _ in inner.named_parameters()}
+    assert found.granularity == normkern.invariance.find(inner, loss, batches, granularity="tensor").granularity
+    groups = normkern.invariance.param_groups(wrapped, found)
+    opt = normkern.SGD(groups, lr=0.1, stats="tensor")
+    loss(wrapped, batches[0]).backward()
+    opt.step()
+    assert set(opt.stats().names) == set(found.granularity)
+    monitor = normkern.InvarianceMonitor(opt)
+    monitor.update()
+    assert list(monitor.report()) == ["0.weight"]
