@@ -67,7 +67,7 @@ class Followers:
             else:
                 tensors, pairs = _listed(entry, params, at), []
             for i, (x, p) in enumerate(zip(tensors, params, strict=True)):
-                if x is p or (x.device == p.device and x.numel() and x.data_ptr() == p.data_ptr()):
+                if x is p or _are_one_memory(x, p):
                     raise ValueError(
                         f"{at} expected copies of the parameters, but that of {_name(names, i)} is the parameter itself"
                     )
@@ -84,6 +84,13 @@ class Followers:
             for mean, var in self.norms:
                 mean.mul_(factor)
                 var.mul_(factor * factor)
+
+
+def _are_one_memory(x: Tensor, p: Tensor) -> bool:
+    plain = (Tensor, nn.Parameter)
+    if type(x) not in plain or type(p) not in plain or x.is_meta or not x.numel():
+        return False
+    return x.device == p.device and x.data_ptr() == p.data_ptr()
 
 
 def _listed(entry: Any, params: Sequence[Tensor], at: str) -> list[Tensor]:

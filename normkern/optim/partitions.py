@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dtensor import has_dtensors
+
 _ZERO = "torch.distributed.optim.zero_redundancy_optimizer"
 _ZERO_NAME = "ZeroRedundancyOptimizer"
 
@@ -58,6 +60,10 @@ def check_whole(params: Iterable[Any], part_of: str | None, group: Any, measured
     if not several_processes():
         return
     params = list(params)
+    if clipped and group is not None and has_dtensors(params):
+        raise RuntimeError(
+            "SGD.step: parameters are DTensors, which know the processes that they are split over; expected group=None"
+        )
     if not has_flat_shards(params):
         return
     if measured:

@@ -50,6 +50,11 @@ def expect_sgd(optimizer: Any, who: str) -> SGD:
     raise TypeError(f"{who}: optimizer expected a normkern.SGD, got {got}{inside}")
 
 
+def _is_or_wraps_optimizer(x: Any) -> bool:
+    """Return whether x is an optimizer, or looks like a wrapper of one, which need not be an optimizer itself."""
+    return isinstance(x, Optimizer) or hasattr(x, "param_groups") or any(hasattr(x, name) for name in ATTRIBUTES)
+
+
 def _layers(optimizer: Any) -> list[tuple[str, Any]]:
     """Return the optimizer and what is inside of it, each with the attribute of the one before that holds it."""
     layers: list[tuple[str, Any]] = [("", optimizer)]
@@ -57,8 +62,7 @@ def _layers(optimizer: Any) -> list[tuple[str, Any]]:
         outer = layers[-1][1]
         for name in ATTRIBUTES:
             inner = getattr(outer, name, None)
-            # A wrapper of a wrapper need not be an Optimizer itself.
-            if isinstance(inner, Optimizer) or hasattr(inner, "param_groups"):
+            if inner is not None and _is_or_wraps_optimizer(inner):
                 break
         else:
             return layers

@@ -4,7 +4,7 @@ import script
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.utils import clip_grad_norm_
 
@@ -157,5 +157,20 @@ def nonfinite_elsewhere(rank, world):
         assert abs(opt.last_grad_norm.item() / expected - 1) < 1e-12
 
 
+def dtensors_need_no_group(rank, world):
+    model = fully_shard(net())
+    opt = normkern.SGD(model.parameters(), lr=0.5, max_norm=0.1, group="world")
+    model(own(rank, world)[1]).square().mean().backward()
+    refused(opt.step, "DTensors", "group=None")
+    opt = normkern.SGD(model.named_parameters(), lr=0.5, max_norm=0.1, stats="tensor")
+    alone, expected = clipped_alone(rank, world, 0.1, steps=1)
+    opt.step()
+    torch.testing.assert_close(opt.last_grad_norm.float(), expected)
+    total = opt.stats().scalars("grad_norm")["grad_norm/all"]
+    assert abs(total / expected.item() - 1) < 1e-5
+    for p, q in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(p.full_tensor(), q)
+
+
 if __name__ == "__main__":
-    script.run(zero, zero_without_clipping, flat_shards, flat_but_whole, nonfinite_elsewhere)
+    script.run(zero, zero_without_clipping, flat_shards, flat_but_whole, nonfinite_elsewhere, dtensors_need_no_group)
