@@ -58,7 +58,7 @@ def normkern_step(arrays: Arrays) -> Step:
 
 
 def normkern_exponential(arrays: Arrays) -> Step:
-    groups = [{"params": arrays.params, "scale_invariant": True, "norm_buffers": []}]
+    groups = [{"params": arrays.params, "scale_invariant": True, "norm_buffers": [], "followers": []}]
     optimizer = shared(normkern.SGD(groups, decay="exponential", **arrays.hyper), arrays)
     return Step(optimizer.step, true_scale=lambda: optimizer.true_scale()[0])
 

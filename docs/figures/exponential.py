@@ -61,7 +61,13 @@ def rounding(ax: plt.Axes) -> None:
         torch.manual_seed(0)
         model = convnet().to(dtype)
         norms = [model[1], model[4]]
-        options = {"weight_decay": 0.25, "decay": decay, "scale_invariant": True, "norm_buffers": norms}
+        options = {
+            "weight_decay": 0.25,
+            "decay": decay,
+            "scale_invariant": True,
+            "norm_buffers": norms,
+            "followers": [],
+        }
         opt = normkern.SGD(groups(model, **options), lr=0.002, stats="tensor")
         lengths = []
         for images, labels in batches(1000):

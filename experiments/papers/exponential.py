@@ -95,7 +95,7 @@ def side_by_side(norm: str, schedule: str, seed: int, steps: int, data: str | No
     second = _sgd(growing)
     scheduler = EquivalentExponentialLR(second, WEIGHT_DECAY, lr_at)
     third = _sgd(folded, weight_decay=WEIGHT_DECAY, decay="exponential")
-    third.param_groups[0]["norm_buffers"] = []
+    third.param_groups[0].update(norm_buffers=[], followers=[])
     fourth = _sgd(rounded, weight_decay=WEIGHT_DECAY)
     at: list[int] = []
     distances: dict[str, list[float]] = {"growing": [], "folded": [], "rounded": []}
@@ -156,7 +156,7 @@ def beyond(way: str, seed: int, members: int, steps: int, data: str | None) -> d
     images = load(data)
     (net,) = _nets(1, "batch", seed, members, images)
     optimizer = _sgd(net, weight_decay=STRONG_DECAY, decay=way)
-    optimizer.param_groups[0]["norm_buffers"] = []
+    optimizer.param_groups[0].update(norm_buffers=[], followers=[])
     source = batches(images, members, BATCH, torch.Generator().manual_seed(seed), wrong=0.1)
     for _, batch in zip(range(steps), source, strict=False):
         take_step(net, optimizer, batch)

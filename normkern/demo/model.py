@@ -56,7 +56,7 @@ def find_groups(model: nn.Module, images: Tensor, labels: Tensor, decay: str = "
     decaying: dict[str, Any] = {"weight_decay": WEIGHT_DECAY}
     if decay == "exponential":
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-        decaying |= {"decay": decay, "norm_buffers": norms}
+        decaying |= {"decay": decay, "norm_buffers": norms, "followers": []}
     return invariance.param_groups(model, found, scale_invariant=decaying)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._unwrap import unwrap_optimizer
+    from ..optim.unwrap import unwrap_optimizer
     from .huggingface import HuggingFaceCallback
     from .lightning import LightningCallback
     from .timm import register_with_timm
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 __all__ = ["HuggingFaceCallback", "LightningCallback", "register_with_timm", "unwrap_optimizer"]
 
 _FILES = {
-    "HuggingFaceCallback": "huggingface",
-    "LightningCallback": "lightning",
-    "register_with_timm": "timm",
-    "unwrap_optimizer": "_unwrap",
+    "HuggingFaceCallback": ".huggingface",
+    "LightningCallback": ".lightning",
+    "register_with_timm": ".timm",
+    "unwrap_optimizer": "..optim.unwrap",
 }
 
 
@@ -33,7 +33,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+    return getattr(import_module(_FILES[name], __name__), name)
 
 
 def __dir__() -> list[str]:

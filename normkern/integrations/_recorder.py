@@ -11,7 +11,7 @@ from torch import nn
 
 from ..noise.per_sample import GradientNoise, GradientNoiseResult
 from ..optim.sgd import SGD
-from ._unwrap import unwrap_optimizer
+from ..optim.unwrap import unwrap_optimizer
 
 Scalars = dict[str, float]
 

@@ -67,7 +67,9 @@ def param_groups(
         raise ValueError("param_groups: expected either found, or loss and batches, got both")
     if not isinstance(found, Invariances):
         raise ValueError(f"param_groups: found expected what invariance.find returns, got {type(found).__name__}")
-    params = dict(model.named_parameters())
+    full = [name for name, _ in model.named_parameters()]
+    short = dict(zip(full, strip_all(full), strict=True))
+    params = {short[name]: p for name, p in model.named_parameters()}
     if params.keys() != found.granularity.keys():
         name = next(iter(params.keys() ^ found.granularity.keys()))
         whose = "the model" if name in params else "found"
@@ -75,7 +77,7 @@ def param_groups(
     options = {
         name: _options(name, given) for name, given in zip(NAMES, (scale_invariant, norm_and_bias, rest), strict=True)
     }
-    minor = _norms_and_biases(model)
+    minor = {short[name] for name in _norms_and_biases(model)}
     invariant = {n for n in found.scale_invariant if include_norms or n not in minor}
     sets = [list(names) for names in found.joint if include_norms or not minor.issuperset(names)]
     invariant.update(*sets)

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..names import strip_prefixes
+from ..optim.parameter_names import optimizer_names
 from ..optim.step_stats import StepStats
+from ..optim.unwrap import unwrap_optimizer
 from .groups import JOINT
 
 
@@ -25,7 +28,7 @@ class InvarianceMonitor:
     update and in `report`.
 
     Args:
-        optimizer: `normkern.SGD` or `normkern.SVAG` with ``stats``.
+        optimizer: `normkern.SGD` or `normkern.SVAG` with ``stats``, or what a framework has wrapped around it.
         names: of parameters, or tuples of names for sets that are invariant only together. None: the param groups with
             ``scale_invariant`` true, and in those the sets under ``joint``, as `invariance.param_groups` makes them.
         ema: the share that an average keeps at an update, 0 <= ema < 1.
@@ -56,10 +59,11 @@ class InvarianceMonitor:
         threshold: float = 1e-3,
         every: int = 100,
     ) -> None:
+        wrapped, optimizer = optimizer, unwrap_optimizer(optimizer)
         if not callable(getattr(optimizer, "stats", None)) or not hasattr(optimizer, "param_groups"):
             raise ValueError(
                 'InvarianceMonitor: optimizer expected one with statistics, such as normkern.SGD(..., stats="tensor"), '
-                f"got {type(optimizer).__name__}"
+                f"got {type(wrapped).__name__}{'' if wrapped is optimizer else f' around {type(optimizer).__name__}'}"
             )
         if not 0 <= ema < 1:
             raise ValueError(f"InvarianceMonitor: ema expected a number in [0, 1), got {ema!r}")
@@ -68,7 +72,8 @@ class InvarianceMonitor:
         if type(every) is not int or every < 1:
             raise ValueError(f"InvarianceMonitor: every expected an integer >= 1, got {every!r}")
         self._optimizer, self._ema, self._threshold, self._every = optimizer, ema, threshold, every
-        self._names = None if names is None else [(n,) if isinstance(n, str) else tuple(n) for n in names]
+        units = None if names is None else [(n,) if isinstance(n, str) else tuple(n) for n in names]
+        self._names = None if units is None else [tuple(map(strip_prefixes, unit)) for unit in units]
         self._count = 0
         self._warned: set[tuple[str, ...]] = set()
         self._layout: Any = None
@@ -118,12 +123,13 @@ class InvarianceMonitor:
         measured: list[str] = []
         everything: list[str] = []
         units: list[tuple[str, ...]] = []
+        all_of = optimizer_names(self._optimizer)
         for index, group in enumerate(self._optimizer.param_groups):
-            names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+            names = all_of[index]
             everything += names
             measured += names if group.get("stats") is not None else []
             if self._names is None and group.get("scale_invariant"):
-                sets = [tuple(s) for s in group.get(JOINT, ())]
+                sets = [tuple(map(strip_prefixes, s)) for s in group.get(JOINT, ())]
                 inside = {n for s in sets for n in s}
                 units += [(n,) for n in names if n not in inside] + sets
         units = list(dict.fromkeys(units if self._names is None else self._names))
@@ -147,8 +153,7 @@ class InvarianceMonitor:
         old = {} if self._layout is None else {unit: i for i, unit in enumerate(self._units)}
         self._units = self._declared()
         params: dict[str, Tensor] = {}
-        for index, group in enumerate(self._optimizer.param_groups):
-            names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+        for names, group in zip(optimizer_names(self._optimizer), self._optimizer.param_groups, strict=True):
             params |= zip(names, group["params"], strict=True)
         slots: list[int] = []
         unit_of: list[int] = []

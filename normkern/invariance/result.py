@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..names import strip_prefixes
 
 #: Every answer for a parameter.
 GRANULARITIES = ("row", "tensor", "joint", "none", "frozen", "unused", "no gradient")
@@ -61,6 +63,28 @@ class Invariances:
     _dots: dict[str, Tensor] = field(repr=False, compare=False)
     _sizes: dict[str, Tensor] = field(repr=False, compare=False)
     _allowed: dict[str, float] = field(repr=False, compare=False)
+
+    def renamed(self, new: Mapping[str, str]) -> Invariances:
+        """Return the same result with other names of the parameters."""
+
+        def keys(x: dict[str, Any]) -> dict[str, Any]:
+            return {new[name]: value for name, value in x.items()}
+
+        return replace(
+            self,
+            granularity=keys(self.granularity),
+            joint=tuple(tuple(new[name] for name in names) for names in self.joint),
+            compensating=tuple(map(keys, self.compensating)),
+            blocks=keys(self.blocks),
+            dims=keys(self.dims),
+            cosine=keys(self.cosine),
+            cosine_as_is=keys(self.cosine_as_is),
+            aliases={new[name]: tuple(map(strip_prefixes, others)) for name, others in self.aliases.items()},
+            shapes=keys(self.shapes),
+            _dots=keys(self._dots),
+            _sizes=keys(self._sizes),
+            _allowed=keys(self._allowed),
+        )
 
     def names(self, *granularities: str) -> list[str]:
         """Return the parameters of which one of these holds, in the model's order.

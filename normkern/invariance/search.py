@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..names import strip_all
 from . import nullspace
 from .result import Invariances
 from .rows import Rows, views
@@ -104,7 +105,8 @@ def find(
         search.make_exact(dtype)
         search.try_single(draws)
         search.try_sets(draws)
-        return search.result()
+        names = [name for name, _ in model.named_parameters()]
+        return search.result().renamed(dict(zip(names, strip_all(names), strict=True)))
 
 
 def _check(model: Any, batches: Any, granularity: Any, draws: Any, dtype: Any) -> None:

@@ -77,8 +77,8 @@ class AutoRateMonitor:
     a model, `normkern.schedules.PowerDecayLR` is the schedule.
 
     Args:
-        optimizer: a `normkern.SGD` or `SVAG` with statistics. Groups with momentum or weight decay are reported without
-            mismatch and bound.
+        optimizer: a `normkern.SGD` or `SVAG` with statistics, or what a framework has wrapped around it. Groups with
+            momentum or weight decay are reported without mismatch and bound.
 
     `update` after each step; it does not synchronise, `report` does. When parameters are added, or ``stats`` changes,
     the sums begin anew.

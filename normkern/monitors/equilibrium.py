@@ -36,7 +36,7 @@ class EquilibriumMonitor:
     ``stats="row"`` and SVAG (with lr and momentum as the kernel has them) are supported.
 
     Args:
-        optimizer: a `normkern.SGD` or `SVAG` with statistics.
+        optimizer: a `normkern.SGD` or `SVAG` with statistics, or what a framework has wrapped around it.
         ema: decay of the averages per step, in [0, 1). Their weights are normalised, so that the first steps are not
             biased towards zero; 0 keeps the last step alone.
 

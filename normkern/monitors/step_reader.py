@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from .. import ops
 from ..optim.options import LR_MULTIPLIERS, number
-from ..optim.sgd import SGD
+from ..optim.parameter_names import all_names
 from ..optim.step_stats import StepStats
 from ..optim.svag import SVAG
+from ..optim.unwrap import expect_sgd
 
 
 class Hyperparameters(NamedTuple):
@@ -97,13 +99,15 @@ class StepReader:
     """Reads the steps of an optimizer, each one once."""
 
     def __init__(self, optimizer: Any, who: str) -> None:
-        if not isinstance(optimizer, SGD):
-            kind = type(optimizer)
-            got = f"torch.optim.{kind.__name__}" if kind.__module__.startswith("torch.optim") else kind.__name__
-            raise TypeError(
-                f'{who}: optimizer expected a normkern.SGD or SVAG, constructed with stats="tensor" or "row", got {got}'
+        self.optimizer, self._who = expect_sgd(optimizer, who), who
+        part_of = self.optimizer._run.part_of
+        if part_of is not None:
+            warnings.warn(
+                f"normkern: {who} reads the parameters of this process alone: {part_of} has split them, and what it "
+                "says of a param group is of this part",
+                UserWarning,
+                stacklevel=4,
             )
-        self.optimizer, self._who = optimizer, who
         self._last: object = None
         self._key: object = None
         self._row_index: RowIndex | None = None
@@ -139,13 +143,13 @@ class StepReader:
 
     def read(self) -> Step | None:
         """Return the last step, unless it was read before or there was none. Nothing is synchronised."""
-        measured = self.optimizer._measured
+        measured = self.optimizer._run.measured
         if measured is None or measured is self._last:
             self.check()
             return None
         self._check_multipliers(measured.multipliers)
         self._last = measured
-        table, sizes = measured.table, [(index, size) for index, _, size in measured.groups]
+        table, sizes = measured.table, [(index, size) for index, _, _, size in measured.groups]
         key = (measured.offsets, len(table), sizes)
         if self._row_index is None or key != self._key:
             ends = [*measured.offsets[1:], len(table)]
@@ -163,7 +167,7 @@ class StepReader:
             table = table * of_grad
         sums = self._row_index.sums(table)
         hyperparameters = tuple(
-            self._hyperparameters(index, number(lr, "lr", self._who)) for index, lr, _ in measured.groups
+            self._hyperparameters(index, number(lr, "lr", self._who)) for index, lr, _, _ in measured.groups
         )
         return Step(self._row_index, StepStats(sums, [""], (0,), [math.nan]), hyperparameters)
 
@@ -177,15 +181,21 @@ class StepReader:
 
     def names(self, row_index: RowIndex) -> list[str]:
         """Return the names of the parameters."""
-        names: list[str] = []
-        for index, counts in row_index.layout:
-            given = self.optimizer.param_groups[index].get("param_names")
-            names += given[: len(counts)] if given else [f"{index}.{i}" for i in range(len(counts))]
+        optimizer = self.optimizer
+        measured = optimizer._run.measured
+        params = {} if measured is None else {index: params for index, _, params, _ in measured.groups}
+        groups = [(i, params.get(i, optimizer.param_groups[i]["params"])) for i, _ in row_index.layout]
+        names = all_names(groups, optimizer.param_groups, optimizer._run.names)
+        if len(names) != row_index.parameters:
+            raise ValueError(
+                f"{self._who}: expected the parameters of the last step that was read, {row_index.parameters}, but the "
+                f"param groups have {len(names)}; expected an update() after a step"
+            )
         return names
 
     def pass_over(self) -> None:
         """Skip the last step: the loaded state contains it."""
-        self._last = self.optimizer._measured
+        self._last = self.optimizer._run.measured
 
     def device(self) -> torch.device:
         """Return the device of the sums."""

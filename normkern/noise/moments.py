@@ -136,6 +136,8 @@ def _moments(tensors: list[Tensor], b: int) -> tuple[list[Tensor], list[Tensor],
     else:
         from .. import reference
 
+        for i, entry in enumerate(tensors):
+            ops.check_storage(entry, f"moments: x[{i}]" if len(tensors) > 1 else "moments: x")
         mean, variance, sq_norms = reference.moments(tensors, factor=1 / (b - 1), totals=totals)
     assert variance is not None
     return mean, variance, sq_norms, totals

@@ -188,4 +188,7 @@ def pair_sums_of(a: list[Tensor | None], b: list[Tensor | None]) -> Tensor:
     from .. import reference
 
     ops.check_pairs("noise_from_pair", a, b)
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        ops.check_storage(x, f"noise_from_pair: grads_a[{i}]")
+        ops.check_storage(y, f"noise_from_pair: grads_b[{i}]")
     return reference.pair_sums(a, b)

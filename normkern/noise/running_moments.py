@@ -281,6 +281,7 @@ def _sample(grad: Tensor, name: str) -> Tensor:
         raise TypeError(
             f"RunningMoments.update: the gradient of {name!r} is {ops.describe(grad)}; expected a plain torch.Tensor"
         )
+    ops.check_storage(grad, f"RunningMoments.update: the gradient of {name!r}")
     x = grad.detach().to(_REAL.get(grad.dtype, torch.float32))
     x = x if x.layout == torch.strided else x.to_dense()
     return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).resolve_neg()

@@ -26,7 +26,7 @@ from ._binary import (
     supported_isas,
     torch_symbol,
 )
-from .checks import check_l, check_pairs, kernels_take, would_take
+from .checks import check_l, check_pairs, check_storage, kernels_take, would_take
 from .clipping import check_max_norm, clip_coef, grad_sq_norms, sq_norm_tables
 from .gauge import gauge_step
 from .launch import new_scratch, new_table, scratch_beside
@@ -80,6 +80,7 @@ __all__ = [
     "check_max_norm",
     "check_pairs",
     "check_samples",
+    "check_storage",
     "clip_coef",
     "column",
     "compute_dtype",

@@ -54,9 +54,43 @@ def why_refused(op: str, i: int, lists: dict[str, Any], takes: Takes | None = No
 
 def not_taken(op: str, name: str, x: object, dtypes: Sequence[torch.dtype] = DTYPES) -> str:
     """Return the sentence for a tensor that no kernel takes."""
+    if lacks_storage(x):
+        return _no_storage(f"{op}: {name}", x)
     if peek_interpreter_stack() is not None:
         return f"{op}: {name} is inside a torch.func transform, where no kernel sees it; torch.ops.normkern.{op} may"
     return f"{op}: {name} is {describe(x)}; expected a torch.Tensor of {one_of(dtypes)} on {_where_kernels_run(x)}"
+
+
+def lacks_storage(x: Any) -> bool:
+    """Return whether a tensor's memory was freed, or is shorter than the tensor: torch would read past its end."""
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.layout != torch.strided or x.is_meta:
+        return False
+    if peek_interpreter_stack() is not None or is_traced():
+        return False
+    try:
+        there = x.untyped_storage().nbytes()
+        last = x.storage_offset() + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    except (RuntimeError, NotImplementedError):  # a tensor of a mode, without memory of its own
+        return False
+    return x.numel() > 0 and there < (last + 1) * x.element_size()
+
+
+def _no_storage(where: str, x: Any) -> str:
+    there = x.untyped_storage().nbytes()
+    return (
+        f"{where} has shape {tuple(x.shape)}, but its memory {'was freed' if there == 0 else f'is {there} bytes long'} "
+        "(untyped_storage().resize_); expected a tensor with its values"
+    )
+
+
+def check_storage(x: Any, where: str) -> None:
+    """Check that a tensor that falls back to torch has memory: torch does not, and crashes.
+
+    Raises:
+        RuntimeError: it was freed.
+    """
+    if lacks_storage(x):
+        raise RuntimeError(_no_storage(where, x))
 
 
 def _where_kernels_run(tensor: Any) -> str:

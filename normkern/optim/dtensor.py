@@ -97,7 +97,7 @@ def sum_step_over_shards(table: Tensor, params: Iterable[tuple[Any, int, bool]])
 
 
 @torch.no_grad()
-def sum_over_shards(table: Tensor, owners: Sequence[tuple[slice, Any]]) -> None:
+def sum_over_shards(table: Tensor, owners: Sequence[tuple[slice, Any]], maximum: bool = False) -> None:
     r"""Add the ranks' sums of their shards: :math:`T_s \leftarrow \sum_r T_s^{(r)}`, in place.
 
     One all_reduce for each mesh dimension that splits one of the parameters, of all their rows together; over a
@@ -107,6 +107,7 @@ def sum_over_shards(table: Tensor, owners: Sequence[tuple[slice, Any]]) -> None:
         table: float64 (slots, columns); updated in place. A rank that has nothing of a slot has zeros there.
         owners: the slots of each DTensor, and it; in the same order on every rank, all of which call this. Others than
             DTensors, and slots of none, are left alone.
+        maximum: take the maximum over the ranks instead.
 
     Nothing is synchronised with a CUDA device.
 
@@ -130,7 +131,8 @@ def sum_over_shards(table: Tensor, owners: Sequence[tuple[slice, Any]]) -> None:
         rows = table[runs[0]] if len(runs) == 1 else torch.cat([table[run] for run in runs])
         there = rows if rows.device.type == device_type else rows.to(device_type)  # offloaded: groups know one device
         there = there.contiguous()
-        torch.distributed.all_reduce(there, group=group)
+        distributed = torch.distributed
+        distributed.all_reduce(there, distributed.ReduceOp.MAX if maximum else distributed.ReduceOp.SUM, group=group)
         if len(runs) > 1 or there is not rows:
             parts = torch.split(there.to(table.device), [run.stop - run.start for run in runs])
             for run, part in zip(runs, parts, strict=True):

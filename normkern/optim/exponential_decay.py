@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..tracing import is_materialized
 from .dtensor import check_summable, is_dtensor, shard, sum_over_shards
-from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_gauge, place
+from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, caller_level, check_decay, check_gauge, place
 
 #: |<w,g>| / (|w| |g|) above which a loss sees the scale of w.
 _COSINE = 1e-3
@@ -112,10 +111,22 @@ class GroupGauge:
                 'have; expected all or none with decay="exponential"'
             )
 
-    def commit(self, group: dict[str, Any]) -> bool:
-        """Write the new gauge into the param group; return False if norms that it does not name should follow."""
+    @property
+    def ratio(self) -> float:
+        """What copies of the weights are multiplied with to follow the step: the scale before over that after it."""
         if self.step is None:
-            return True
+            return 1.0
+        return self.step.scale if self._leaves else self.step.before[0] / self.step.next[0]
+
+    @property
+    def factor(self) -> float:
+        """What the stored weights are multiplied with, besides stepping."""
+        return self._factor
+
+    def commit(self, group: dict[str, Any]) -> bool:
+        """Write the new gauge into the param group; return whether the stored weights were rescaled."""
+        if self.step is None:
+            return False
         if self._leaves:
             del group[GAUGE]
         else:
@@ -123,9 +134,9 @@ class GroupGauge:
             if self._judged:
                 group[SCALE_INVARIANT] = True
         if self._factor == 1:
-            return True
+            return False
         rescale_norms(self._norms, self._factor)
-        return self._options.get(NORM_BUFFERS) is not None
+        return True
 
 
 def check_scale_invariance(
@@ -239,15 +250,22 @@ def rescale_norms(buffers: list[tuple[Tensor, Tensor]], factor: float) -> None:
         var.mul_(factor * factor)
 
 
-def warn_of_norms() -> None:
-    """Warn of running statistics that no group names; the warning points at the caller of the step."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("normkern", "torch"):
-        level, frame = level + 1, frame.f_back
+def warn_of_lag(norms: bool, averages: bool) -> None:
+    """Warn of running statistics and averages that no group names; the warning points at the caller of the step."""
+    parts = []
+    if norms:
+        parts.append(
+            "Running statistics of batch norms behind them are right again after a few batches in training mode; to "
+            "keep them right name those norms in the group: norm_buffers=[model.bn1, ...], or norm_buffers=[] if there "
+            "are none"
+        )
+    if averages:
+        parts.append(
+            "Averages and other copies of the weights (EMA, SWA, Lookahead) are stale: name them in the group: "
+            "followers=[ema_model, ...], or followers=[] if there are none"
+        )
     warnings.warn(
-        'normkern: decay="exponential" has rescaled weights by a power of two. Running statistics of batch norms '
-        "behind them are right again after a few batches in training mode; to keep them right name those norms in the "
-        "group: norm_buffers=[model.bn1, ...], or norm_buffers=[] if there are none",
+        'normkern: decay="exponential" has rescaled weights by a power of two. ' + ". ".join(parts),
         UserWarning,
-        stacklevel=level,
+        stacklevel=caller_level(),
     )

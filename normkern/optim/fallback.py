@@ -26,6 +26,26 @@ def sq_norms_with_torch(group: GroupStep, grad_scale: Tensor | None) -> list[tup
     return [(group.row + i, sq_norm(g) / scale**2) for i, g in grads]
 
 
+def norms_with_torch(group: GroupStep, grad_scale: Tensor | None, p: float) -> list[tuple[int, Tensor]]:
+    """Return row and p-norm of the gradient of every parameter, in float64."""
+    scale = 1.0 if group.gauge is None or group.gauge.step is None else group.gauge.step.scale
+    if not group.has_entries:
+        group.grads = [param.grad for param in group.params]
+    norms = []
+    for i, g in enumerate(group.grads):
+        if g is not None:
+            local = _local(_dense(_whole_gradient(group, i, grad_scale)), group.params[i])
+            norms.append((group.row + i, _p_norm(local, p) / scale))
+    return norms
+
+
+def _p_norm(x: Tensor, p: float) -> Tensor:
+    if x.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=x.device)
+    norm: Tensor = torch.linalg.vector_norm(x, p, dtype=None if x.is_complex() else torch.float64)
+    return norm.double()
+
+
 def step_with_torch(group: GroupStep, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
     """Step the parameters that no kernel takes, by torch's loop where it has all options of the group."""
     gauge = None if group.gauge is None else group.gauge.step

@@ -46,6 +46,7 @@ class GroupStep:
         "created",
         "gauge",
         "grads",
+        "has_entries",
         "index",
         "left_to_torch",
         "lr",
@@ -93,6 +94,7 @@ class GroupStep:
             self.multipliers = ops.read_lr_multipliers(multipliers, len(params), place(index))
         self.created: list[tuple[Tensor, str, Tensor]] = []  # parameter, key of its state, new entry
         self.left_to_torch: list[int] = []
+        self.has_entries = False  # whether `grads` and `buffers` are read
         self.torch_sums: list[tuple[int, Tensor]] = []
         self.wrappers: list[Tensor] = []  # DTensors whose local part the kernel writes
 
@@ -131,6 +133,7 @@ class GroupStep:
     def _add_entries(self, state: Any, arguments: _Arguments, all_to_torch: bool) -> None:
         """Add the group parameter by parameter, where it cannot go as a whole. `state`: None without momentum."""
         plan, params, pair, precision = self.plan, self.params, self.pair, self.precision
+        self.has_entries = True
         self.grads, (self.buffers,), missing = ops.gather(params, state, (BUFFER,))
         if pair is not None and not pair.has_own_grads:
             self.grads = pair.grads
@@ -159,10 +162,22 @@ class GroupStep:
         )  # fmt: skip
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
+            for i in self.left_to_torch:
+                self._check_storage(i)
         elif refused:
             self._find_another_way(refused, set(missing), arguments)
         if pair is not None:
             self._check_held(pair)
+
+    def _check_storage(self, i: int) -> None:
+        """Check that what torch's loop would read of parameter i is there."""
+        lists = {
+            "params": self.params, "grads": self.grads, BUFFER: self.buffers, MASTER: self.masters,
+            "held": None if self.pair is None else self.pair.held,
+        }  # fmt: skip
+        for name, tensors in lists.items():
+            if tensors is not None:
+                ops.check_storage(tensors[i], f"{place(self.index)}: {name}[{i}]")
 
     def _check_held(self, pair: Pair) -> None:
         """Check held gradients that fall back to torch, as the kernel checks those that it takes."""
@@ -217,6 +232,7 @@ class GroupStep:
         where = place(self.index)
         for i in refused:
             p = self.params[i]
+            self._check_storage(i)
             if not (p.is_floating_point() or p.is_complex()):
                 raise RuntimeError(
                     f"{where}: params[{i}] is {ops.describe(p)}; expected a floating point or complex dtype"

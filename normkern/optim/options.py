@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Hashable, Mapping
+import sys
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +21,8 @@ MASTER = "master_weight"
 GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"
 #: A group key: one number for each parameter, which the learning rate is multiplied with; None: 1.
 LR_MULTIPLIERS = "lr_multipliers"
+#: Keys of other libraries, and of torch's schedulers, that begin or end as ours do.
+_OTHERS = frozenset({"lr_scale", "lr_mult", "initial_lr", "base_momentum", "max_momentum"})
 _NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 
 
@@ -118,3 +122,36 @@ def check_state(state: Any, groups: list[dict[str, Any]]) -> None:
                     raise ValueError(f"{where}: {name} expected a tensor, got {type(x).__name__}")
                 if x.shape != p.shape:
                     raise ValueError(f"{where}: {name} expected shape {tuple(p.shape)}, got {tuple(x.shape)}")
+
+
+def own_tensors(state: Mapping[Any, Any], loaded: Mapping[Any, Any]) -> None:
+    """Replace tensors of a new state that are those of a state dict by copies, for torch shares them."""
+    given = {id(x) for entry in loaded.values() if isinstance(entry, Mapping) for x in entry.values()}
+    for entry in state.values():
+        if isinstance(entry, dict):
+            for key, x in entry.items():
+                if isinstance(x, Tensor) and id(x) in given:
+                    entry[key] = x.clone()
+
+
+def check_key_names(keys: Iterable[Any], known: Iterable[str], where: str) -> None:
+    """Check that no key of a new param group is a misspelled option of ours; other keys pass, as in torch.
+
+    Raises:
+        ValueError: one is.
+    """
+    names = {name.replace("_", ""): name for name in known if len(name) > 3}
+    for key in keys:
+        if not isinstance(key, str) or key in names.values() or key in _OTHERS:
+            continue
+        near = difflib.get_close_matches(key.lower().replace("_", "").replace("-", ""), names, n=1, cutoff=0.86)
+        if near:
+            raise ValueError(f"{where}: unknown key {key!r}; did you mean {names[near[0]]!r}?")
+
+
+def caller_level() -> int:
+    """Return the stacklevel with which a warning of the function that asks points at the caller of the step."""
+    level, frame = 2, sys._getframe(2)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("normkern", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

@@ -6,10 +6,11 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import _to_dlpack as to_dlpack
 from torch._C._autograd import _profiler_enabled
 from torch._compile import _disable_dynamo
@@ -17,11 +18,15 @@ from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
+from ..names import parameter_names
 from ..tracing import in_dispatch_mode
+from .clip_options import CLIPPING, ClipOptions
 from .clipping import clip
 from .dtensor import has_dtensors, sum_step_over_shards
-from .exponential_decay import norm_buffers, warn_of_norms
+from .exponential_decay import norm_buffers
+from .exponential_groups import find_followers, follow, prepare, true_weights, warn_once
 from .fallback import step_with_torch, with_torch_sums
+from .followers import FOLLOWERS
 from .group_step import GroupStep
 from .low_precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
 from .options import (
@@ -31,10 +36,15 @@ from .options import (
     SCALE_INVARIANT,
     check_checkpoint,
     check_decay,
+    check_key_names,
     check_options,
     check_state,
     number,
+    own_tensors,
 )
+from .parameter_names import PARAM_NAMES, all_names, group_names, names_from_model, remember_names
+from .partitions import check_whole, reduced, wrapper_that_splits
+from .run_state import RunState, scaler_attribute
 from .step_stats import Measured, StepStats
 
 
@@ -70,6 +80,15 @@ class SGD(torch.optim.SGD):
         master_weights: parameters of 16 bits get a copy in float32, ``state[p]["master_weight"]``, which every step
             updates; the parameter is the rounded copy. `stats()` has the norms of the copy. If you overwrite weights,
             changed entries replace the master copy.
+        max_norm: every step clips gradients as ``step(max_norm=...)`` does, which overrides it, but returns what a step
+            without clipping returns: trainers that call ``step()`` clip too. The norm is in `last_grad_norm`. Saved.
+        norm_type: of the norm to clip by, at least 1; other norms than the Euclidean one, such as torch.inf, need
+            another pass by torch's operations. Saved.
+        error_if_nonfinite: a clipped step raises where the norm is not finite, and names the parameter; synchronises.
+            Saved.
+        group: where the parameters are split over processes, each of which has others (`ZeroRedundancyOptimizer`) or
+            other parts (`FullyShardedDataParallel`): the process group over which they are split, or "world" for all
+            processes; norms to clip by are summed over it. DTensors need none.
 
     A group may have the key ``lr_multipliers``, a sequence or vector with one number of at least 0 for each of its
     parameters: the step of the i-th one is with lr times the i-th number, and `stats()` has its `effective_lr`. None
@@ -78,16 +97,22 @@ class SGD(torch.optim.SGD):
 
     ``decay="exponential"`` is for scale-invariant weights, such as those before a norm. They are not shrunk; instead
     the learning rate inside the kernel grows as they would have shrunk, and at every step the network computes what it
-    would with coupled decay: for any schedule of lr, momentum, dampening and weight_decay, and for nesterov. lr, the
-    other options and `stats()` stay those of the run with decay. The stored weights are that run's divided by
+    would with coupled decay, in training mode: for any schedule of lr, momentum, dampening and weight_decay, and for
+    nesterov. (In eval mode running statistics, which lag behind weights that shrink, differ a little.) lr, the other
+    options and `stats()` stay those of the run with decay. The stored weights are that run's divided by
     `true_scale()`: powers of two are taken out in the step's own pass, so nothing overflows, however long the run, and
     no decay is lost to rounding in bfloat16. All parameters of a group share one gauge, ``group["gauge"]``, which is
-    saved with it. Two more keys of such a group:
+    saved with it. Three more keys of such a group:
 
     * ``scale_invariant``: True trusts the group. Otherwise it is judged at the first step with a gradient, by
       :math:`|\langle w,g\rangle| \le 10^{-3} |w| |g|`, of each parameter or of all together; this synchronises, once.
     * ``norm_buffers``: the batch norms behind the weights, or pairs (running_mean, running_var), which follow when a
       power of two is taken out; [] if there are none. Without the key a warning says that they lag. Not saved.
+    * ``followers``: copies of the weights that are averaged or mixed with them, each a module (an `AveragedModel`, an
+      EMA) or a list of tensors in the group's order; [] if there are none. They are multiplied at every step such that
+      `true_scale()` times a copy is that of the run with weight decay; running statistics in a module follow as those
+      of `norm_buffers` do. A module's tensors are found by the group's names, else by shape and value when the group
+      is added. Without the key a warning says that copies are stale. Not saved.
 
     Sparse and complex tensors, tensor subclasses, gradients of another dtype than their parameter, and devices without
     kernels fall back to torch's own loop; logger "normkern" reports it at level DEBUG. So does everything under a
@@ -123,6 +148,7 @@ class SGD(torch.optim.SGD):
 
     #: Options that torch's SGD does not have.
     _own_options: tuple[str, ...] = ("stats", "decay", *PRECISION)
+    _run_state: type[RunState] = RunState
 
     def __init__(
         self,
@@ -143,6 +169,10 @@ class SGD(torch.optim.SGD):
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
         master_weights: bool = False,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        group: Any = None,
     ) -> None:
         ops.stats_code(stats, "SGD")
         check_decay(decay, "SGD")
@@ -152,6 +182,9 @@ class SGD(torch.optim.SGD):
         }  # fmt: skip
         check_precision(self._own_defaults, "SGD")
         self._check_arguments(params, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+        clip_options = ClipOptions(max_norm, norm_type, error_if_nonfinite, group)
+        clip_options.check("SGD")
+        self._run = self._run_state(self, clip_options, wrapper_that_splits())
         super().__init__(
             params,
             lr,
@@ -164,12 +197,7 @@ class SGD(torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._step_plan, self._lock = ops.Pass(), threading.Lock()
         _alive.add(self)
-        self._measured: Measured | None = None
-        self._written: tuple[Tensor, ...] | None = None
-        self._dlpack_refs: list[object] = []
-        self._warned = False
 
     def _check_arguments(self, params: Any, **numbers: Any) -> None:
         """Raise for arguments that torch would refuse without their name."""
@@ -184,19 +212,116 @@ class SGD(torch.optim.SGD):
                 number(x, name, who)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as in `torch.optim.Optimizer`; so may be `stats`, `decay`, `scale_invariant`, `norm_buffers`."""
+        """Add a group as in `torch.optim.Optimizer`, with the options of a group that the class names.
+
+        A key that is nearly one of them is refused, with the key that was meant; others pass, as in torch. A group
+        without names, added to groups that have some, gets those of the model that `name_parameters` was given, else
+        its positions, such as "1.0".
+        """
+        run, index = self._run, len(self.param_groups)
+        where = f"SGD: param_groups[{index}]"
         self.defaults.update(self._own_defaults)
-        if isinstance(param_group, dict) and param_group.get(NORM_BUFFERS) is not None:
-            norm_buffers(param_group[NORM_BUFFERS], f"SGD: param_groups[{len(self.param_groups)}]")
+        if isinstance(param_group, dict):
+            param_group = run.clip_options.without_own_keys(param_group, where)
+            check_key_names(param_group, (*self._own_options, *_GROUP_KEYS), where)
+            if param_group.get(NORM_BUFFERS) is not None:
+                norm_buffers(param_group[NORM_BUFFERS], where)
+            self._name_as_others(param_group)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group.setdefault(LR_MULTIPLIERS, None) is not None:
-            where = f"SGD: param_groups[{len(self.param_groups) - 1}]"
-            try:
+        try:
+            if group.setdefault(LR_MULTIPLIERS, None) is not None:
                 ops.read_lr_multipliers(group[LR_MULTIPLIERS], len(group["params"]), where)
-            except ValueError:
-                self.param_groups.pop()
-                raise
+            remember_names(run.names, self.param_groups)
+            find_followers(run, self.param_groups, index, where)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _name_as_others(self, param_group: dict[str, Any]) -> None:
+        """Name the parameters of a new group where the others have names: torch refuses a mixture."""
+        params, index = param_group.get("params"), len(self.param_groups)
+        if index == 0 or PARAM_NAMES not in self.param_groups[0] or PARAM_NAMES in param_group or params is None:
+            return
+        model = self._run.model
+        known = {} if model is None else parameter_names(model)
+        param_group["params"] = params = [params] if isinstance(params, Tensor) else list(params)
+        if params and all(isinstance(p, Tensor) for p in params):
+            param_group["params"] = [(known.get(p, f"{index}.{i}"), p) for i, p in enumerate(params)]
+
+    def name_parameters(self, model: nn.Module) -> None:
+        """Name the parameters as a model does, for `stats`, `SVAG.noise` and monitors, and for checkpoints.
+
+        Frameworks that build param groups without names leave "0.17" for a name. Prefixes of wrappers
+        (`DistributedDataParallel`, `torch.compile`, FSDP, Fabric) are left out, as `GradientNoise` does. From now on
+        names follow the parameters, when groups are changed, and groups that are added get names of the same model.
+
+        Args:
+            model: has all parameters of the optimizer, and may have others.
+
+        Raises:
+            TypeError: it is no module. ValueError: a parameter is none of the model's. Nothing is changed.
+        """
+        run = self._run
+        for group, names in zip(self.param_groups, names_from_model(model, self.param_groups), strict=True):
+            group[PARAM_NAMES] = names
+        run.model = model
+        run.names.clear()
+        remember_names(run.names, self.param_groups)
+
+    def _names_of(self, groups: list[tuple[int, Any]]) -> list[str]:
+        """Return the names of the parameters of groups, given as position and parameters."""
+        return all_names(groups, self.param_groups, self._run.names)
+
+    def _name(self, index: int, i: int) -> str:
+        """Return the name of a parameter for a sentence."""
+        group = self.param_groups[index]
+        if not group.get(PARAM_NAMES) and group["params"][i] not in self._run.names:
+            return f"params[{i}] of param_groups[{index}]"
+        return repr(group_names(index, group, group["params"], self._run.names)[i])
+
+    @property
+    def max_norm(self) -> float | None:
+        """What every step clips the global norm of the gradients to; None: a step clips only where it is told to."""
+        return self._run.clip_options.max_norm
+
+    @max_norm.setter
+    def max_norm(self, max_norm: float | None) -> None:
+        self._run.clip_options.max_norm = None if max_norm is None else ops.check_max_norm(max_norm, "SGD.max_norm")
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The norm of all gradients before clipping, at the last step that clipped; None before one.
+
+        A float64 tensor of no dimension, not synchronised; what ``step(max_norm=...)`` returns.
+        """
+        return self._run.grad_norm
+
+    @property
+    def found_inf(self) -> Tensor:
+        """Infinities or NaN that a GradScaler has found; set only during its step."""
+        return scaler_attribute(self._run.found_inf, "found_inf")
+
+    @found_inf.setter
+    def found_inf(self, found: Tensor | None) -> None:
+        self._run.found_inf = found
+
+    @found_inf.deleter
+    def found_inf(self) -> None:
+        self._run.found_inf = None
+
+    @property
+    def grad_scale(self) -> Tensor:
+        """What a GradScaler has multiplied the loss with; set only during its step."""
+        return scaler_attribute(self._run.grad_scale, "grad_scale")
+
+    @grad_scale.setter
+    def grad_scale(self, scale: Tensor | None) -> None:
+        self._run.grad_scale = scale
+
+    @grad_scale.deleter
+    def grad_scale(self) -> None:
+        self._run.grad_scale = None
 
     def stats(self) -> StepStats:
         """Return the norms and inner products of the last step.
@@ -210,9 +335,9 @@ class SGD(torch.optim.SGD):
         """
         if all(group["stats"] is None for group in self.param_groups):
             raise RuntimeError('SGD.stats: nothing was measured; construct the optimizer with stats="tensor" or "row"')
-        if self._measured is None:
+        if self._run.measured is None:
             raise RuntimeError("SGD.stats: expected a step before it, but none has been taken yet")
-        return self._measured.stats(self.param_groups)
+        return self._run.measured.stats(self._names_of)
 
     def true_scale(self) -> list[float]:
         r"""Return the factors by which the param groups' weights are to be multiplied to get the run with weight decay.
@@ -221,6 +346,18 @@ class SGD(torch.optim.SGD):
         with either.
         """
         return [group.get(GAUGE, ops.NEW_GAUGE)[0] for group in self.param_groups]
+
+    def true_weights(self) -> AbstractContextManager[None]:
+        """Multiply the stored weights with `true_scale()` inside of the context: those of the run with weight decay.
+
+        For evaluation by code that looks at weights, and for export: ``with opt.true_weights():
+        torch.save(model.state_dict(), ...)``. Running statistics that ``norm_buffers`` names, and ``followers``, are at
+        the same scale. Afterwards everything is as before, to the bit. Takes memory for a copy of such groups.
+
+        Raises:
+            RuntimeError: a step inside of it; one context inside of another.
+        """
+        return true_weights(self._run, self.param_groups)
 
     @overload
     def step(self, closure: None = None, *, max_norm: None = None) -> None: ...
@@ -240,6 +377,8 @@ class SGD(torch.optim.SGD):
             max_norm: a number of at least 0. As `torch.nn.utils.clip_grad_norm_` before the step, over all parameters
                 of all groups, but that no gradient is written: one pass reads them, the second is the step.
 
+        Without the argument the constructor's `max_norm` holds; torch.inf clips nothing.
+
         Returns:
             The closure's loss, or None; with `max_norm` the norm before clipping, or (loss, norm): a float64 tensor of
             no dimension on the parameters' device, not synchronised. It is of the unscaled gradients; with
@@ -248,6 +387,7 @@ class SGD(torch.optim.SGD):
 
         Raises:
             TypeError: `max_norm` is no number. ValueError: it is negative. Nothing is written, no closure called.
+            RuntimeError: the parameters are a part of all, and the norm is not that of all: see `group`.
         """
         if self._needs_torchs_wrapper(SGD.step):
             given: dict[str, Any] = {} if max_norm is None else {"max_norm": max_norm}
@@ -281,9 +421,9 @@ class SGD(torch.optim.SGD):
             with torch.enable_grad():
                 loss = closure()
         # One at a time: like torch, an optimizer that two threads step takes the steps in some order.
-        with self._lock:
+        with self._run.lock:
             norm = self._step_now(limit)
-        if norm is None:
+        if norm is None or max_norm is None:
             return loss
         return norm if loss is None and closure is None else (loss, norm)  # type: ignore[return-value]
 
@@ -291,8 +431,14 @@ class SGD(torch.optim.SGD):
 
     @_disable_dynamo  # the kernels are opaque to torch.compile; without it would warn at each call of one
     def _step_now(self, max_norm: float | None) -> Tensor | None:
-        # GradScaler leaves these on an optimizer with fused=True for the duration of the call.
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        run = self._run
+        clip_options = run.clip_options
+        if max_norm is None:
+            max_norm = clip_options.max_norm
+        if run.true_weights:
+            raise RuntimeError("SGD.step: expected a step outside of true_weights(), which restores the weights")
+        # A GradScaler leaves these on an optimizer with fused=True for the duration of the call.
+        found_inf, grad_scale = run.found_inf, run.grad_scale
         scaler = None
         if found_inf is not None and self._kernel_may_skip(found_inf):
             scaler = (grad_scale, found_inf)
@@ -300,24 +446,34 @@ class SGD(torch.optim.SGD):
             return self._norm_of_skipped(max_norm)
         inverse_scale = 1.0 if grad_scale is None or scaler is not None else 1.0 / float(grad_scale)
 
-        step = self._step_plan
+        step = run.plan
         step.begin()
         norm = coef = None
+        gauged = measures = False
         try:
             groups = self._groups(inverse_scale, scaler)
             if scaler is not None and self._leaves_a_trace(groups) and self._skips(found_inf, grad_scale):
                 step.begin()
                 return self._norm_of_skipped(max_norm)
-            written = step.check(self._written)
+            written = step.check(run.written)
+            for group in groups:
+                measures = measures or group.stats is not None
+                gauged = gauged or group.gauge is not None
+            if measures or max_norm is not None:
+                use = (measures, max_norm is not None)
+                if run.whole is not written or run.whole_for != use:
+                    params = [p for group in groups for p in group.params]
+                    check_whole(params, run.part_of, clip_options.group, *use)
+                    run.whole, run.whole_for = written, use
             if max_norm is not None:
-                norm, coef = clip(step, groups, max_norm, grad_scale, None if scaler is None else found_inf)
+                unscaled_by_kernel = None if scaler is None else found_inf
+                norm, coef = clip(step, groups, max_norm, clip_options, grad_scale, unscaled_by_kernel, self._name)
+            behind = prepare(run, self.param_groups, groups, self._name) if gauged else None
         except BaseException:
             step.begin()  # lets go of the gradients
             raise
         # Nothing has been written so far, and from here on only torch's own loop can fail: it goes first.
-        measures = False
         for group in groups:
-            measures = measures or group.stats is not None
             if group.left_to_torch:
                 step_with_torch(group, grad_scale, coef)
         table = scratch = None
@@ -325,48 +481,54 @@ class SGD(torch.optim.SGD):
             table = ops.new_table(step.slots, step.columns, step.like)
             if step.like is not None:
                 scratch = ops.new_scratch(step)
-                if scaler is not None and self._measured is not None:  # should the kernel skip
-                    table.copy_(self._measured.table)
+                if scaler is not None and run.measured is not None:  # should the kernel skip
+                    table.copy_(run.measured.table)
         step.run(table, scratch)
         increment_version(written)
-        if written is not self._written:
+        if written is not run.written:
             # When C++ takes and drops a reference to a tensor that only Python refers to, torch takes the GIL: a second
             # reference to each buffer saves 25 ns per access. (Not to parameters: they may be part of cycles that only
             # Python's collector can free, and `torch.utils.swap_tensors` requires them to be unshared.)
-            self._written = written
-            self._dlpack_refs = [to_dlpack(t) for t in written if not t.requires_grad]
-        norms_lag = self._commit(groups)
+            run.written = written
+            run.dlpack_refs = [to_dlpack(t) for t in written if not t.requires_grad]
+        rescaled = self._commit(groups)
+        if max_norm is not None:
+            run.grad_norm = norm
         if table is not None:
             table = self._measure(table, groups, coef)
         self._stepped(table)
-        if norms_lag and not self._warned:  # last: a warning may be an error
-            self._warned = True
-            warn_of_norms()
+        if gauged:  # last: a warning may be an error
+            warn_once(run, self.param_groups, rescaled, behind)
         return norm
 
     def _measure(self, table: Tensor, groups: list[GroupStep], clip_coef: Tensor | None) -> Tensor:
         """Complete the table of a step's sums, keep it for `stats`, and return it."""
-        measured: list[tuple[int, float | Tensor, int]] = []
+        run = self._run
+        measured: list[tuple[int, float | Tensor, list[Any], int]] = []
         multipliers: dict[int, ops.LrMultipliers] = {}
         fell_back = has_shards = False
         for group in groups:
             if group.stats is not None:
-                measured.append((group.index, group.lr_now(), len(group.params)))
+                measured.append((group.index, group.lr_now(), group.params, len(group.params)))
             if group.multipliers is not None:
                 multipliers[group.index] = group.multipliers
             fell_back = fell_back or bool(group.torch_sums)
             has_shards = has_shards or has_dtensors(group.params)
-        offsets = self._step_plan.slot_offsets
+        offsets = run.plan.slot_offsets
         if fell_back:
             table = with_torch_sums(table, groups)
         if has_shards:
             self._sum_over_shards(table, groups, offsets)
-        self._measured = Measured(table, offsets, measured, multipliers, clip_coef)
+        run.measured = Measured(table, offsets, measured, multipliers, clip_coef)
+        if run.clip_options.group is not None:
+            run.measured.totals = reduced(run.measured.own_totals(), run.clip_options.group)
+        elif run.part_of is not None:
+            run.measured.part_of = run.part_of
         return table
 
-    def _commit(self, groups: list[GroupStep]) -> bool:
-        """Write what the step has made into the state; return whether unnamed norms should follow the weights."""
-        norms_lag = False
+    def _commit(self, groups: list[GroupStep]) -> list[int]:
+        """Write what the step has made into the state; return the groups whose stored weights were rescaled."""
+        rescaled = []
         for group in groups:
             for p, key, tensor in group.created:
                 self.state[p][key] = tensor
@@ -374,15 +536,16 @@ class SGD(torch.optim.SGD):
                 increment_version(group.wrappers)
             if group.precision is not None:
                 group.precision.commit(self.param_groups[group.index])
-            if group.gauge is not None:
-                norms_lag |= not group.gauge.commit(self.param_groups[group.index])
-        return norms_lag
+            if group.gauge is not None and follow(self._run, self.param_groups, self.state, group):
+                rescaled.append(group.index)
+        return rescaled
 
     def _norm_of_skipped(self, max_norm: float | None) -> Tensor | None:
         if max_norm is None:
             return None
         device = next((p.device for group in self.param_groups for p in group["params"]), None)
-        return torch.full((), torch.nan, dtype=torch.float64, device=device)
+        self._run.grad_norm = torch.full((), torch.nan, dtype=torch.float64, device=device)
+        return self._run.grad_norm
 
     def _sum_over_shards(self, table: Tensor, groups: list[GroupStep], offsets: tuple[int, ...]) -> None:
         # Here and not in `stats`, which one rank may ask for alone: a step is what every rank takes.
@@ -401,6 +564,8 @@ class SGD(torch.optim.SGD):
     def _kernel_may_skip(self, found_inf: Tensor) -> bool:
         """Return whether the kernel is to read `found_inf` itself: it lies beside the parameters, on a CUDA device."""
         there = ops.device_index(found_inf)
+        if self._run.clip_options.error_if_nonfinite or self._run.clip_options.norm_type != 2:
+            return False
         return there not in (None, -1) and all(
             group["decay"] == "coupled"
             and GAUGE not in group
@@ -411,7 +576,7 @@ class SGD(torch.optim.SGD):
 
     def _leaves_a_trace(self, groups: list[GroupStep]) -> bool:
         """Return whether a step that the kernel skips would still change something, so that the host must know."""
-        plan, before = self._step_plan, self._measured
+        plan, before = self._run.plan, self._run.measured
         measures = any(group.stats for group in groups)
         return (measures and (before is None or before.table.shape != (plan.slots, plan.columns))) or any(
             group.created or group.left_to_torch or group.wrappers for group in groups
@@ -419,7 +584,7 @@ class SGD(torch.optim.SGD):
 
     def _groups(self, inverse_scale: float, scaler: tuple[Tensor | None, Tensor] | None) -> list[GroupStep]:
         """Return every param group, read and checked; write nothing."""
-        plan, state = self._step_plan, self.state
+        plan, state = self._run.plan, self.state
         return [
             GroupStep(plan, state, i, group, inverse_scale, scaler=scaler) for i, group in enumerate(self.param_groups)
         ]
@@ -428,29 +593,40 @@ class SGD(torch.optim.SGD):
         """Do what a subclass does after a step, with the table of its sums."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as `torch.optim.SGD` does, with the further options, without the norms of a group.
+        """Return the state as `torch.optim.SGD` does, with the further options, without what belongs to the model.
 
-        Those belong to the model.
+        That is the norms and followers of a group. With `max_norm` there is one more entry, "clipping".
         """
         state = super().state_dict()
         for group in state["param_groups"]:
             group.pop(NORM_BUFFERS, None)
+            group.pop(FOLLOWERS, None)
+        if self._run.clip_options.max_norm is not None:
+            state[CLIPPING] = self._run.clip_options.state()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as in `torch.optim.SGD`, whose checkpoints of any age are taken. Options they lack keep their values.
+
+        So do ``stats``, which say how one looks and not what is computed, names of parameters, and what belongs to the
+        model. Tensors are copied: no other optimizer shares them afterwards.
 
         Raises:
             ValueError: entries are missing or no dicts and lists, a buffer does not fit its parameter, an option is no
                 number, or the groups differ from the optimizer's. RuntimeError: torch cannot convert a buffer, such as
                 one that is quantised. The optimizer is left as it was.
         """
+        run = self._run
+        owner = run.owner()
+        if owner is not None and owner is not self:
+            # A wrapper, which torch would load the state into.
+            return owner.load_state_dict(state_dict)  # type: ignore[no-any-return]
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"SGD.load_state_dict: expected a dict, got {type(state_dict).__name__}")
 
         def see(_: torch.optim.Optimizer, loaded: dict[str, Any]) -> None:
             check_checkpoint(loaded)
-            self._loaded = loaded  # what hooks have made of it, before torch casts everything to the parameters' dtype
+            run.loaded = loaded  # what hooks have made of it, before torch casts everything to the parameters' dtype
 
         hook = self.register_load_state_dict_pre_hook(see)
         try:
@@ -462,37 +638,67 @@ class SGD(torch.optim.SGD):
             ) from missing
         finally:
             hook.remove()
-            self.__dict__.pop("_loaded", None)
+            run.loaded = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        options = self._run.clip_options
+        return {**state, CLIPPING: (options, self._run.part_of)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Called by unpickling, deepcopy (no old groups) and load_state_dict (the new groups replace the old ones).
         groups = state["param_groups"]
+        is_loading = "_run" in self.__dict__
         defaults = state.get("defaults") or self.defaults
         for i, group in enumerate(groups):
-            old = self.param_groups[i] if "param_groups" in self.__dict__ else defaults
+            old = self.param_groups[i] if is_loading else defaults
             for key in defaults:
                 group.setdefault(key, old[key])
-            for key in (NORM_BUFFERS, SCALE_INVARIANT, ROUNDING_STEP):
+            for key in (NORM_BUFFERS, FOLLOWERS, SCALE_INVARIANT, ROUNDING_STEP):
                 if key in old:
                     group.setdefault(key, old[key])
             group.setdefault(LR_MULTIPLIERS, old.get(LR_MULTIPLIERS))
             self._check_group(group, f"SGD.load_state_dict: param_groups[{i}]")
+            for key in ("stats", PARAM_NAMES):
+                if is_loading and key in old:
+                    group[key] = old[key]
         check_state(state["state"], groups)
-        if "_loaded" in self.__dict__:
-            restore_precision(state["state"], groups, self._loaded)
+        if not is_loading:
+            self._restore(state)
+            return
+        run = self._run
+        clip_options = run.clip_options
+        if run.loaded is not None:
+            restore_precision(state["state"], groups, run.loaded)
+            own_tensors(state["state"], run.loaded["state"])
+            if CLIPPING in run.loaded:
+                clip_options = clip_options.loaded(run.loaded[CLIPPING], "SGD.load_state_dict")
+        # In place, for wrappers that have taken these objects.
+        own_state, own_groups = self.state, self.param_groups
+        new_state = dict(state["state"])
+        own_state.clear()
+        own_state.update(new_state)
+        own_groups[:] = groups
+        super().__setstate__({**state, "state": own_state, "param_groups": own_groups})  # type: ignore[no-untyped-call]
+        run.clip_options = clip_options
+        run.versions.clear()
+        remember_names(run.names, own_groups)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Take the state of an optimizer that was pickled or copied."""
+        options, part_of = state.pop(CLIPPING, (ClipOptions(), None))
+        self._run = self._run_state(self, options, part_of)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._own_defaults = {key: self.defaults[key] for key in self._own_options}
-        self.__dict__.setdefault("_step_plan", ops.Pass())
-        self.__dict__.setdefault("_lock", threading.Lock())
         _alive.add(self)
-        self.__dict__.setdefault("_measured", None)
-        self.__dict__.setdefault("_written", None)
-        self.__dict__.setdefault("_dlpack_refs", [])
-        self.__dict__.setdefault("_warned", False)
+        remember_names(self._run.names, self.param_groups)
         if self.defaults["fused"]:  # torch loses these on the way through pickle
             self._step_supports_amp_scaling = True
             self._need_device_dtype_check_for_fused = True
 
+
+#: Group keys of ours besides the options.
+_GROUP_KEYS = (GAUGE, SCALE_INVARIANT, NORM_BUFFERS, FOLLOWERS, LR_MULTIPLIERS, ROUNDING_STEP)
 
 _alive: weakref.WeakSet[SGD] = weakref.WeakSet()
 
@@ -500,7 +706,7 @@ _alive: weakref.WeakSet[SGD] = weakref.WeakSet()
 def _free_locks() -> None:
     """Replace the locks in the child of a fork: a thread that held one exists only in the parent."""
     for optimizer in _alive:
-        optimizer._lock = threading.Lock()
+        optimizer._run.lock = threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+import math
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -9,6 +12,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
+
+#: What `StepStats.scalars` returns where it is not told.
+_LOGGED = ("weight_norm", "grad_norm", "update_norm", "angular_update", "effective_lr")
 
 
 class StepStats:
@@ -28,7 +34,8 @@ class StepStats:
     ===================== =====================
 
     float64 tensors of shape (slots,) on the parameters' device. Reading them, or the derived quantities, does not
-    synchronise; `to_dict` does.
+    synchronise; `scalars` and `to_dict` do. Names are those of the model, without what wrappers such as
+    `DistributedDataParallel` and `torch.compile` add to them; `SGD.name_parameters` gives names to groups without.
 
     >>> import normkern
     >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -42,19 +49,37 @@ class StepStats:
     tensor([0.0200], dtype=torch.float64)
     >>> stats.to_dict()["w"]["next_weight_sq"]
     31.25
+    >>> stats.scalars(["grad_norm"], prefix="train/")
+    {'train/grad_norm/w': 5.0, 'train/grad_norm/all': 5.0}
     """
 
     names: list[str]
     slots: dict[str, slice]
 
-    def __init__(self, table: Tensor, names: list[str], offsets: tuple[int, ...], lr: list[float | Tensor]) -> None:
-        """`table`: columns `ops.SUMS`; `names`, `offsets` (where the slots begin) and `lr` per parameter."""
+    def __init__(
+        self,
+        table: Tensor,
+        names: list[str],
+        offsets: tuple[int, ...],
+        lr: list[float | Tensor],
+        totals: Tensor | None = None,
+        part_of: str | None = None,
+    ) -> None:
+        """Name the rows of a table.
+
+        Args:
+            table: columns `ops.SUMS`.
+            names, offsets, lr: per parameter; `offsets` are where the slots begin.
+            totals: (len(ops.SUMS),), the sums of all parameters; None: they are those of the table.
+            part_of: who has given the optimizer a part of the parameters only, with no `totals`; None: they are all.
+        """
         ends = (*offsets[1:], table.shape[0])
         self.names = names
         self.slots = {n: slice(a, b) for n, a, b in zip(names, offsets, ends, strict=True)}
         self._table = table
         self._counts = [b - a for a, b in zip(offsets, ends, strict=True)]
         self._lr = lr
+        self._totals, self._part_of = totals, part_of
 
     @property
     def weight_sq(self) -> Tensor:
@@ -123,6 +148,52 @@ class StepStats:
                 parts.append(torch.full((slots,), lr, dtype=torch.float64, device=self._table.device))
         return torch.cat(parts) / self.weight_sq if parts else self.weight_sq.clone()
 
+    def scalars(self, quantities: str | Iterable[str] = _LOGGED, prefix: str = "") -> dict[str, float]:
+        """Return one flat dict of plain numbers, as loggers take them: ``{prefix}{quantity}/{name}`` -> number.
+
+        Fits Lightning's ``log_dict``, ``log_metrics``, ``wandb.log``, TensorBoard, JSON. A parameter with a slot for
+        each row is one vector here. The name "all" has the quantity of all parameters as one vector: the global norms,
+        the angle by which all weights turn. Numbers that are not finite are left out: those of parameters that were not
+        stepped; the cosine of zeros; the effective learning rate of all where parameters differ in lr.
+
+        Args:
+            quantities: names of attributes of this class.
+            prefix: begins every key, such as "train/".
+
+        Synchronises once, however many numbers there are. Where `ZeroRedundancyOptimizer` has split the parameters,
+        there is no "all", unless the optimizer was constructed with ``group=``.
+
+        Raises:
+            ValueError: a quantity is unknown. TypeError: `prefix` is no string.
+        """
+        chosen = _chosen(quantities)
+        if not isinstance(prefix, str):
+            raise TypeError(f"StepStats.scalars: prefix expected a string, got {prefix!r}")
+        table, names, lr = self._by_parameter(), list(self.names), list(self._lr)
+        if self._part_of is None:
+            stepped = ~table.isnan().all(1, keepdim=True)
+            totals = torch.where(stepped, table, 0.0).sum(0) if self._totals is None else self._totals
+            table = torch.cat([table, totals.view(1, -1)])
+            names.append("all")
+            lr.append(lr[0] if lr and len(_runs(lr, [1] * len(lr))) == 1 else math.nan)
+        vectors = StepStats(table, [""] * len(names), tuple(range(len(names))), lr)
+        rows = torch.stack([getattr(vectors, quantity) for quantity in chosen]).tolist() if chosen else []
+        return {
+            f"{prefix}{quantity}/{name}": x
+            for quantity, row in zip(chosen, rows, strict=True)
+            for name, x in zip(names, row, strict=True)
+            if math.isfinite(x)
+        }
+
+    def _by_parameter(self) -> Tensor:
+        """Return the table with one row for each parameter: the sums of its slots."""
+        table = self._table[:, : len(ops.SUMS)]
+        if all(count == 1 for count in self._counts):
+            return table
+        counts = torch.tensor(self._counts, device=table.device)
+        of = torch.arange(len(self._counts), device=table.device).repeat_interleave(counts)
+        return table.new_zeros(len(self._counts), table.shape[1]).index_add_(0, of, table)
+
     def to_dict(self) -> dict[str, dict[str, float | list[float]]]:
         """Return plain numbers for a logger: name -> quantity -> number (a list for ``stats="row"``). Synchronises."""
         columns = {q: getattr(self, q).tolist() for q in (*ops.SUMS, *_DERIVED)}
@@ -138,33 +209,56 @@ class StepStats:
 class Measured:
     """What a step leaves for `stats()`; names are made when the caller asks for them."""
 
-    __slots__ = ("_stats", "clip_coef", "groups", "multipliers", "offsets", "table")
+    __slots__ = ("_stats", "clip_coef", "groups", "multipliers", "offsets", "part_of", "table", "totals")
 
     def __init__(
         self,
         table: Tensor,
         offsets: tuple[int, ...],
-        groups: list[tuple[int, float | Tensor, int]],
+        groups: list[tuple[int, float | Tensor, list[Any], int]],
         multipliers: dict[int, ops.LrMultipliers],
         clip_coef: Tensor | None,
     ) -> None:
-        """`groups`: index, lr and number of parameters of each measured one; `multipliers` of the lr, by group."""
+        """`groups`: index, lr, parameters and their number of each measured one; `multipliers` of the lr, by group."""
         self.table, self.offsets, self.groups = table, offsets, groups
         self.multipliers, self.clip_coef = multipliers, clip_coef
+        self.totals: Tensor | None = None  # of all ranks, where the parameters are split over them
+        self.part_of: str | None = None
         self._stats: StepStats | None = None
 
-    def stats(self, param_groups: list[dict[str, Any]]) -> StepStats:
-        """Return the `StepStats`, the same object each time."""
+    def stats(self, names_of: Callable[[list[tuple[int, Sequence[Tensor]]]], list[str]]) -> StepStats:
+        """Return the `StepStats`, the same object each time. `names_of` returns the names of groups' parameters."""
         if self._stats is None:
-            names: list[str] = []
             lr: list[float | Tensor] = []
-            for index, group_lr, size in self.groups:
-                given = param_groups[index].get("param_names")
-                names += given[:size] if given else [f"{index}.{i}" for i in range(size)]
+            for index, group_lr, params, size in self.groups:
+                if len(params) != size:
+                    raise ValueError(
+                        f"SGD.stats: param_groups[{index}] has {len(params)} params, but had {size} at the last step; "
+                        "expected a step after params are added or removed"
+                    )
                 multipliers = self.multipliers.get(index)
                 lr += [group_lr if multipliers is None else group_lr * multipliers.value(i) for i in range(size)]
-            self._stats = StepStats(self.table, names, self.offsets, lr)
+            names = names_of([(index, params) for index, _, params, _ in self.groups])
+            self._stats = StepStats(self.table, names, self.offsets, lr, self.totals, self.part_of)
         return self._stats
+
+    def own_totals(self) -> Tensor:
+        """Return the sums of all parameters that were stepped."""
+        table = self.table[:, : len(ops.SUMS)]
+        stepped = ~table.isnan().all(1, keepdim=True)
+        return torch.where(stepped, table, 0.0).sum(0)
+
+
+def _chosen(quantities: str | Iterable[str]) -> list[str]:
+    """Return names of quantities, checked."""
+    chosen = [quantities] if isinstance(quantities, str) else list(quantities)
+    known = (*ops.SUMS, *_DERIVED)
+    for name in chosen:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+            raise ValueError(f"StepStats.scalars: unknown quantity {name!r}; {hint}")
+    return chosen
 
 
 def _runs(lr: list[float | Tensor], counts: list[int]) -> list[tuple[float | Tensor, int]]:

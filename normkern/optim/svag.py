@@ -15,13 +15,35 @@ from torch.optim.optimizer import ParamsT
 
 from .. import ops
 from ..noise.pairs import Noise, NoiseAverage
+from .clip_options import ClipOptions
+from .clipped_pairs import ClippedPairs, warn_of_clipped_pairs
 from .dtensor import is_dtensor, sum_over_shards
 from .group_step import GroupStep, Pair
 from .low_precision import PRECISION
 from .options import number
+from .run_state import RunState, scaler_attribute
 from .sgd import SGD
 
 _SCALINGS = ("fixed", "continuous")
+#: The entry of a pickled optimizer.
+_NOISE_DECAY = "noise_decay"
+
+
+class SvagState(RunState):
+    """The mutable state of an `SVAG`."""
+
+    __slots__ = ("clipped_pairs", "held", "noise", "noise_offsets")
+
+    def __init__(self, optimizer: Any, clip_options: ClipOptions, part_of: str | None) -> None:
+        super().__init__(optimizer, clip_options, part_of)
+        self.held: _Held | None = None
+        self.begin_noise(0.99)
+
+    def begin_noise(self, decay: float) -> None:
+        """Begin the averages of signal and noise anew."""
+        self.noise = NoiseAverage(decay)
+        self.noise_offsets: tuple[int, ...] = ()
+        self.clipped_pairs = ClippedPairs()
 
 
 class SVAG(SGD):
@@ -48,6 +70,10 @@ class SVAG(SGD):
             :math:`1-\mu_l = (1-\mu)/l` with :math:`\eta/l^2` in the kernel. Also a group key.
         noise_decay: decay per step of the averages that `noise` returns.
 
+    Do not clip between `hold` and `step` (``clip_grad_norm_``, the default of some trainers): that sees ``.grad``, the
+    second gradient alone, and the two are no pair any more. `max_norm` clips their combination. A warning is given
+    where the second gradients all have one norm.
+
     Weight decay is not scaled: a step decays by lr/l times it. `stats()` is of the combined gradient and of lr as the
     kernel has it. With l = 1 one backward is enough, held or not, and the step is SGD's to the bit; of two gradients
     the first is used. Under a GradScaler both sets are unscaled and checked; after ``scaler.unscale_(opt)``, which sees
@@ -72,6 +98,8 @@ class SVAG(SGD):
     2.0
     """
 
+    _run: SvagState
+    _run_state = SvagState
     _own_options = ("stats", "decay", *PRECISION, "l", "momentum_scaling")
 
     def __init__(
@@ -96,6 +124,10 @@ class SVAG(SGD):
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
         master_weights: bool = False,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+        group: Any = None,
     ) -> None:
         ops.check_l(l, "SVAG")
         _check_scaling(momentum_scaling, "SVAG")
@@ -118,14 +150,12 @@ class SVAG(SGD):
             stochastic_rounding=stochastic_rounding,
             rounding_seed=rounding_seed,
             master_weights=master_weights,
+            max_norm=max_norm,
+            norm_type=norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+            group=group,
         )
-        self._noise_decay = noise_decay
-        self._start()
-
-    def _start(self) -> None:
-        self._held: _Held | None = None
-        self._noise: NoiseAverage = NoiseAverage(self._noise_decay)
-        self._noise_offsets: tuple[int, ...] = ()
+        self._run.begin_noise(noise_decay)
         # The scaler passes its scale instead of unscaling `.grad`, which has only half of the gradients.
         self._step_supports_amp_scaling = True
 
@@ -157,8 +187,9 @@ class SVAG(SGD):
         """
         if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
             raise ValueError(f"SVAG.hold: scale expected a positive number, got {scale!r}")
-        if self._held is not None:
-            self._held.twice = True
+        held = self._run.held
+        if held is not None:
+            held.twice = True
             return
         params = [p for group in self.param_groups for p in group["params"]]
         grads = [p.grad for p in params]
@@ -166,13 +197,13 @@ class SVAG(SGD):
             raise RuntimeError("SVAG.hold: expected a backward before it, but no parameter has a gradient")
         if copy:
             grads = [None if g is None else g.clone() for g in grads]
-        self._held = _Held(params, grads, scale)
+        self._run.held = _Held(params, grads, scale)
         for p in params:
             p.grad = None
 
     def release(self) -> None:
         """Forget the held gradients."""
-        self._held = None
+        self._run.held = None
 
     def step(
         self,
@@ -211,7 +242,7 @@ class SVAG(SGD):
         if closure_b is not None:
             if closure is None:
                 raise ValueError("SVAG.step: closure_b expected a closure before it, got None")
-            if self._held is not None:
+            if self._run.held is not None:
                 raise RuntimeError("SVAG.step: expected nothing held before two closures, but hold() was called")
             with torch.enable_grad():
                 first = closure()
@@ -221,21 +252,21 @@ class SVAG(SGD):
                     result = (first, closure_b())
                 norm = self._step_locked(limit)
             finally:
-                self._held = None
-            return result if norm is None else (result, norm)
+                self._run.held = None
+            return result if norm is None or max_norm is None else (result, norm)
         if closure is not None:
             self._check_order()
             with torch.enable_grad():
                 result = closure()
         norm = self._step_locked(limit)
-        if norm is None:
+        if norm is None or max_norm is None:
             return result
         return norm if closure is None else (result, norm)
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)  # type: ignore[arg-type]
 
     def _step_locked(self, max_norm: float | None) -> Tensor | None:
-        with self._lock:
+        with self._run.lock:
             return self._step_now(max_norm)
 
     def noise(self) -> Noise:
@@ -246,19 +277,22 @@ class SVAG(SGD):
         Raises:
             RuntimeError: no step has had a pair of gradients yet.
         """
-        if self._noise.count == 0:
+        run = self._run
+        if run.noise.count == 0:
             raise RuntimeError("SVAG.noise: expected a step from two gradients before it, but none has been taken yet")
-        names: list[str] = []
-        for index, group in enumerate(self.param_groups):
-            given = group.get("param_names")
-            names += list(given) if given else [f"{index}.{i}" for i in range(len(group["params"]))]
-        ends = (*self._noise_offsets[1:], self._noise.slots)
-        slots = {n: slice(a, b) for n, a, b in zip(names, self._noise_offsets, ends, strict=False)}
-        return self._noise.result(list(slots), slots)
+        if run.part_of is not None:
+            raise RuntimeError(
+                f"SVAG.noise: {run.part_of} has given this rank a part of the parameters, and the noise of all is not "
+                "known here; expected torch.distributed.fsdp.fully_shard, or an optimizer of all parameters"
+            )
+        names = self._names_of([(i, group["params"]) for i, group in enumerate(self.param_groups)])
+        ends = (*run.noise_offsets[1:], run.noise.slots)
+        slots = {n: slice(a, b) for n, a, b in zip(names, run.noise_offsets, ends, strict=False)}
+        return run.noise.result(list(slots), slots)
 
     def _check_order(self) -> None:
         """Check the order of backward, hold, backward, step."""
-        held = self._held
+        held = self._run.held
         if held is None and not self.state and not any(float(g["lr"]) for g in self.param_groups):
             return  # torch.distributed.checkpoint makes the state by a step with lr 0, which moves nothing
         if held is not None and held.twice:
@@ -280,7 +314,7 @@ class SVAG(SGD):
 
     def _skips(self, found_inf: Tensor | None, grad_scale: Tensor | None) -> bool:
         self._check_order()
-        held = self._held
+        held = self._run.held
         if found_inf is None or held is None:
             return super()._skips(found_inf, grad_scale)
         if grad_scale is None and held.scale is None:
@@ -290,33 +324,29 @@ class SVAG(SGD):
             )
         skips = super()._skips(found_inf, grad_scale)
         if skips:
-            self._held = None
+            self._run.held = None
         return skips
 
     @property
     def found_inf(self) -> Tensor:
-        """Infinities or NaN found in ``.grad`` by a GradScaler, or in held gradients; set only during its step."""
-        try:
-            found: Tensor = self.__dict__["_found_inf"]
-        except KeyError:
-            raise AttributeError("found_inf") from None
-        return found
+        """Infinities or NaN that a GradScaler has found in ``.grad`` or in held gradients; set only during its step."""
+        return scaler_attribute(self._run.found_inf, "found_inf")
 
     @found_inf.setter
-    def found_inf(self, found: Tensor) -> None:
+    def found_inf(self, found: Tensor | None) -> None:
         # The scaler looks at `.grad` alone, and passes copies of what it found. Its own findings, from which it will
         # choose the next scale, lie in the frame that sets this attribute; there is no public way to add to them.
-        held = self._held
-        if held is not None and not held.is_finite():
+        held = self._run.held
+        if found is not None and held is not None and not held.is_finite():
             findings = sys._getframe(1).f_locals.get("optimizer_state", {}).get("found_inf_per_device", {})
             for device_found in findings.values():
                 device_found.fill_(1.0)
             found = torch.ones_like(found)
-        self.__dict__["_found_inf"] = found
+        self._run.found_inf = found
 
     @found_inf.deleter
     def found_inf(self) -> None:
-        self.__dict__.pop("_found_inf", None)
+        self._run.found_inf = None
 
     def _kernel_may_skip(self, found_inf: Tensor) -> bool:
         return False  # a skipped step must release the held gradients, on the host
@@ -325,7 +355,7 @@ class SVAG(SGD):
         groups = []
         for i, group in enumerate(self.param_groups):
             options, pair = self._kernel_options(i, group), self._pair(i, group, inverse_scale)
-            groups.append(GroupStep(self._step_plan, self.state, i, options, inverse_scale, pair))
+            groups.append(GroupStep(self._run.plan, self.state, i, options, inverse_scale, pair))
         return groups
 
     def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
@@ -340,7 +370,7 @@ class SVAG(SGD):
         return {**group, "lr": lr, "momentum": momentum, "stats": group["stats"] or "tensor"}
 
     def _pair(self, index: int, group: dict[str, Any], inverse_scale: float) -> Pair | None:
-        held, l = self._held, group["l"]
+        held, l = self._run.held, group["l"]
         if held is None:
             return None
         params = group["params"]
@@ -364,31 +394,37 @@ class SVAG(SGD):
         return Pair(first, grads, False, l, of_first, inverse_scale)
 
     def _stepped(self, table: Tensor | None) -> None:
-        self._held = None
+        run = self._run
+        run.held = None
         if table is None or table.shape[1] == len(ops.SUMS):
             return
-        if not self._noise.fits(len(table)):
-            self._noise = NoiseAverage(self._noise_decay)
-        assert self._measured is not None
-        self._noise_offsets = self._measured.offsets
+        if not run.noise.fits(len(table)):
+            run.begin_noise(run.noise.decay)
+        assert run.measured is not None
+        run.noise_offsets = run.measured.offsets
 
         def seen() -> Tensor:
             # NaN means no pair, or a pair that holds a NaN: then the step has one in a parameter that had none before.
             weight_sq, grad_sq, pair_dot = (ops.column(table, name) for name in ("weight_sq", "grad_sq", "pair_dot"))
             return ~pair_dot.isnan() | (grad_sq.isnan() & ~weight_sq.isnan())
 
-        self._noise.add(table[:, len(ops.SUMS) :], seen)
+        run.noise.add(table[:, len(ops.SUMS) :], seen)
+        if run.clipped_pairs.add(table):
+            warn_of_clipped_pairs()
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         super()._check_group(group, where)
         _check_own(group, where)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), _NOISE_DECAY: self._run.noise.decay}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        noise_decay = state.pop(_NOISE_DECAY, 0.99)
+        super()._restore(state)
         self._options_of_svag = {key: self.defaults[key] for key in ("l", "momentum_scaling")}
-        self.__dict__.setdefault("_noise_decay", 0.99)
-        if "_held" not in self.__dict__:
-            self._start()
+        self._run.begin_noise(noise_decay)
+        self._step_supports_amp_scaling = True
 
 
 class _Held:
@@ -461,4 +497,7 @@ def svag_combine_(grads_a: Sequence[Tensor | None], grads_b: Sequence[Tensor | N
 
     ops.check_l(l, "svag_combine_")
     ops.check_pairs("svag_combine_", a, b)
+    for i, (x, y) in enumerate(zip(a, b, strict=True)):
+        ops.check_storage(x, f"svag_combine_: grads_a[{i}]")
+        ops.check_storage(y, f"svag_combine_: grads_b[{i}]")
     reference.svag_combine_(a, b, l)

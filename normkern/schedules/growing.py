@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 from ..optim.options import LR_MULTIPLIERS, number
 from ..optim.sgd import SGD
 from ..optim.svag import SVAG
+from ..optim.unwrap import unwrap_optimizer
 
 #: Keys of the param groups of optimizers that are no SGD, all of torch's among them.
 _NOT_OF_SGD = ("betas", "eps", "etas", "lambd", "history_size")
@@ -179,7 +180,7 @@ class GrowingLR(LRScheduler):
                     f"{self._place(i)}: lr_multipliers expected None, as one learning rate takes the place of a "
                     "group's weight decay; give each multiplier a group"
                 )
-            if isinstance(self.optimizer, SVAG) and group["l"] != 1:
+            if isinstance(unwrap_optimizer(self.optimizer), SVAG) and group["l"] != 1:
                 raise ValueError(
                     f"{self._place(i)}: l expected 1, as SVAG steps with lr/l, got {group['l']!r}; "
                     'normkern.SVAG(decay="exponential") follows any'
@@ -240,7 +241,7 @@ class GrowingLR(LRScheduler):
     def _largest_lr(self, group: dict[str, Any]) -> tuple[float, torch.dtype]:
         """Return the smallest limit of the dtypes that the learning rate will be converted to."""
         dtypes = {p.dtype.to_real() for p in group["params"] if p.is_floating_point() or p.is_complex()}
-        if isinstance(self.optimizer, SGD) or group.get("fused"):
+        if isinstance(unwrap_optimizer(self.optimizer), SGD) or group.get("fused"):
             # torch's loops turn lr into a number of the parameter's dtype, and raise where float16 has none.
             dtypes = {d if d == torch.float64 else torch.float32 for d in dtypes}
         if isinstance(group["lr"], Tensor) and group["lr"].is_floating_point():

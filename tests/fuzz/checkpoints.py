@@ -17,7 +17,7 @@ OPTIMIZERS = (
     lambda params: normkern.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1, master_weights=True),
     lambda params: normkern.SGD(params, lr=0.1, momentum=0.9, state_dtype=torch.float32, stochastic_rounding=True),
     lambda params: normkern.SGD(
-        [{**group, "scale_invariant": True, "norm_buffers": []} for group in params],
+        [{**group, "scale_invariant": True, "norm_buffers": [], "followers": []} for group in params],
         lr=0.1, momentum=0.5, weight_decay=0.1, decay="exponential",
     ),
     lambda params: normkern.SVAG(params, lr=0.1, momentum=0.9, l=1),

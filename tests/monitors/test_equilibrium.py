@@ -22,8 +22,8 @@ from .equilibrium_runs import net, net_step, noise_gradient, train, weights
         {"momentum": 0.9},
         {"momentum": 0.9, "nesterov": True},
         {"momentum": 0.8, "dampening": 0.5},
-        {"momentum": 0.9, "decay": "exponential", "norm_buffers": []},
-        {"momentum": 0.9, "nesterov": True, "decay": "exponential", "norm_buffers": []},
+        {"momentum": 0.9, "decay": "exponential", "norm_buffers": [], "followers": []},
+        {"momentum": 0.9, "nesterov": True, "decay": "exponential", "norm_buffers": [], "followers": []},
     ],
     ids=lambda o: " ".join(o) or "plain",
 )
@@ -31,7 +31,7 @@ from .equilibrium_runs import net, net_step, noise_gradient, train, weights
 def test_predictions_come_true_in_noise(options, dtype):
     """Begun at half and at twice the length; both become what the monitor said, and turn by what it said."""
     options = {"weight_decay": 0.01 if "momentum" in options else 0.05, "lr": 0.1, **options}
-    own = {k: options.pop(k) for k in ("norm_buffers",) if k in options}
+    own = {k: options.pop(k) for k in ("norm_buffers", "followers") if k in options}
     lr = options["lr"] * (1 - options.get("dampening", 0))
     at = {"lr": lr, "weight_decay": options["weight_decay"], "momentum": options.get("momentum", 0.0)}
     form = {"nesterov": options.get("nesterov", False)}
@@ -116,7 +116,7 @@ def test_exponential_decay_is_told_as_the_run_with_decay():
     for decay in ("coupled", "exponential"):
         model = net()
         groups = [
-            {"params": [model[0].weight, model[3].weight], "weight_decay": 0.02, "norm_buffers": []},
+            {"params": [model[0].weight, model[3].weight], "weight_decay": 0.02, "norm_buffers": [], "followers": []},
             {"params": model[6].parameters(), "decay": "coupled"},
         ]
         opt = normkern.SGD(groups, lr=0.2, momentum=0.5, stats="row", decay=decay)

@@ -226,7 +226,7 @@ def test_grad_scaler(variant):
     ours, theirs = parameters(), parameters()
     exponential = "decay" in variant
     options = {"lr": 0.1, "weight_decay": 0.01 if exponential else 0.0, **variant}
-    groups = [{"params": ours, "scale_invariant": True, "norm_buffers": []}]
+    groups = [{"params": ours, "scale_invariant": True, "norm_buffers": [], "followers": []}]
     a = normkern.SGD(groups, fused=True, stats="tensor", **options)
     scaler = torch.amp.GradScaler("cuda", init_scale=8.0, growth_interval=1)
     options.pop("decay", None)

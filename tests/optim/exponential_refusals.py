@@ -28,7 +28,7 @@ def give(*lists, t=0, size=0.05):
 
 
 def exponential(params, lr=0.5, weight_decay=0.1, **options):
-    group = {"params": params, "norm_buffers": []}
+    group = {"params": params, "norm_buffers": [], "followers": []}
     return normkern.SGD([group], lr=lr, weight_decay=weight_decay, decay="exponential", **options)
 
 
@@ -46,7 +46,10 @@ class Unchanged:
 
     @staticmethod
     def _groups(opt):
-        return [{k: v for k, v in group.items() if k not in ("params", "norm_buffers")} for group in opt.param_groups]
+        return [
+            {k: v for k, v in group.items() if k not in ("params", "norm_buffers", "followers")}
+            for group in opt.param_groups
+        ]
 
     def __enter__(self):
         self.tensors, self.versions = self._tensors(self.opt)

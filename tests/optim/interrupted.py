@@ -26,7 +26,7 @@ def trainings():
                 normkern.SGD(lists[0], lr=0.01, momentum=0.9, state_dtype=torch.float32, stochastic_rounding=True),
                 normkern.SVAG(lists[1], lr=0.01, momentum=0.9, weight_decay=0.01, l=4),
                 normkern.SGD(
-                    [{"params": lists[2], "scale_invariant": True, "norm_buffers": []}],
+                    [{"params": lists[2], "scale_invariant": True, "norm_buffers": [], "followers": []}],
                     lr=0.05, momentum=0.9, weight_decay=0.05, decay="exponential",
                 ),
             ],

@@ -238,7 +238,7 @@ def test_exponential_decay_clips_as_the_run_with_decay():
     torch.manual_seed(3)
     start = torch.randn(6, 5, dtype=torch.float64)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    own = {"params": [ours], "decay": "exponential", "scale_invariant": True, "norm_buffers": []}
+    own = {"params": [ours], "decay": "exponential", "scale_invariant": True, "norm_buffers": [], "followers": []}
     a = normkern.SGD([own], lr=0.5, momentum=0.5, weight_decay=0.1)
     b = normkern.SGD([theirs], lr=0.5, momentum=0.5, weight_decay=0.1)
     target = torch.randn(6, 5, dtype=torch.float64)

@@ -77,6 +77,7 @@ class Runs:
         ours = groups(self.ours, first, second, rest)
         for group, norm in zip(ours[:2], self.ours.norms, strict=True):
             group["norm_buffers"] = [norm] if norm_buffers and hasattr(norm, "running_var") else []
+            group["followers"] = []
         ours[2]["decay"] = "coupled"
         self.a = normkern.SGD(ours, decay="exponential", stats=stats, **own)
         self.b = torch.optim.SGD(theirs, foreach=False)
@@ -200,7 +201,7 @@ def test_statistics_are_of_the_run_with_weight_decay(options, stats):
 def test_stored_weights_stay_within_a_factor_of_root_two():
     """The range that the user sees, and 200 doublings that nobody does."""
     w, q = (nn.Parameter(torch.linspace(1, 2, 20, dtype=torch.float64)) for _ in range(2))
-    group = {"params": [w], "norm_buffers": [], "scale_invariant": True}
+    group = {"params": [w], "norm_buffers": [], "followers": [], "scale_invariant": True}
     ours = normkern.SGD([group], lr=1.0, weight_decay=0.3, decay="exponential")
     theirs = torch.optim.SGD([q], lr=1.0, weight_decay=0.3, foreach=False)
     for _ in range(400):
@@ -276,8 +277,12 @@ def test_rescaling_is_invisible_to_the_bit(isa, kind, dtype, stats):
     ours, theirs = Net(kind, dtype=dtype), Net(kind, dtype=dtype)
     options = {"momentum": 0.9, "weight_decay": 0.02, "lr": 0.1, "dampening": 0.3}
     rest = {"lr": 0.1, "decay": "coupled"}
-    a = normkern.SGD(groups(ours, {**options, "norm_buffers": []}, options, rest)[:2], decay="exponential", stats=stats)
-    a.param_groups[1]["norm_buffers"] = []
+    a = normkern.SGD(
+        groups(ours, {**options, "norm_buffers": [], "followers": []}, options, rest)[:2],
+        decay="exponential",
+        stats=stats,
+    )
+    a.param_groups[1].update(norm_buffers=[], followers=[])
     b = normkern.SGD(groups(theirs, {**options, "weight_decay": 0.0})[:2])
     exponents = set()
     for t in range(400):
@@ -302,7 +307,7 @@ def test_rescaling_is_invisible_to_the_bit(isa, kind, dtype, stats):
 def trained_in_float32(decay, steps, weight_decay, last):
     """Mean loss and norms of the layers over the last steps, and log10 of the factor that the rate has grown by."""
     net = Net("batch", dtype=torch.float32)
-    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": weight_decay, "norm_buffers": []}
+    options = {"lr": 0.1, "momentum": 0.9, "weight_decay": weight_decay, "norm_buffers": [], "followers": []}
     lists = groups(net, options, options, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3, "decay": "coupled"})
     opt = normkern.SGD(lists, decay=decay)
     losses, norms = [], []
@@ -388,7 +393,7 @@ def test_unnamed_norms_are_warned_of_once():
 
 @pytest.mark.parametrize("named", [[], [nn.BatchNorm1d(3)]], ids=["none", "one"])
 def test_named_norms_are_not_warned_of(named):
-    opt, step = shrinking(norm_buffers=named)
+    opt, step = shrinking(norm_buffers=named, followers=[])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(10):
@@ -431,7 +436,7 @@ def test_what_norm_buffers_may_be(given):
     }[given]
     norm.running_mean.fill_(2.0)
     norm.running_var.fill_(8.0)
-    opt, step = shrinking(norm_buffers=named)
+    opt, step = shrinking(norm_buffers=named, followers=[])
     for _ in range(3):
         step()
     exponent = opt.param_groups[0]["gauge"][2]
@@ -452,7 +457,7 @@ def test_what_norm_buffers_may_be(given):
 def test_svag_follows_coupled_decay(scaling, options):
     """And its noise is that at the true scale."""
     nets = [Net("layer"), Net("layer")]
-    first = {**H, "weight_decay": 0.04, "norm_buffers": [], **options}
+    first = {**H, "weight_decay": 0.04, "norm_buffers": [], "followers": [], **options}
     optimizers = [
         normkern.SVAG(
             groups(net, first, first, {**REST, "decay": "coupled"}),
@@ -521,7 +526,12 @@ def test_what_the_kernel_cannot_take_follows_too(kind, options, stats, caplog):
     x, y = (nn.Parameter(torch.linspace(1, 2, 7, dtype=torch.float64)) for _ in range(2))
     n = 0.01 * torch.randn(7, dtype=torch.float64)
     ours = normkern.SGD(
-        [{"params": [x, p], "norm_buffers": []}], 0.5, weight_decay=0.1, decay="exponential", stats=stats, **options
+        [{"params": [x, p], "norm_buffers": [], "followers": []}],
+        0.5,
+        weight_decay=0.1,
+        decay="exponential",
+        stats=stats,
+        **options,
     )
     theirs = torch.optim.SGD([y, q], 0.5, weight_decay=0.1, foreach=False, **options)
     tolerance = 1e-5 if kind == "gradient of another dtype" else 1e-11
@@ -554,7 +564,9 @@ def test_fake_and_meta_parameters():
     for mode in (FakeTensorMode(), torch.device("meta")):
         with mode:
             w = nn.Parameter(torch.empty(3))
-            opt = normkern.SGD([{"params": [w], "norm_buffers": []}], 1.0, 0.1, weight_decay=0.4, decay="exponential")
+            opt = normkern.SGD(
+                [{"params": [w], "norm_buffers": [], "followers": []}], 1.0, 0.1, weight_decay=0.4, decay="exponential"
+            )
             for _ in range(4):
                 w.grad = torch.empty(3)
                 opt.step()
@@ -568,7 +580,7 @@ def test_dispatch_modes_and_transforms_see_the_step():
     def step(w, n):
         q, p = w.clone(), w.clone()
         q.grad = p.grad = (n - w * (w @ n) / (w @ w)) / (w @ w).sqrt()
-        group = {"params": [q], "scale_invariant": True, "norm_buffers": []}
+        group = {"params": [q], "scale_invariant": True, "norm_buffers": [], "followers": []}
         opt = normkern.SGD([group], 0.5, weight_decay=1.2, decay="exponential", stats="row")
         opt.step()
         torch.optim.SGD([p], 0.5, weight_decay=1.2, foreach=False).step()
@@ -587,7 +599,9 @@ def test_invariance_cannot_be_judged_of_traced_tensors():
     def step(w, g):
         q = w.clone()
         q.grad = g
-        normkern.SGD([{"params": [q], "norm_buffers": []}], 0.1, weight_decay=0.5, decay="exponential").step()
+        normkern.SGD(
+            [{"params": [q], "norm_buffers": [], "followers": []}], 0.1, weight_decay=0.5, decay="exponential"
+        ).step()
         return q
 
     w, g = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -606,7 +620,7 @@ def sharded(rank, world, rendezvous):
     placements = [[Shard(0)], [Replicate()]]
     ours = [nn.Parameter(distribute_tensor(w, mesh, p)) for w, p in zip(wholes, placements, strict=True)]
     theirs = [nn.Parameter(w.clone()) for w in wholes]
-    group = {"params": ours, "norm_buffers": []}
+    group = {"params": ours, "norm_buffers": [], "followers": []}
     a = normkern.SGD([group], lr=0.5, momentum=0.5, weight_decay=0.1, decay="exponential")
     b = torch.optim.SGD(theirs, lr=0.5, momentum=0.5, weight_decay=0.1, foreach=False)
     make = torch.Generator().manual_seed(0)

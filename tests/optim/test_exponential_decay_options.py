@@ -63,7 +63,7 @@ def test_closure_hooks_and_a_group_added_later():
     ours.register_step_post_hook(lambda *_: calls.append("after"))
     for t in range(8):
         if t == 3:
-            ours.add_param_group({"params": [params[2]], "norm_buffers": [], "lr": 0.1})
+            ours.add_param_group({"params": [params[2]], "norm_buffers": [], "followers": [], "lr": 0.1})
             theirs.add_param_group({"params": [twins[2]], "lr": 0.1})
 
         def closure(t=t):

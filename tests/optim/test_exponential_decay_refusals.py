@@ -19,7 +19,7 @@ def test_too_much_decay(later, momentum, nesterov):
     """T5.3: at the first step, and at a later one; in the last group, after good ones."""
     most = (1 - math.sqrt(momentum)) ** 2
     params = weights(3)
-    options = {"momentum": momentum, "nesterov": nesterov and momentum > 0, "norm_buffers": []}
+    options = {"momentum": momentum, "nesterov": nesterov and momentum > 0, "norm_buffers": [], "followers": []}
     fine, bad = 0.5 * most, most * (1 + 1e-9) * 2
     opt = normkern.SGD(
         [{"params": params[:2], **options}, {"params": params[2:], **options}],
@@ -122,7 +122,7 @@ def test_no_gradient_at_all_is_no_step(steps):
 
 def test_a_group_that_rests_while_another_steps():
     params, twins = weights(), weights()
-    groups = [[{"params": [p], "norm_buffers": []} for p in side] for side in (params, twins)]
+    groups = [[{"params": [p], "norm_buffers": [], "followers": []} for p in side] for side in (params, twins)]
     ours = normkern.SGD(groups[0], lr=0.5, momentum=0.3, weight_decay=0.1, decay="exponential")
     theirs = torch.optim.SGD(groups[1], lr=0.5, momentum=0.3, weight_decay=0.1, foreach=False)
     for t in range(6):
@@ -234,7 +234,7 @@ def test_each_group_is_judged():
     params = weights()
     give(params[:1])
     plain(params[1:])
-    groups = [{"params": [p], "norm_buffers": []} for p in params]
+    groups = [{"params": [p], "norm_buffers": [], "followers": []} for p in params]
     opt = normkern.SGD(groups, lr=0.5, weight_decay=0.1, decay="exponential")
     with Unchanged(opt), pytest.raises(ValueError, match=r"param_groups\[1\]: params\[0\] is not scale-invariant"):
         opt.step()

@@ -37,7 +37,7 @@ def parameters(dtype=BF16, seed=0):
 
 def groups(params, **more):
     """Two, so that the second one's parameters are not the first of the optimizer."""
-    more = {"scale_invariant": True, "norm_buffers": [], **more}
+    more = {"scale_invariant": True, "norm_buffers": [], "followers": [], **more}
     return [{"params": params[:2], **more}, {"params": params[2:], **more}]
 
 

@@ -27,7 +27,7 @@ def start(dtype, size=1.0):
 
 
 def exponential(w, **options):
-    group = {"params": [w], "norm_buffers": []}
+    group = {"params": [w], "norm_buffers": [], "followers": []}
     return normkern.SGD([group], lr=LR, weight_decay=DECAY, decay="exponential", **options)
 
 

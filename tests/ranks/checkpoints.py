@@ -51,7 +51,8 @@ def svag(params):
 def invariant(params):
     groups = [{"params": [p], "decay": "exponential", "scale_invariant": True} for p in params]
     return normkern.SGD(
-        [g | {"norm_buffers": []} for g in groups], **(NUMBERS | {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.15})
+        [g | {"norm_buffers": [], "followers": []} for g in groups],
+        **(NUMBERS | {"lr": 0.5, "momentum": 0.5, "weight_decay": 0.15}),
     )
 
 

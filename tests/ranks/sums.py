@@ -287,7 +287,11 @@ def judged_as_a_whole(rank, world):
         told = []
         for x in (p, q):
             opt = normkern.SGD(
-                [{"params": [x], "norm_buffers": []}], lr=0.5, weight_decay=0.1, decay="exponential", stats="row"
+                [{"params": [x], "norm_buffers": [], "followers": []}],
+                lr=0.5,
+                weight_decay=0.1,
+                decay="exponential",
+                stats="row",
             )
             try:
                 opt.step()

@@ -17,6 +17,8 @@ slow = pytest.mark.slow
         pytest.param("sums.py", 2, marks=slow),
         ("clipping.py", 2),
         pytest.param("clipping.py", 4, marks=slow),
+        ("partitions.py", 2),
+        pytest.param("partitions.py", 4, marks=slow),
         ("ddp_noise.py", 2),
         pytest.param("ddp_noise.py", 4, marks=slow),
         ("single_gradients.py", 2),

@@ -189,7 +189,7 @@ def test_both_faces_are_the_same_run_to_the_bit(dtype, momentum):
     decay = 0.02 if momentum else 0.2  # so that the scale halves several times in either case
     loss = forms().to(dtype)
     kept = one(normkern.SGD, dtype=dtype, momentum=momentum, weight_decay=decay, decay="exponential")
-    kept.param_groups[0].update(norm_buffers=[], scale_invariant=True)
+    kept.param_groups[0].update(norm_buffers=[], followers=[], scale_invariant=True)
     grown = one(normkern.SGD, dtype=dtype, momentum=momentum)
     schedule = EquivalentExponentialLR(grown, decay, cosine)
     for t, a in enumerate(loss):
