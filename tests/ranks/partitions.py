@@ -163,7 +163,7 @@ def dtensors_need_no_group(rank, world):
     model(own(rank, world)[1]).square().mean().backward()
     refused(opt.step, "DTensors", "group=None")
     opt = normkern.SGD(model.named_parameters(), lr=0.5, max_norm=0.1, stats="tensor")
-    _, expected = clipped_alone(rank, world, 0.1, steps=1)
+    alone, expected = clipped_alone(rank, world, 0.1, steps=1)
     opt.step()
     torch.testing.assert_close(opt.last_grad_norm.float(), expected)
     total = opt.stats().scalars("grad_norm")["grad_norm/all"]
