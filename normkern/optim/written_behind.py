@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..tracing import in_dispatch_mode
 from .options import caller_level
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -41,7 +42,7 @@ class Versions:
 
 
 def _entry(p: Any) -> tuple[Any, ...] | None:
-    if type(p) not in _PLAIN or p.is_meta or p.is_inference():
+    if type(p) not in _PLAIN or p.is_meta or p.is_inference() or in_dispatch_mode():
         return None
     return p._version, p.data_ptr(), p.dtype, p.device, p.stride()
 

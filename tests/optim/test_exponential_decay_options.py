@@ -182,7 +182,7 @@ def reloaded(way, params, opt):
     torch.save(opt.state_dict(), file)
     file.seek(0)
     twins = [nn.Parameter(p.detach().clone()) for p in params]
-    other = exponential(twins)
+    other = exponential(twins, stats="tensor")
     if way == "into one that has stepped":
         for t in range(4):
             give(twins, t=30 + t)
