@@ -154,6 +154,12 @@ bench-ddp: .venv/bench-ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group $*
 	touch $@
 
+# timm needs torchvision, whose wheels do not load beside every torch and then break all that import it: tests have a stub.
+.venv/frameworks-ready: pyproject.toml constraints.txt | .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group frameworks
+	$(BIN)/python -c "import torchvision" 2> /dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
+	touch $@
+
 # A preset of CMakePresets.json: a binary of its own in build/, beside the installed one.
 $(patsubst %,build/%/ready,cuda sanitize-address sanitize-thread): build/%/ready: .venv/ready .venv/cmake-ready \
   CMakePresets.json tests/fuzz/edges.cpp
