@@ -355,7 +355,7 @@ class SGD(torch.optim.SGD):
             if group.multipliers is not None:
                 multipliers[group.index] = group.multipliers
             fell_back = fell_back or bool(group.torch_sums)
-            has_shards = has_shards or has_dtensors(group.params)
+            has_shards = has_shards or (not group.is_whole and has_dtensors(group.params))
         offsets = self._step_plan.slot_offsets
         if fell_back:
             table = with_torch_sums(table, groups)
