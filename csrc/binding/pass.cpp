@@ -372,8 +372,8 @@ Strided Pass::strided_of(const Operands& t) const {
 
 int Pass::last_round() const { return rounds_.empty() ? 0 : *std::max_element(rounds_.begin(), rounds_.end()); }
 
-Chunk Pass::whole_tensor(const Operands& t, const Job& job) const {
-  Chunk c{};
+Chunk& Pass::add_whole_tensor(std::vector<Chunk>& to, const Operands& t, const Job& job) const {
+  Chunk& c = to.emplace_back();
   c.w = t.w.data, c.g = t.g.data, c.h = t.has_h ? t.h.data : nullptr;
   for (int k = 0; k < t.buffers; k++) c.v[k] = t.v[k].data, c.v_dtype[k] = t.v[k].dtype;
   c.size = t.w.numel, c.columns = columns(), c.hyper = &hypers_[job.hyper], c.rule = job.rule;
@@ -395,14 +395,14 @@ void Pass::cut(const Operands& t, const Job& job, double* table) {
   }
   const auto chunk = [&](int64_t begin, int64_t size, int64_t slot_size, double* sums) {
     const int64_t skipped = dense ? begin : 0;
-    chunks_.push_back(whole_tensor(t, job));
-    Chunk& c = chunks_.back();
+    Chunk& c = add_whole_tensor(chunks_, t, job);
+    c.strided = strided, c.begin = begin, c.size = size, c.slot_size = slot_size, c.sums = sums;
+    if (skipped == 0) return;
     c.w = static_cast<char*>(c.w) + skipped * w.item();
     c.g = static_cast<const char*>(c.g) + skipped * w.item();
     for (int k = 0; k < t.buffers; k++) c.v[k] = static_cast<char*>(c.v[k]) + skipped * t.v[k].item();
     if (c.h) c.h = static_cast<const char*>(c.h) + skipped * w.item();
     if (c.master) c.master += skipped;
-    c.strided = strided, c.begin = begin, c.size = size, c.slot_size = slot_size, c.sums = sums;
   };
   const auto cut_slot = [&](int64_t begin, int64_t size, double* out) {
     const int64_t parts = pieces(size);
@@ -551,9 +551,8 @@ void Pass::run_on(int device, double* table, double* scratch) {
       strided_.push_back(strided_of(t));
       strided = &strided_.back();
     }
-    Chunk c = whole_tensor(t, job);
+    Chunk& c = add_whole_tensor(rounds[rounds_.empty() ? 0 : rounds_[i]], t, job);
     c.strided = strided, c.slot_size = slot_size, c.sums = sums;
-    rounds[rounds_.empty() ? 0 : rounds_[i]].push_back(c);
   }
   // Each kind of tensor is a launch of its own: those of a kind come together.
   const auto kind = [](const Chunk& c) {

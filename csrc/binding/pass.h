@@ -105,7 +105,8 @@ class Pass {
   bool measures_on(int device, PyObject* param);
   bool runs_dense(const Operands&, const Job&, bool by_row) const;
   Strided strided_of(const Operands&) const;
-  Chunk whole_tensor(const Operands&, const Job&) const;  // not measured, dense
+  // As a chunk at the end of `to`: not measured, dense.
+  Chunk& add_whole_tensor(std::vector<Chunk>& to, const Operands&, const Job&) const;
   bool by_row(const Job& job) const { return job.slot_count > 0 && job.by_row; }
   int own_columns(const Operands& t) const { return StepSums::count + (t.has_h ? PairSums::count : 0); }
   bool is_in(int round, size_t i) const { return rounds_.empty() || rounds_[i] == round; }

@@ -1,6 +1,8 @@
 // tensor_cache.cpp - see tensor_cache.h.
 #include "tensor_cache.h"
 
+#include <cstring>
+
 namespace nk {
 namespace {
 
@@ -44,8 +46,8 @@ bool CachedView::is_as_before(const DLTensor& t) const {
   if (!view_ || !view_->data || view_->data != static_cast<char*>(t.data) + t.byte_offset) return false;
   if (t.ndim != view_->ndim || t.ndim > kKeptDims || t.shape != view_->shape || t.strides != view_->strides)
     return false;
-  if (t.dtype.code != dtype_.code || t.dtype.bits != dtype_.bits || t.dtype.lanes != dtype_.lanes) return false;
-  if (t.device.device_type != device_.device_type || t.device.device_id != device_.device_id) return false;
+  if (std::memcmp(&t.dtype, &dtype_, sizeof dtype_) != 0 || std::memcmp(&t.device, &device_, sizeof device_) != 0)
+    return false;
   for (int d = 0; d < t.ndim; d++)
     if (t.shape[d] != dims_[d] || t.strides[d] != dims_[kKeptDims + d]) return false;
   return true;

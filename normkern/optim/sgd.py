@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 from torch._C import _to_dlpack as to_dlpack
 from torch._C._autograd import _profiler_enabled
-from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
-from ..tracing import in_dispatch_mode
+from ..tracing import in_dispatch_mode, uncompiled
 from .clipping import clip
 from .dtensor import has_dtensors, sum_step_over_shards
 from .exponential_decay import norm_buffers, warn_of_norms
@@ -289,7 +288,7 @@ class SGD(torch.optim.SGD):
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
-    @_disable_dynamo  # the kernels are opaque to torch.compile; without it would warn at each call of one
+    @uncompiled  # the kernels are opaque to torch.compile; without it would warn at each call of one
     def _step_now(self, max_norm: float | None) -> Tensor | None:
         # GradScaler leaves these on an optimizer with fused=True for the duration of the call.
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
