@@ -50,7 +50,7 @@ _Result = TypeVar("_Result")
 
 
 def uncompiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Decorate a function that torch.compile is not to look into. Where nothing is compiled a call costs little more."""
+    """Decorate a function that torch.compile is not to look into. Where nothing is compiled that costs little."""
     disabled = _disable_dynamo(function)
 
     @functools.wraps(function)
