@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, _dispatch_tls_is_dispatch_key_excluded, _len_torch_dispatch_stack
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from torch._C._functorch import peek_interpreter_stack
+from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 
 
@@ -40,6 +43,23 @@ def isinstance_if_imported(x: Any, module: str, name: str) -> bool:
     """Return isinstance without importing the module: until it is imported there are no such objects."""
     loaded = sys.modules.get(module)
     return loaded is not None and isinstance(x, getattr(loaded, name))
+
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def uncompiled(function: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Decorate a function that torch.compile is not to look into. Where nothing is compiled that costs little."""
+    disabled = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if is_dynamo_compiling() or get_eval_frame_callback() is not None:
+            return disabled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
 
 
 _lock = threading.Lock()

@@ -21,6 +21,9 @@ struct Operands {
   bool has_h, copies_first;  // copies_first: set by `rounds`: the gradient lies in the very memory that is written
   View w, g, v[kMostBuffers], h;
   std::optional<View> master;
+  bool is_alike = false;      // all dense, with the same strides
+  PyObject* param = nullptr;  // borrowed
+  size_t first_read = 0;      // where `Pass` keeps its views, see there
 };
 
 constexpr int kNoGroup = -1;

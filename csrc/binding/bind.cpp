@@ -132,7 +132,10 @@ PYBIND11_MODULE(_C, m) {
   {
     py::options options;
     options.disable_function_signatures();
-    py::class_<GivenHyper>(m, "Hyper").def(py::init<py::kwargs>(), GivenHyper::signature().c_str());
+    // Its metaclass is plain `type`, which calls tp_vectorcall: a bare op makes one at every call.
+    py::class_<GivenHyper> hyper(m, "Hyper", py::metaclass(reinterpret_cast<PyObject*>(&PyType_Type)));
+    hyper.def(py::init<py::kwargs>(), GivenHyper::signature().c_str());
+    reinterpret_cast<PyTypeObject*>(hyper.ptr())->tp_vectorcall = GivenHyper::call;
   }
   py::class_<Pass>(m, "Pass")
       .def(py::init<>())
@@ -154,12 +157,12 @@ PYBIND11_MODULE(_C, m) {
           "add_whole",
           [](Pass& self, const std::string& op, const py::list& params, const py::object& state, const py::tuple& keys,
              const GivenHyper& hyper, int stats, int group, const LrMultipliers* lr_multipliers,
-             uint32_t first_parameter) {
+             uint32_t first_parameter, const py::object& held) {
             return self.add_whole(op, params, state, keys,
-                                  {hyper, Stats(stats), group, lr_multipliers, std::nullopt, first_parameter});
+                                  {hyper, Stats(stats), group, lr_multipliers, std::nullopt, first_parameter}, held);
           },
           "op"_a, "params"_a, "state"_a, "keys"_a, "hyper"_a, "stats"_a = 0, "group"_a = kNoGroup,
-          "lr_multipliers"_a = py::none(), "first_parameter"_a = 0)
+          "lr_multipliers"_a = py::none(), "first_parameter"_a = 0, "held"_a = py::none())
       .def("check", &Pass::check, "last"_a)
       .def("sq_norms", &Pass::sq_norms, "table"_a, "new_scratch"_a)
       .def("clip", &Pass::clip, "coefs"_a)

@@ -9,24 +9,30 @@ namespace nk {
 namespace {
 
 constexpr int kNumbers = sizeof kHyperNumbers / sizeof *kHyperNumbers;
+// The other keywords, counted on from the numbers.
+enum Other : int { kGauge = kNumbers, kOnDevice, kRounding, kStateDtype, kKeywords };
+constexpr const char* kOthers[] = {"gauge", "on_device", "rounding", "state_dtype"};
 
-// The names as Python's own strings, so that most keywords are found by their address.
-const HyperNumber* find(PyObject* keyword) {
-  static PyObject* names[kNumbers] = {};
-  for (int i = 0; i < kNumbers; i++) {
-    if (!names[i]) names[i] = PyUnicode_InternFromString(kHyperNumbers[i].name);
-    if (names[i] == keyword) return &kHyperNumbers[i];
+const char* keyword_name(int i) { return i < kNumbers ? kHyperNumbers[i].name : kOthers[i - kNumbers]; }
+
+// The position of a keyword, kKeywords if there is none such. Names are kept as Python's own strings: what a caller
+// writes in a call is found by its address.
+int find(PyObject* keyword) {
+  static PyObject* names[kKeywords] = {};
+  for (int i = 0; i < kKeywords; i++) {
+    if (!names[i]) names[i] = PyUnicode_InternFromString(keyword_name(i));
+    if (names[i] == keyword) return i;
   }
-  for (int i = 0; i < kNumbers; i++)
-    if (PyUnicode_Compare(names[i], keyword) == 0) return &kHyperNumbers[i];
-  return nullptr;
+  for (int i = 0; i < kKeywords; i++)
+    if (PyUnicode_Compare(names[i], keyword) == 0) return i;
+  return kKeywords;
 }
 
 [[noreturn]] void refuse(const std::string& name, const char* expected, py::handle value) {
   throw py::type_error("Hyper: " + name + " expected " + expected + ", got " + std::string(py::repr(value)));
 }
 
-void set(Hyper& hyper, const HyperNumber& to, PyObject* value) {
+void set_number(Hyper& hyper, const HyperNumber& to, PyObject* value) {
   if (!to.number) {
     const int is_true = PyObject_IsTrue(value);
     if (is_true < 0) throw py::error_already_set();
@@ -52,32 +58,48 @@ template <class T> T cast(const std::string& name, const char* expected, py::han
 }  // namespace
 
 GivenHyper::GivenHyper(const py::kwargs& given) {
-  for (const auto& [keyword, value] : given) {
-    if (const HyperNumber* number = find(keyword.ptr())) {
-      set(hyper_, *number, value.ptr());
-      continue;
-    }
-    const std::string name = py::str(keyword);
-    if (name == "gauge") {
-      const auto* step = cast<const GaugeStep*>(name, "a GaugeStep or None", value);
-      hyper_.is_gauged = step != nullptr;
-      if (step) hyper_.gauge = *step;
-    } else if (name == "on_device") {
-      on_device_ = py::reinterpret_borrow<py::object>(value);
-    } else if (name == "rounding") {
-      using Seeded = std::optional<std::pair<uint64_t, uint32_t>>;
-      const auto rounding = cast<Seeded>(name, "(seed, step) or None", value);
-      if (rounding) hyper_.rounding = {true, rounding->first, rounding->second};
-    } else if (name == "state_dtype") {
-      const auto position = cast<std::optional<int>>(name, "a position in the list of dtypes or None", value);
-      if (position && (*position < 0 || *position >= StorageTypes::size))
-        refuse(name, "a position in the list of dtypes or None", value);
-      if (position) state_dtype_ = DType(*position);
-    } else {
-      std::string names;
-      for (const HyperNumber& number : kHyperNumbers) names += std::string(number.name) + ", ";
-      throw py::type_error("Hyper: expected " + names + "gauge, on_device, rounding or state_dtype, got " + name);
-    }
+  for (const auto& [keyword, value] : given) set(keyword.ptr(), value.ptr());
+}
+
+PyObject* GivenHyper::call(PyObject*, PyObject* const* kwargs, size_t positional, PyObject* names) {
+  try {
+    if (PyVectorcall_NARGS(positional) > 0) throw py::type_error("Hyper: expected keywords alone, got positions");
+    GivenHyper hyper;
+    for (Py_ssize_t i = 0; names && i < PyTuple_GET_SIZE(names); i++) hyper.set(PyTuple_GET_ITEM(names, i), kwargs[i]);
+    return py::cast(std::move(hyper)).release().ptr();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  }
+  return nullptr;
+}
+
+void GivenHyper::set(PyObject* keyword, PyObject* value) {
+  const int which = find(keyword);
+  if (which < kNumbers) return set_number(hyper_, kHyperNumbers[which], value);
+  if (which == kKeywords) {
+    std::string names;
+    for (const HyperNumber& number : kHyperNumbers) names += std::string(number.name) + ", ";
+    throw py::type_error("Hyper: expected " + names + "gauge, on_device, rounding or state_dtype, got " +
+                         std::string(py::str(py::handle(keyword))));
+  }
+  if (value == Py_None) return;
+  const char* name = keyword_name(which);
+  if (which == kGauge) {
+    hyper_.gauge = *cast<const GaugeStep*>(name, "a GaugeStep or None", value);
+    hyper_.is_gauged = true;
+  } else if (which == kOnDevice) {
+    on_device_ = py::reinterpret_borrow<py::object>(value);
+  } else if (which == kRounding) {
+    const auto [seed, step] = cast<std::pair<uint64_t, uint32_t>>(name, "(seed, step) or None", value);
+    hyper_.rounding = {true, seed, step};
+  } else {
+    const int position = cast<int>(name, "a position in the list of dtypes or None", value);
+    if (position < 0 || position >= StorageTypes::size) refuse(name, "a position in the list of dtypes or None", value);
+    state_dtype_ = DType(position);
   }
 }
 

@@ -16,6 +16,8 @@ class GivenHyper {
   //   state_dtype: None, or the dtype that state buffers are to have, a position in StorageTypes
   // Throws py::type_error for other names, and for values of other types.
   explicit GivenHyper(const py::kwargs&);
+  // The same without a dict: the call of the Python class, `kwargs` the values and `names` their tuple or null.
+  static PyObject* call(PyObject* type, PyObject* const* kwargs, size_t positional, PyObject* names);
   // The signature of the constructor, for the docstring.
   static std::string signature();
 
@@ -29,6 +31,9 @@ class GivenHyper {
   std::optional<DType> state_dtype() const { return state_dtype_; }
 
  private:
+  GivenHyper() = default;
+  void set(PyObject* keyword, PyObject* value);
+
   Hyper hyper_;
   py::object on_device_ = py::none();
   std::optional<DType> state_dtype_;

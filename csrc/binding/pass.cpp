@@ -49,7 +49,7 @@ bool rows_are_contiguous(const View& w) {
 }
 
 // `slot_count` of a parameter whose view may be at hand.
-int64_t slots_of(PyObject* param, const std::optional<View>& w, Stats stats) {
+int64_t slots_of(PyObject* param, const View* w, Stats stats) {
   return w && stats == Stats::row ? w->rows() : slot_count(param, stats);
 }
 
@@ -69,9 +69,9 @@ int64_t slot_count(PyObject* param, Stats stats) {
 }
 
 void Pass::begin() {
-  if (!complete_) cached_.clear();  // the caller may hold none of the tensors that a failed step read
+  if (!complete_) cached_.clear(), operands_.clear();  // the caller may hold none of the tensors of a failed step
   complete_ = false;
-  operands_.clear();
+  taken_ = 0;
   jobs_.clear();
   hypers_.clear();
   owned_.clear();
@@ -85,9 +85,15 @@ void Pass::begin() {
   like_ = py::object();
 }
 
-std::optional<View> Pass::read(PyObject* object, bool is_kept) {
+void Pass::begin_parameter() {
+  constexpr size_t kMost = 4 + kMostBuffers;
+  if (cached_.capacity() < reading_ + kMost) cached_.reserve(2 * (reading_ + kMost));
+  changed_ = false;
+}
+
+const View* Pass::read(PyObject* object, bool is_kept) {
   if (reading_ == cached_.size()) cached_.emplace_back();
-  return cached_[reading_++].refresh(object, is_kept, moved_);
+  return cached_[reading_++].refresh(object, is_kept, changed_, moved_);
 }
 
 Pass::Group Pass::read_group(const std::string& name, const GroupCall& call) {
@@ -102,66 +108,95 @@ Pass::Group Pass::read_group(const std::string& name, const GroupCall& call) {
   return {op, op.rule(hypers_.back()), call.stats, call.group, device, call.lr_multipliers, call.first_parameter};
 }
 
-bool Pass::take(const std::optional<View>& w, const Given& given, const Group& group, int i, int64_t slot,
-                int64_t slot_count) {
-  if (!w) return false;
+bool Pass::fit(const Views& views, const Traits& traits, const Given& given) {
+  const View& w = *views.w;
+  const auto fits = [&](const View* other) { return other && other->dtype == w.dtype && other->device == w.device; };
+  if (!fits(views.g)) return false;
+  for (int k = 0; k < traits.buffers; k++) {
+    const View* v = views.v[k];
+    const bool is_mixed = traits.is_step && v && v->device == w.device && may_differ(w.dtype, v->dtype);
+    if (!fits(v) && !is_mixed) return false;
+  }
+  if (given.held && !fits(views.h)) return false;
+  const View* m = views.master;
+  const bool is_low = item_size(w.dtype) < real_size(w.dtype);
+  return !given.master || (m && is_low && m->dtype == DType::f32 && m->device == w.device);
+}
+
+Operands Pass::operands_of(const Views& views, const Group& group, const Traits& traits, const Given& given, int i) {
   const Op& op = group.op;
-  const Traits& traits = traits_of(group.rule);
-  const auto fits = [&](const std::optional<View>& other) {
-    return other && other->dtype == w->dtype && other->device == w->device;
-  };
+  const View& w = *views.w;
   const auto check_shape = [&](const View& v, const char* list) {
-    if (!same_shape(v, *w)) refuse_shape(op, group.index, list, i, v, *w);
+    if (!same_shape(v, w)) refuse_shape(op, group.index, list, i, v, w);
   };
   const auto check_written = [&](const View& v, const char* list) {
     check_no_self_overlap(v, op, list, i, group.index);
   };
-  const auto g = read(given.grad, false);
-  if (!fits(g) || (group.device_of_numbers && *group.device_of_numbers != w->device)) return false;
-  if (slot_count > 0 && !measures_on(w->device, given.param)) return false;
-  check_shape(*g, op.g);
-  if (traits.writes_w) check_written(*w, op.w);
+  Operands t{};
+  t.op = &op, t.group = group.index, t.index = i;
+  t.buffers = traits.buffers, t.has_h = given.held;
+  t.w = w, t.g = *views.g;
+  t.param = given.param, t.first_read = given.first_read;
+  t.is_alike = w.dense;
+  const auto compare = [&](const View& v) { t.is_alike = t.is_alike && v.dense && same_strides(w, v); };
+  check_shape(t.g, op.g);
+  compare(t.g);
+  if (traits.writes_w) check_written(w, op.w);
+  for (int k = 0; k < t.buffers; k++) {
+    t.v[k] = *views.v[k];
+    check_shape(t.v[k], op.buffers[k]);
+    check_written(t.v[k], op.buffers[k]);
+    compare(t.v[k]);
+  }
+  if (t.has_h) {
+    t.h = *views.h;
+    check_shape(t.h, op.held);
+    compare(t.h);
+  }
+  if (given.master) {
+    t.master = *views.master;
+    check_shape(*t.master, op.masters);
+    check_written(*t.master, op.masters);
+    compare(*t.master);
+  }
+  return t;
+}
 
-  Job job;
+bool Pass::take(const View* w, const Given& given, const Group& group, int i, int64_t slot, int64_t slot_count) {
+  if (!w) return false;
+  const Traits& traits = traits_of(group.rule);
+  Views views{w, read(given.grad, false), {}, nullptr, nullptr};
+  for (int k = 0; k < traits.buffers; k++) views.v[k] = read(given.buffers[k], true);
+  if (given.held) views.h = read(given.held, false);
+  if (given.master) views.master = read(given.master, true);
+
+  if (taken_ == operands_.size()) operands_.emplace_back();
+  Operands& t = operands_[taken_];
+  const bool is_as_before = !changed_ && t.param == given.param && t.first_read == given.first_read &&
+                            t.op == &group.op && t.group == group.index && t.index == i &&
+                            t.buffers == traits.buffers && t.has_h == (given.held != nullptr) &&
+                            t.master.has_value() == (given.master != nullptr);
+  if (!is_as_before && !fit(views, traits, given)) return false;
+  if (group.device_of_numbers && *group.device_of_numbers != w->device) return false;
+  if (slot_count > 0 && !measures_on(w->device, given.param)) return false;
+  if (!is_as_before) {
+    t.param = nullptr;
+    t = operands_of(views, group, traits, given, i);
+  }
+  taken_++;
+
+  Job& job = jobs_.emplace_back();
   job.hyper = (int)hypers_.size() - 1, job.rule = given.first ? kRules.first[(int)group.rule] : group.rule;
   job.slot = slot, job.slot_count = slot_count, job.by_row = group.stats == Stats::row, job.row = first_row_ + i;
   job.of_lr = group.lr_multipliers ? group.lr_multipliers->at(i, w->device) : Multiplier{1, nullptr};
   job.param = given.param;
   job.rounds_at_random = hypers_.back().rounding.is_random && w->dtype == DType::bf16;
   job.parameter = group.first_parameter + (uint32_t)i;
-  Operands t;
-  t.op = &op, t.group = group.index, t.index = i;
-  t.buffers = traits.buffers, t.has_h = given.held && given.held != Py_None, t.copies_first = false;
-  t.w = *w, t.g = *g;
-  for (int k = 0; k < t.buffers; k++) {
-    const auto v = read(given.buffers[k], true);
-    const bool is_mixed = traits.is_step && v && v->device == w->device && may_differ(w->dtype, v->dtype);
-    if (!fits(v) && !is_mixed) return false;
-    check_shape(*v, op.buffers[k]);
-    check_written(*v, op.buffers[k]);
-    t.v[k] = *v;
-  }
-  if (t.has_h) {
-    const auto h = read(given.held, false);
-    if (!fits(h)) return false;
-    check_shape(*h, op.held);
-    t.h = *h;
-    has_pairs_ = true;
-  }
-  if (given.master && given.master != Py_None) {
-    const auto m = read(given.master, true);
-    const bool is_low = item_size(w->dtype) < real_size(w->dtype);
-    if (!m || !is_low || m->dtype != DType::f32 || m->device != w->device) return false;
-    check_shape(*m, op.masters);
-    check_written(*m, op.masters);
-    t.master = *m;
-    written_.push_back(given.master);
-  }
+  has_pairs_ = has_pairs_ || t.has_h;
   has_cuda_ = has_cuda_ || w->device != kCpu;
+  if (given.master) written_.push_back(given.master);
   for (int k = 0; k < t.buffers; k++) written_.push_back(given.buffers[k]);
   if (traits.writes_w) written_.push_back(given.param);
-  operands_.push_back(t);
-  jobs_.push_back(job);
   return true;
 }
 
@@ -197,50 +232,64 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
   first_row_ = call.row ? *call.row : std::exchange(parameters_, parameters_ + n);
   std::vector<int> refused;
   for (int i = 0; i < n; i++) {
-    Given given{item(lists.params, i), item(lists.grads, i), {}, nullptr, nullptr, is_first[i]};
+    begin_parameter();
+    Given given{item(lists.params, i), item(lists.grads, i), {}, nullptr, nullptr, is_first[i], reading_};
     const bool skipped = given.grad == Py_None;
-    const auto w = skipped ? std::nullopt : read(given.param, true);
+    const View* w = skipped ? nullptr : read(given.param, true);
     const int64_t count = slots_of(given.param, w, group.stats);
     const int64_t slot =
         lists.slots.is_none() ? next_slots(count, group.stats) : py::list(lists.slots)[i].cast<int64_t>();
     if (skipped) continue;
     for (int k = 0; k < buffer_count; k++) given.buffers[k] = item(buffers[k], i);
-    if (!lists.held.is_none()) given.held = item(held, i);
-    if (!lists.masters.is_none()) given.master = item(masters, i);
+    if (!lists.held.is_none() && item(held, i) != Py_None) given.held = item(held, i);
+    if (!lists.masters.is_none() && item(masters, i) != Py_None) given.master = item(masters, i);
     if (!take(w, given, group, i, slot, count)) refused.push_back(i);
   }
   return refused;
 }
 
 bool Pass::add_whole(const std::string& op, const py::list& params, const py::object& state, const py::tuple& keys,
-                     const GroupCall& call) {
+                     const GroupCall& call, const py::object& held) {
   const int n = (int)params.size();
   int without = 0;
-  const size_t operands = operands_.size(), owned = owned_.size(), written = written_.size(), reading = reading_;
+  const size_t taken = taken_, jobs = jobs_.size(), owned = owned_.size(), written = written_.size(),
+               reading = reading_;
   const size_t offsets = slot_offsets_.size();
   const int64_t slots = slots_;
   Gather gather(params, state, keys);
   const Group group = read_group(op, call);
-  const bool all_or_none = hypers_.back().is_gauged;
+  const bool all_or_none = hypers_.back().is_gauged, had_pairs = has_pairs_;
+  py::list held_list;
+  if (!held.is_none()) {
+    held_list = held.cast<py::list>();
+    check_length(group.op, call.group, group.op.held, held_list.size(), n);
+    owned_.push_back(held_list);
+  }
   const std::optional<DType> state_dtype = call.hyper.state_dtype();
   first_row_ = parameters_;
   for (int i = 0; i < n; i++) {
+    begin_parameter();
     Gather::Entry entry = gather.next();
-    Given given{item(params, i), entry.grad.ptr(), {}, nullptr, nullptr, false};
+    Given given{item(params, i), entry.grad.ptr(), {}, nullptr, nullptr, false, reading_};
     for (int k = 0; k < kMostBuffers; k++) given.buffers[k] = entry.values[k];
     const bool skipped = entry.grad.is_none();
-    const auto w = skipped ? std::nullopt : read(given.param, true);
+    const View* w = skipped ? nullptr : read(given.param, true);
     const int64_t count = slots_of(given.param, w, group.stats);
     const int64_t slot = next_slots(count, group.stats);
     without += skipped;
-    const bool mixed = all_or_none && without > 0 && without <= i;
+    PyObject* const first_of_pair = held.is_none() ? nullptr : item(held_list, i);
+    if (first_of_pair && first_of_pair != Py_None) given.held = first_of_pair;
+    const bool lacks_one = first_of_pair && skipped != (first_of_pair == Py_None);
+    const bool mixed = lacks_one || (all_or_none && without > 0 && without <= i);
     if (skipped && !mixed) continue;
-    bool taken = !mixed && !entry.missing && take(w, given, group, i, slot, count);
-    if (taken && state_dtype)
-      for (int k = 0; k < operands_.back().buffers; k++) taken = taken && operands_.back().v[k].dtype == *state_dtype;
-    if (!taken) {
-      operands_.resize(operands);
-      jobs_.resize(operands);
+    bool fits = !mixed && !entry.missing && take(w, given, group, i, slot, count);
+    if (fits && state_dtype)
+      for (int k = 0; k < operands_[taken_ - 1].buffers; k++)
+        fits = fits && operands_[taken_ - 1].v[k].dtype == *state_dtype;
+    if (!fits) {
+      taken_ = taken;
+      has_pairs_ = had_pairs;
+      jobs_.resize(jobs);
       owned_.resize(owned);
       written_.resize(written);
       slot_offsets_.resize(offsets);
@@ -270,9 +319,11 @@ py::tuple Pass::slot_offsets() {
 }
 
 py::tuple Pass::check(const py::object& last) {
+  operands_.resize(taken_);
   moved_ = moved_ || reading_ != cached_.size();
   if (moved_) {
     cached_.resize(reading_);
+    for (Operands& t : operands_) t.copies_first = false;
     rounds_ = rounds(operands_);
     copies_first_.clear();
     for (size_t i = 0; i < operands_.size(); i++)
@@ -304,11 +355,7 @@ bool Pass::measures_on(int device, PyObject* param) {
 bool Pass::runs_dense(const Operands& t, const Job& job, bool by_row) const {
   const View& w = t.w;
   if (job.rounds_at_random && !is_row_major(w)) return false;
-  if (t.master && !(t.master->dense && same_strides(w, *t.master))) return false;
-  for (int k = 0; k < t.buffers; k++)
-    if (!t.v[k].dense || !same_strides(w, t.v[k])) return false;
-  return w.dense && t.g.dense && same_strides(w, t.g) && (!t.has_h || (t.h.dense && same_strides(w, t.h))) &&
-         (!by_row || rows_are_contiguous(w));
+  return t.is_alike && (!by_row || rows_are_contiguous(w));
 }
 
 Strided Pass::strided_of(const Operands& t) const {
@@ -325,8 +372,8 @@ Strided Pass::strided_of(const Operands& t) const {
 
 int Pass::last_round() const { return rounds_.empty() ? 0 : *std::max_element(rounds_.begin(), rounds_.end()); }
 
-Chunk Pass::whole_tensor(const Operands& t, const Job& job) const {
-  Chunk c{};
+Chunk& Pass::add_whole_tensor(std::vector<Chunk>& to, const Operands& t, const Job& job) const {
+  Chunk& c = to.emplace_back();
   c.w = t.w.data, c.g = t.g.data, c.h = t.has_h ? t.h.data : nullptr;
   for (int k = 0; k < t.buffers; k++) c.v[k] = t.v[k].data, c.v_dtype[k] = t.v[k].dtype;
   c.size = t.w.numel, c.columns = columns(), c.hyper = &hypers_[job.hyper], c.rule = job.rule;
@@ -348,14 +395,14 @@ void Pass::cut(const Operands& t, const Job& job, double* table) {
   }
   const auto chunk = [&](int64_t begin, int64_t size, int64_t slot_size, double* sums) {
     const int64_t skipped = dense ? begin : 0;
-    Chunk c = whole_tensor(t, job);
+    Chunk& c = add_whole_tensor(chunks_, t, job);
+    c.strided = strided, c.begin = begin, c.size = size, c.slot_size = slot_size, c.sums = sums;
+    if (skipped == 0) return;
     c.w = static_cast<char*>(c.w) + skipped * w.item();
     c.g = static_cast<const char*>(c.g) + skipped * w.item();
     for (int k = 0; k < t.buffers; k++) c.v[k] = static_cast<char*>(c.v[k]) + skipped * t.v[k].item();
     if (c.h) c.h = static_cast<const char*>(c.h) + skipped * w.item();
     if (c.master) c.master += skipped;
-    c.strided = strided, c.begin = begin, c.size = size, c.slot_size = slot_size, c.sums = sums;
-    chunks_.push_back(c);
   };
   const auto cut_slot = [&](int64_t begin, int64_t size, double* out) {
     const int64_t parts = pieces(size);
@@ -439,7 +486,6 @@ void Pass::run(const py::object& table, const py::object& scratch) {
         run_on(device, measured_ == device ? sums : nullptr, parts);
   }
   owned_.clear();
-  operands_.clear();
   like_ = py::object();
   complete_ = true;
 }
@@ -505,9 +551,8 @@ void Pass::run_on(int device, double* table, double* scratch) {
       strided_.push_back(strided_of(t));
       strided = &strided_.back();
     }
-    Chunk c = whole_tensor(t, job);
+    Chunk& c = add_whole_tensor(rounds[rounds_.empty() ? 0 : rounds_[i]], t, job);
     c.strided = strided, c.slot_size = slot_size, c.sums = sums;
-    rounds[rounds_.empty() ? 0 : rounds_[i]].push_back(c);
   }
   // Each kind of tensor is a launch of its own: those of a kind come together.
   const auto kind = [](const Chunk& c) {

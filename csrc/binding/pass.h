@@ -56,11 +56,11 @@ class Pass {
   std::vector<int> add(const std::string& op, const Lists&, const GroupCall&);
 
   // The same, with the gradients and state buffers that the parameters and the optimizer's state have, the buffers
-  // under `keys`: no list is made for Python. Returns false, and adds nothing, if a buffer is missing or of another
-  // dtype than the Hyper's state_dtype, if no kernel takes a tensor, or if only some parameters of a gauged group have
-  // gradients.
+  // under `keys`: no list is made for Python. `held`: None, or the first gradients of pairs. Returns false, and adds
+  // nothing, if a buffer is missing or of another dtype than the Hyper's state_dtype, if no kernel takes a tensor, if
+  // only one of a pair is there, or if only some parameters of a gauged group have gradients.
   bool add_whole(const std::string& op, const py::list& params, const py::object& state, const py::tuple& keys,
-                 const GroupCall&);
+                 const GroupCall&, const py::object& held);
 
   // Throws if the tensors' memory overlaps in a way that has no meaning. After it, `run` cannot fail. Returns the
   // tensors that `run` writes: `last` itself if those are the same, so that most steps make no new tuple. The caller
@@ -105,7 +105,8 @@ class Pass {
   bool measures_on(int device, PyObject* param);
   bool runs_dense(const Operands&, const Job&, bool by_row) const;
   Strided strided_of(const Operands&) const;
-  Chunk whole_tensor(const Operands&, const Job&) const;  // not measured, dense
+  // As a chunk at the end of `to`: not measured, dense.
+  Chunk& add_whole_tensor(std::vector<Chunk>& to, const Operands&, const Job&) const;
   bool by_row(const Job& job) const { return job.slot_count > 0 && job.by_row; }
   int own_columns(const Operands& t) const { return StepSums::count + (t.has_h ? PairSums::count : 0); }
   bool is_in(int round, size_t i) const { return rounds_.empty() || rounds_[i] == round; }
@@ -131,29 +132,41 @@ class Pass {
   };
   Group read_group(const std::string& op, const GroupCall&);
 
-  // The tensors of one parameter that has a gradient, besides its view.
+  // The tensors of one parameter that has a gradient, besides its view, which was read at `first_read`.
   struct Given {
     PyObject *param, *grad;
     PyObject* buffers[kMostBuffers];
     PyObject *held, *master;  // null or None: none
     bool first;
+    size_t first_read = 0;
+  };
+  // Their views as of now; null: no kernel takes the tensor, or there is none.
+  struct Views {
+    const View *w, *g, *v[kMostBuffers], *h, *master;
   };
   // Returns false if no kernel takes it, and nothing was added.
-  bool take(const std::optional<View>& w, const Given&, const Group&, int i, int64_t slot, int64_t slot_count);
+  bool take(const View* w, const Given&, const Group&, int i, int64_t slot, int64_t slot_count);
+  static bool fit(const Views&, const Traits&, const Given&);
+  // Throws for shapes and memory that have no meaning.
+  static Operands operands_of(const Views&, const Group&, const Traits&, const Given&, int i);
   // Where the slots of the next parameter begin, if they come one after another; the next ones begin behind them.
   int64_t next_slots(int64_t count, Stats);
   void cut(const Operands&, const Job&, double* table);
 
+  // Those of the last step stay: a parameter whose tensors are all as they were need not be checked again.
   std::vector<Operands> operands_;
+  size_t taken_ = 0;  // of them, in this step
   std::vector<Job> jobs_;
   std::vector<Hyper> hypers_;
   std::vector<py::object> owned_;   // gradients, or lists of what came as lists
   std::vector<PyObject*> written_;  // borrowed; the tuple that `check` returns owns them while `run` runs
   // Where each tensor was in memory at the last step, in the order of reading. Between most steps nothing moves, and
   // the order of the rounds need not be found again.
-  std::optional<View> read(PyObject* object, bool is_kept);
+  void begin_parameter();  // views that are read for one stay valid until the next begins
+  const View* read(PyObject* object, bool is_kept);
   std::vector<CachedView> cached_;
   size_t reading_ = 0;
+  bool changed_ = false;  // something of this parameter, since the last step
   bool moved_ = true, complete_ = false, has_pairs_ = false, has_cuda_ = false;
   int measured_ = kCpu;
   py::object like_;  // none yet: nothing is measured so far

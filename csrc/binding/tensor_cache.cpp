@@ -1,6 +1,8 @@
 // tensor_cache.cpp - see tensor_cache.h.
 #include "tensor_cache.h"
 
+#include <cstring>
+
 namespace nk {
 namespace {
 
@@ -40,16 +42,37 @@ void CachedView::watch() {
   if (!weak_) PyErr_Clear();
 }
 
-std::optional<View> CachedView::refresh(PyObject* object, bool is_kept, bool& moved) {
+bool CachedView::is_as_before(const DLTensor& t) const {
+  if (!view_ || !view_->data || view_->data != static_cast<char*>(t.data) + t.byte_offset) return false;
+  if (t.ndim != view_->ndim || t.ndim > kKeptDims || t.shape != view_->shape || t.strides != view_->strides)
+    return false;
+  if (std::memcmp(&t.dtype, &dtype_, sizeof dtype_) != 0 || std::memcmp(&t.device, &device_, sizeof device_) != 0)
+    return false;
+  for (int d = 0; d < t.ndim; d++)
+    if (t.shape[d] != dims_[d] || t.strides[d] != dims_[kKeptDims + d]) return false;
+  return true;
+}
+
+void CachedView::keep_dims(const DLTensor& t) {
+  dtype_ = t.dtype, device_ = t.device;
+  for (int d = 0; d < t.ndim && d < kKeptDims; d++) dims_[d] = t.shape[d], dims_[kKeptDims + d] = t.strides[d];
+}
+
+const View* CachedView::refresh(PyObject* object, bool is_kept, bool& changed, bool& moved) {
   const bool same = is_same(object, is_kept);
-  const auto v = view(object, same ? data_ : nullptr);
+  DLTensor t;
+  const bool is_tensor = read_tensor(object, t);
+  if (same && is_tensor && is_as_before(t)) return &*view_;
+  changed = true;
+  const void* const data = view_ ? view_->data : nullptr;
+  view_ = is_tensor ? view(t, object, same ? data : nullptr) : std::nullopt;
+  if (view_) keep_dims(t);
   const bool was_here = object == object_;
-  const void* data = v ? v->data : nullptr;
-  const uint64_t layout = v ? layout_of(*v) : 0;
-  moved = moved || !was_here || data != data_ || layout != layout_;
-  object_ = object, data_ = data, layout_ = layout, was_kept_ = is_kept;
+  const uint64_t layout = view_ ? layout_of(*view_) : 0;
+  moved = moved || !was_here || data != (view_ ? view_->data : nullptr) || layout != layout_;
+  object_ = object, layout_ = layout, was_kept_ = is_kept;
   if (!same && !is_kept && was_here) watch();
-  return v;
+  return view_ ? &*view_ : nullptr;
 }
 
 }  // namespace nk

@@ -46,13 +46,20 @@ bool is_dense(const DLTensor& t, int64_t numel) {
 
 }  // namespace
 
+bool read_tensor(PyObject* object, DLTensor& t) {
+  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return false;
+  if (torch.exchange->dltensor_from_py_object_no_sync(object, &t) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
 std::optional<View> view(PyObject* object, const void* last) {
-  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return {};
   DLTensor t;
-  if (torch.exchange->dltensor_from_py_object_no_sync(object, &t) != 0) {
-    PyErr_Clear();
-    return {};
-  }
+  if (!read_tensor(object, t)) return {};
+  return view(t, object, last);
+}
+
+std::optional<View> view(const DLTensor& t, PyObject* object, const void* last) {
   const auto dtype = dtype_of_dlpack(t.dtype);
   const auto device = device_of(t.device);
   if (!dtype || !device) return {};

@@ -44,6 +44,10 @@ struct View {
 // negative bit costs as much as the rest: `last` is where the object's memory was when the bit was last read.
 std::optional<View> view(PyObject* object, const void* last = nullptr);
 
+// The two halves of `view`: what torch says of a plain tensor, and the view of it. Returns false for other objects.
+bool read_tensor(PyObject* object, DLTensor&);
+std::optional<View> view(const DLTensor&, PyObject* object, const void* last);
+
 // Whole numbers of 64 bits, in row-major order without a gap, on a device that has kernels.
 struct Ids {
   const int64_t* data;

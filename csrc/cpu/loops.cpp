@@ -3,6 +3,7 @@
 // No torch, no STL: formulas.h applied to several coordinates at a time (simd.h).
 #include "kernels.h"
 #include "streams.h"
+#include "strided.h"
 
 namespace nk::cpu::NK_ISA {
 
@@ -133,20 +134,30 @@ void run(const StepNumbers<Rule, kMeasure, R>& scalars, const Streams<W, G, V, k
     prefetch<false>(t.g + (i + kAhead));
     for (int k = 0; k < kTraits.buffers; k++) prefetch<true>(t.v[k] + (i + kAhead));
     if constexpr (kMeasure == Measure::pair) prefetch<false>(t.h + (i + kAhead));
-    for (int k = 0; k < kLine; k += kWide) step<Rule, kMeasure>(wide, t.at(i + k), s);
+    if constexpr (At::kUnrolls) {
+      for (int k = 0; k < kLine; k += kWide) step<Rule, kMeasure>(wide, t.at(i + k), s);
+    } else {
+#pragma GCC unroll 1
+      for (int k = 0; k < kLine; k += kWide) step<Rule, kMeasure>(wide, t.at(i + k), s);
+    }
   }
-  for (; i + kLanes <= n; i += kLanes) step<Rule, kMeasure>(eight, t.at(i), s);
-  if (i < n) {  // the same step on a copy, padded with zeros, which add nothing to the sums
-    const int rest = (int)(n - i);
+#pragma GCC unroll 1
+  for (; i < n; i += kLanes) {
     const At from = t.at(i);
+    At now = from;
+    const int rest = n - i < kLanes ? (int)(n - i) : 0;
     Padded<W> w;
     Padded<G> g, h;
     Padded<V> v[kRoom<Rule>];
-    At copy{w.in(from.w, rest), g.in(from.g, rest), {}, h.in(from.h, kMeasure == Measure::pair ? rest : 0)};
-    for (int k = 0; k < kRoom<Rule>; k++) copy.v[k] = v[k].in(from.v[k], kTraits.reads_buffers ? rest : 0);
-    step<Rule, kMeasure>(eight, copy, s);
-    if constexpr (kTraits.writes_w) w.out(from.w, rest);
-    for (int k = 0; k < kTraits.buffers; k++) v[k].out(from.v[k], rest);
+    if (rest) {  // the same step on a copy, padded with zeros, which add nothing to the sums
+      now = {w.in(from.w, rest), g.in(from.g, rest), {}, h.in(from.h, kMeasure == Measure::pair ? rest : 0)};
+      for (int k = 0; k < kRoom<Rule>; k++) now.v[k] = v[k].in(from.v[k], kTraits.reads_buffers ? rest : 0);
+    }
+    step<Rule, kMeasure>(eight, now, s);
+    if (rest) {
+      if constexpr (kTraits.writes_w) w.out(from.w, rest);
+      for (int k = 0; k < kTraits.buffers; k++) v[k].out(from.v[k], rest);
+    }
   }
   for (int j = 0; j < kSums<kMeasure>; j++) sums.s[j] = s[j];
 }
@@ -161,61 +172,20 @@ void run_slots(const StepNumbers<Rule, kMeasure, R>& c, const At& t, int64_t n, 
   }
 }
 
-// ---- Strided tensors, walked in row-major order of the shape -------------------------------------------------------
-
-struct Walk {
-  const Strided& t;
-  int64_t index[64] = {};  // torch's own limit on dimensions
-  int64_t w = 0, g = 0, v[kMostBuffers] = {}, h = 0, master = 0;
-
-  Walk(const Strided& strided, int64_t begin) : t(strided) {
-    for (int d = t.ndim - 1; d >= 0; d--) {
-      index[d] = begin % t.shape[d];
-      begin /= t.shape[d];
-      move(d, index[d]);
-    }
-  }
-  void move(int d, int64_t by) {
-    w += by * t.w[d];
-    g += by * t.g[d];
-    for (int k = 0; k < kMostBuffers; k++)
-      if (t.v[k]) v[k] += by * t.v[k][d];
-    if (t.h) h += by * t.h[d];
-    if (t.master) master += by * t.master[d];
-  }
-  void step() {
-    for (int d = t.ndim - 1; d >= 0; d--) {
-      if (++index[d] < t.shape[d]) return move(d, 1);
-      index[d] = 0;
-      move(d, 1 - t.shape[d]);
-    }
-  }
-};
-
 // ---- One chunk -------------------------------------------------------------------------------------------
 
-// Strided memory is gathered into a block that is dense and stays in L1, and scattered from it.
+// Strided memory is gathered into a block, and scattered from it.
 template <class Rule, Measure kMeasure, class T>
 void run_strided(const StepNumbers<Rule, kMeasure, Real<T>>& c, const Chunk& chunk, Slots<kSums<kMeasure>>* slots) {
-  constexpr int kBlock = 512, kBuffers = Rule::traits.buffers;
-  alignas(64) T w[kBlock], g[kBlock], v[kRoom<Rule>][kBlock], h[kBlock];
-  Uniform<T, Rule> block{w, g, {}, h};
-  for (int k = 0; k < kRoom<Rule>; k++) block.v[k] = v[k];
-  for (int64_t i = 0; i < chunk.size; i += kBlock) {
-    const int n = chunk.size - i < kBlock ? (int)(chunk.size - i) : kBlock;
-    Walk from(*chunk.strided, chunk.begin + i), to = from;
-    for (int k = 0; k < n; k++, from.step()) {
-      w[k] = ((const T*)chunk.w)[from.w];
-      g[k] = ((const T*)chunk.g)[from.g];
-      if constexpr (Rule::traits.reads_buffers)
-        for (int b = 0; b < kBuffers; b++) v[b][k] = ((const T*)chunk.v[b])[from.v[b]];
-      if constexpr (kMeasure == Measure::pair) h[k] = ((const T*)chunk.h)[from.h];
-    }
-    run_slots(c, block, n, slots);
-    for (int k = 0; k < n; k++, to.step()) {
-      if constexpr (Rule::traits.writes_w) ((T*)chunk.w)[to.w] = w[k];
-      for (int b = 0; b < kBuffers; b++) ((T*)chunk.v[b])[to.v[b]] = v[b][k];
-    }
+  StridedBlock block;
+  Uniform<T, Rule> all{(T*)block.w(), (const T*)block.g(), {}, (const T*)block.h()};
+  for (int k = 0; k < kRoom<Rule>; k++) all.v[k] = (T*)block.v(k);
+  for (int64_t i = 0, n; i < chunk.size; i += n) {
+    n = chunk.size - i < kStridedBlock ? chunk.size - i : kStridedBlock;
+    const Position at(*chunk.strided, chunk.begin + i);
+    gather(chunk, Rule::traits, at, n, block);
+    run_slots(c, all, n, slots);
+    scatter(chunk, Rule::traits, at, n, block);
   }
 }
 
@@ -237,8 +207,7 @@ template <class Rule, Measure kMeasure, class T> void run_uniform(const Chunk& c
   }
 }
 
-// ---- One chunk whose streams are stored differently
-// -------------------------------------------------------------------
+// ---- One chunk whose streams are stored differently -----------------------------------------------------------------
 
 Any any(const void* p, DType dtype) { return {(char*)p, dtype}; }
 
@@ -287,31 +256,21 @@ template <class Rule, Measure kMeasure> class Mixed {
   }
 
   void run_strided() {
-    constexpr int kBlock = 512;  // of random bits there is one block or a part
-    alignas(64) float w[kBlock], g[kBlock], v[kRoom<Rule>][kBlock], h[kBlock], master[kBlock];
-    At block{{any(w, c_.dtype), c_.master ? master : nullptr, nullptr}, any(g, c_.dtype), {}, any(h, c_.dtype)};
-    for (int k = 0; k < kRoom<Rule>; k++) block.v[k] = any(v[k], c_.v_dtype[k]);
+    StridedBlock room;
+    At block{{any(room.w(), c_.dtype), c_.master ? room.master : nullptr, nullptr},
+             any(room.g(), c_.dtype),
+             {},
+             any(room.h(), c_.dtype)};
+    for (int k = 0; k < kRoom<Rule>; k++) block.v[k] = any(room.v(k), c_.v_dtype[k]);
     for (int64_t i = 0, n; i < c_.size; i += n) {
-      n = c_.size - i < kBlock ? c_.size - i : kBlock;
+      n = c_.size - i < kStridedBlock ? c_.size - i : kStridedBlock;  // of random bits there is one block or a part
       block.w.bits = next(i, n);
-      Walk from(*c_.strided, c_.begin + i), to = from;
-      for (int k = 0; k < n; k++, from.step()) {
-        copy_item(block.w.stored + k, any(c_.w, c_.dtype) + from.w);
-        copy_item(block.g + k, any(c_.g, c_.dtype) + from.g);
-        if (c_.master) master[k] = c_.master[from.master];
-        if constexpr (Rule::traits.reads_buffers)
-          for (int b = 0; b < kBuffers; b++) copy_item(block.v[b] + k, any(c_.v[b], c_.v_dtype[b]) + from.v[b]);
-        if constexpr (kMeasure == Measure::pair) copy_item(block.h + k, any(c_.h, c_.dtype) + from.h);
-      }
+      const Position at(*c_.strided, c_.begin + i);
+      gather(c_, Rule::traits, at, n, room);
       run_slots(numbers_, block, n, slots_);
-      for (int k = 0; k < n; k++, to.step()) {
-        copy_item(any(c_.w, c_.dtype) + to.w, block.w.stored + k);
-        if (c_.master) c_.master[to.master] = master[k];
-        for (int b = 0; b < kBuffers; b++) copy_item(any(c_.v[b], c_.v_dtype[b]) + to.v[b], block.v[b] + k);
-      }
+      scatter(c_, Rule::traits, at, n, room);
     }
   }
-  static void copy_item(Any to, Any from) { __builtin_memcpy(to.p, from.p, from.item()); }
 
   const Chunk& c_;
   Slots<kSums<kMeasure>>* slots_;
@@ -335,7 +294,7 @@ template <class Rule> void mixed(const Chunk& c) {
 // What lies anywhere, or is made of two, comes through a block that is dense and stays in L1.
 template <class T> double sq_norm_by_blocks(const Chunk& chunk) {
   using R = Real<T>;
-  constexpr int kBlock = 512;
+  constexpr int kBlock = kStridedBlock;
   alignas(64) T g[kBlock], h[kBlock];
   alignas(64) R combined[kBlock];
   const auto c = PairCoefficients<R>::from(*chunk.hyper).template broadcast<Side<R, kLanes>>();
@@ -344,11 +303,9 @@ template <class T> double sq_norm_by_blocks(const Chunk& chunk) {
     const int n = chunk.size - i < kBlock ? (int)(chunk.size - i) : kBlock;
     const T *from_g = (const T*)chunk.g + i, *from_h = (const T*)chunk.h + i;
     if (chunk.strided) {
-      Walk at(*chunk.strided, chunk.begin + i);
-      for (int k = 0; k < n; k++, at.step()) {
-        g[k] = ((const T*)chunk.g)[at.g];
-        if (chunk.h) h[k] = ((const T*)chunk.h)[at.h];
-      }
+      const Position at(*chunk.strided, chunk.begin + i);
+      gather(sizeof(T), at, chunk.strided->g, n, chunk.g, g);
+      if (chunk.h) gather(sizeof(T), at, chunk.strided->h, n, chunk.h, h);
       from_g = g, from_h = h;
     } else if (n < kBlock) {  // whole lanes are read
       __builtin_memcpy(g, from_g, n * sizeof(T));

@@ -95,7 +95,7 @@ class RandomBlock {
   // How many coordinates to take next: blocks end where registers of counters do.
   static NK_HD int64_t most(int64_t begin) { return kSize - begin % kSize; }
   explicit RandomBlock(const RandomBits& of) : of_(of), keys_(of.seed) {}
-  NK_HD const uint16_t* fill(int64_t begin, int64_t n) {
+  [[gnu::noinline]] const uint16_t* fill(int64_t begin, int64_t n) {
     const int64_t skip = begin % kRandomAtATime;
     int64_t i = 0;
     const auto next = [&](auto registers) {

@@ -192,19 +192,27 @@ NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
 }
 #endif
 
-// Types that the level has no instructions for, all but float and double.
+// Types that the level has no instructions for, all but float and double: out of line, as inlined they would take most
+// of the time that it takes to compile the level.
 template <bool> struct If {};
 template <> struct If<true> {
   static constexpr int holds = 1;
 };
-template <class T, int = If<!is_same<T, Real<T>>>::holds> NK_HD Eight<float> load(const T* p, Width<8> eight) {
-  float x[kLanes];
+template <class T> [[gnu::noinline]] void widen_eight(const T* p, float* x) {
   for (int k = 0; k < kLanes; k++) x[k] = widen(p[k]);
-  return load(x, eight);
+}
+template <class T> [[gnu::noinline]] void narrow_eight(const float* x, T* p, float* stored) {
+  for (int k = 0; k < kLanes; k++) p[k] = narrow(x[k], T{}), stored[k] = widen(p[k]);
+}
+template <class T, int = If<!is_same<T, Real<T>>>::holds> NK_HD Eight<float> load(const T* p, Width<8>) {
+  Eight<float> x;
+  widen_eight(p, (float*)&x);
+  return x;
 }
 template <class T, int = If<!is_same<T, Real<T>>>::holds> NK_HD Eight<float> store(T* p, const Eight<float>& x) {
-  for (int k = 0; k < kLanes; k++) p[k] = narrow(x[k], T{});
-  return load(p, Width<8>{});
+  Eight<float> stored;
+  narrow_eight((const float*)&x, p, (float*)&stored);
+  return stored;
 }
 template <class T, int = If<!is_same<T, Real<T>>>::holds> NK_HD Side<float, 16> load(const T* p, Width<16>) {
   const Eight<float> halves[2] = {load(p, Width<8>{}), load(p + 8, Width<8>{})};

@@ -13,6 +13,8 @@ namespace {
 template <class W, class G, class V, int kItem, int kBuffers> struct Streams {
   static constexpr int kLine = 64 / kItem;     // coordinates in a cache line
   static constexpr int kAhead = 2048 / kItem;  // of 1 to 8 KB, 2 KB measured best, by a few per cent over the hardware
+  // Whether the coordinates of a line are written out side by side: it costs code, and time to compile.
+  static constexpr bool kUnrolls = kRegister > 16 && is_same<W, V>;
   W w;
   G g;
   V v[kBuffers];
@@ -111,8 +113,9 @@ template <bool kWrites> NK_HD void prefetch(const Weights& w) {
 
 template <class T> struct Padded;
 template <class T> struct Padded<T*> {
-  T x[kLanes] = {};
+  T x[kLanes];
   NK_HD T* in(const T* from, int n) {
+    __builtin_memset(x, 0, sizeof x);
     for (int k = 0; k < n; k++) x[k] = from[k];
     return x;
   }
@@ -122,8 +125,9 @@ template <class T> struct Padded<T*> {
 };
 template <class T> struct Padded<const T*> : Padded<T*> {};
 template <> struct Padded<Any> {
-  float x[kLanes] = {};
+  float x[kLanes];
   NK_HD Any in(Any from, int n) {
+    __builtin_memset(x, 0, sizeof x);
     if (n) __builtin_memcpy(x, from.p, n * from.item());  // a stream that is not read is null
     return {(char*)x, from.dtype};
   }

@@ -48,6 +48,7 @@ class GroupStep:
         "grads",
         "has_entries",
         "index",
+        "is_whole",
         "left_to_torch",
         "lr",
         "masters",
@@ -97,6 +98,7 @@ class GroupStep:
         self.has_entries = False  # whether `grads` and `buffers` are read
         self.torch_sums: list[tuple[int, Tensor]] = []
         self.wrappers: list[Tensor] = []  # DTensors whose local part the kernel writes
+        self.is_whole = False  # the kernel takes every parameter, all of them plain tensors
 
         arguments = (
             1.0 if isinstance(self.lr, Tensor) else self.lr,
@@ -120,13 +122,15 @@ class GroupStep:
         all_to_torch = options["differentiable"] or in_dispatch_mode()
         state = state if (momentum != 0 if gauge is None else gauge.has_buffer) else None
         if (
-            pair is None
-            and not all_to_torch
+            not all_to_torch
+            and (pair is None or pair.has_own_grads)
             and (precision is None or not precision.has_masters)
             and plan.add_whole(
-                "sgd_", params, state, (BUFFER,), self._hyper(arguments), self.code, index, self.multipliers, self.row
+                "sgd_", params, state, (BUFFER,), self._hyper(arguments), self.code, index, self.multipliers, self.row,
+                None if pair is None else pair.held,
             )
-        ):
+        ):  # fmt: skip
+            self.is_whole = True
             return
         self._add_entries(state, arguments, all_to_torch)
 
@@ -215,17 +219,21 @@ class GroupStep:
         if is_plain and (last := kept.get(self.index)) is not None and last[0] == arguments:
             return last[1]
         lr, momentum, dampening, weight_decay, nesterov, maximize, inverse_scale = arguments
+        if is_plain:
+            hyper = ops.Hyper(
+                lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
+                maximize=maximize, inverse_scale=inverse_scale,
+            )  # fmt: skip
+            kept[self.index] = (arguments, hyper)
+            return hyper
         state_dtype, rounding, _ = (None, None, 0) if self.precision is None else self.precision.code()
-        hyper = ops.Hyper(
+        return ops.Hyper(
             lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
             maximize=maximize, inverse_scale=inverse_scale,
             second_inverse_scale=1.0 if pair is None else pair.second_inverse_scale, l=1.0 if pair is None else pair.l,
             gauge=gauge, on_device=None if pair is not None else self.on_device, rounding=rounding,
             state_dtype=state_dtype,
         )  # fmt: skip
-        if is_plain:
-            kept[self.index] = (arguments, hyper)
-        return hyper
 
     def _find_another_way(self, refused: list[int], missing: set[int], arguments: _Arguments) -> None:
         """Step a DTensor through its local shard, and leave what the kernel cannot take to torch's loop."""

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch._C import _to_dlpack as to_dlpack
 from torch._C._autograd import _profiler_enabled
-from torch._compile import _disable_dynamo
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import ParamsT, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import ops
 from ..names import parameter_names
-from ..tracing import in_dispatch_mode
+from ..tracing import in_dispatch_mode, uncompiled
 from .clip_options import CLIPPING, ClipOptions
 from .clipping import clip
 from .dtensor import has_dtensors, sum_step_over_shards
@@ -429,7 +428,7 @@ class SGD(torch.optim.SGD):
 
     _watched_step = torch.optim.Optimizer.profile_hook_step(_plain_step)
 
-    @_disable_dynamo  # the kernels are opaque to torch.compile; without it would warn at each call of one
+    @uncompiled  # the kernels are opaque to torch.compile; without it would warn at each call of one
     def _step_now(self, max_norm: float | None) -> Tensor | None:
         run = self._run
         clip_options = run.clip_options
@@ -513,7 +512,7 @@ class SGD(torch.optim.SGD):
             if group.multipliers is not None:
                 multipliers[group.index] = group.multipliers
             fell_back = fell_back or bool(group.torch_sums)
-            has_shards = has_shards or has_dtensors(group.params)
+            has_shards = has_shards or (not group.is_whole and has_dtensors(group.params))
         offsets = run.plan.slot_offsets
         if fell_back:
             table = with_torch_sums(table, groups)

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn.utils import get_total_norm
 from torch.optim.optimizer import ParamsT
 
 from .. import ops
 from ..noise.pairs import Noise, NoiseAverage
+from ..tracing import uncompiled
 from .clip_options import ClipOptions
 from .clipped_pairs import ClippedPairs, warn_of_clipped_pairs
 from .dtensor import is_dtensor, sum_over_shards
@@ -171,7 +171,7 @@ class SVAG(SGD):
             _check_own({**self._options_of_svag, **param_group}, f"SVAG: param_groups[{len(self.param_groups)}]")
         super().add_param_group(param_group)
 
-    @_disable_dynamo  # what it keeps and clears are attributes of objects, no values of a graph
+    @uncompiled  # what it keeps and clears are attributes of objects, no values of a graph
     def hold(self, copy: bool = False, *, scale: float | None = None) -> None:
         """Take the accumulated gradients as the first of each pair, and leave ``.grad`` None for the second.
 
