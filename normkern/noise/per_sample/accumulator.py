@@ -14,7 +14,7 @@ from .contrast import Contrast
 from .contributions import Contribution
 from .derived import Through
 from .record import ROUNDING, GradientMark, ParameterRecord, Target, Uncovered
-from .sums import real, sq_norm
+from .sums import parts, sq_norm, wide
 
 
 class OperationUse(Protocol):
@@ -214,11 +214,11 @@ class Accumulator:
     def _compare(self, r: ParameterRecord, grad: Tensor) -> None:
         """Compare sum_b c_b with the gradient."""
         assert r.sums is not None
-        total = r.sums.total.to(real(grad.dtype))
-        tolerance = ROUNDING.get(torch.promote_types(r.sums.total.dtype, grad.dtype), 1e-4)
-        tolerance = max(tolerance, ROUNDING.get(grad.dtype, tolerance))
+        total = r.sums.total.to(wide(grad.dtype))
+        kinds = torch.promote_types(r.sums.total.dtype, grad.dtype).to_real(), grad.dtype.to_real()
+        tolerance = max(ROUNDING.get(kind, 1e-4) for kind in kinds)
         difference = (grad.to(total.dtype) - total).norm().item()
-        scale = grad.norm(dtype=torch.float64).item() + r.sums.sq_norms.sum().sqrt().item()
+        scale = parts(grad).norm(dtype=torch.float64).item() + r.sums.sq_norms.sum().sqrt().item()
         if difference > tolerance * scale:  # of the terms, where they cancel: a scorer of candidates before a softmax
             scale += sum(c.size() for c in r.settled)
         if difference > tolerance * scale:
@@ -317,7 +317,7 @@ class Accumulator:
     def _spread(self, r: ParameterRecord, batch: int) -> Tensor:
         if self.contrast is None or r.signed is None:
             raise errors.no_outputs(r.name)
-        return self.contrast.spread(r.signed.to(real(r.signed.dtype)), batch)
+        return self.contrast.spread(r.signed.to(wide(r.signed.dtype)), batch)
 
     @staticmethod
     def _set_centred(r: ParameterRecord, centred: Tensor | None) -> None:
@@ -331,13 +331,14 @@ class Accumulator:
         like = next((t for t in (centred, r.centred) if t is not None), None)
         if before == 0:
             return centred
-        kind = real(r.param.dtype)
+        kind = wide(r.param.dtype)
         zero = torch.zeros(r.param.shape, dtype=kind, device=r.param.device) if like is None else torch.zeros_like(like)
         mean_before = zero if previous is None else previous.to(kind) / before
         if now is None and r.fresh:
             now = r.read_total()
         mean_now = zero if now is None else now.to(kind) / batch
-        shift = (mean_now - mean_before).square_().mul_(before * batch / (before + batch))
+        shift = mean_now - mean_before
+        shift = (shift.abs() if shift.is_complex() else shift).square_().mul_(before * batch / (before + batch))
         for t in (r.sum_of_squares(), centred):
             if t is not None:
                 shift += t

@@ -147,6 +147,7 @@ class Through(Contribution):
 
     def _back(self, x: Tensor) -> Tensor:
         out = self.derived.back(self.root, x)
+        out = out if x.is_complex() or not out.is_complex() else out.real
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def sample(self, b: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import errors
 from .contributions import Contribution
 from .derived import Derived
-from .sums import Sums, plain_sum, real
+from .sums import Sums, plain_sum, real, wide
 
 Status = Literal["exact", "estimated", "excluded"]
 Uncovered = Literal["raise", "estimate", "exclude"]
@@ -69,7 +69,7 @@ class ParameterRecord:
     total: Tensor | None = None  #: sum_b c_b, if it cannot be read off .grad
     in_grad: GradientMark | None = None  #: else which gradient it is
     total_sq: Tensor | None = None
-    centred: Tensor | None = None  #: sum_b (c_b - mean)^2, times `scaled`
+    centred: Tensor | None = None  #: sum_b |c_b - mean|^2, times `scaled`
     scaled: float | None = None  #: a result's factor, once its variance is this very memory
     version: int = 0  #: of that memory
     centred_sum: Tensor | None = None  #: of `centred` before it was scaled
@@ -151,8 +151,8 @@ class ParameterRecord:
         """Return sum_b c_b times a factor, of the parameter's shape."""
         total = self.read_total()
         if total is None:
-            return torch.zeros(self.param.shape, dtype=real(self.param.dtype), device=self.param.device)
-        return total.to(real(total.dtype)).reshape(self.param.shape) * factor
+            return torch.zeros(self.param.shape, dtype=wide(self.param.dtype), device=self.param.device)
+        return total.to(wide(total.dtype)).reshape(self.param.shape) * factor
 
     def drop_backward(self) -> None:
         """Forget the current backward."""

@@ -260,6 +260,12 @@ class Tracer(TorchFunctionMode):
             hidden = tensors.opaque(t)
             if hidden is not None:
                 return self._leave_out(op, operands, f"made by {hidden[1]}")
+        if registration is not None and not registration.takes_complex and any(t.is_complex() for t in operands):
+            registration, op.why = None, "of complex numbers"
+            if _is_composite(op.func) and not LayoutRules.knows(op.name):
+                return self._enter(op)
+        elif registration is None and _is_composite(op.func):
+            return self._enter(op)
         if registration is not None:
             out = registration.handler(tensors, op)
             sure = without_guesses(op.samples)
@@ -267,8 +273,6 @@ class Tracer(TorchFunctionMode):
                 out = registration.handler(tensors, op.of(sure))
             if out is not NotImplemented:
                 return out
-        elif _is_composite(op.func):
-            return self._enter(op)
         return self._leave_out(op, operands, op.why)
 
     def _join_by_rows(self, op: Operation, operands: list[Tensor]) -> Any:

@@ -113,6 +113,8 @@ class Linear(LayerKind):
 def _linear(
     tensors: TensorState, x: Tensor, weight: Tensor, bias: Tensor | None, swapped: bool, samples: Samples
 ) -> Any:
+    if x.is_complex() or weight.is_complex():
+        return NotImplemented
     layout = tensors.layout(x)
     width = x.shape[-1] if x.dim() else 0
     if layout is None or not width or len(samples) > 1:
@@ -132,16 +134,18 @@ def _linear(
     return out
 
 
-@handles("linear", needs_batch=True)
+@handles("linear", needs_batch=True, takes_complex=True)
 def linear(tensors: TensorState, op: Operation) -> Any:
     """torch.nn.functional.linear."""
     x, weight, bias = op.bind("input weight bias")
     if any(weight is t for t, _ in op.samples):
         return NotImplemented
+    if any(t.is_complex() for t in op.tensors()):
+        return loop_over_samples(tensors, op)
     return _linear(tensors, x, weight, bias, False, op.samples)
 
 
-@handles("matmul", "__matmul__", "__rmatmul__", "mm")
+@handles("matmul", "__matmul__", "__rmatmul__", "mm", takes_complex=True)
 def matmul(tensors: TensorState, op: Operation) -> Any:
     """matmul, mm and @, with the parameter on either side."""
     a, b = op.args[:2] if len(op.args) > 1 else (op.argument(0, "input", op.kwargs.get("self")), _other(op.kwargs))
@@ -164,7 +168,7 @@ def _other(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("other", kwargs.get("mat2", kwargs.get("tensor2")))
 
 
-@handles("addmm", needs_batch=True)
+@handles("addmm", needs_batch=True, takes_complex=True)
 def addmm(tensors: TensorState, op: Operation) -> Any:
     """bias + x @ W."""
     bias, x, weight, beta, alpha = op.bind("input mat1 mat2 beta alpha", beta=1, alpha=1)

@@ -76,7 +76,7 @@ class LoopOverSamples(torch.autograd.Function):
             return (None, None, None, *dx, *grads)
 
 
-@handles(*ALONE)
+@handles(*ALONE, takes_complex=True)
 def loop_over_samples(tensors: TensorState, op: Operation) -> Any:
     """Any operation whose result has one dimension for the samples, as each operand that has samples."""
     if op.name not in _SMALL and not goes_back_sample_by_sample(tensors, *op.parameters):
