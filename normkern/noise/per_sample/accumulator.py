@@ -40,12 +40,13 @@ class Accumulator:
         batch_size: B, if the user said it.
         batch_norms: names the layers that use batch statistics, for an error.
         has_batchnorm: whether the model has such layers.
+        reduction: of the loss over samples, for a warning.
     """
 
     def __init__(
         self, records: Sequence[ParameterRecord], constants: set[int], tiers: frozenset[str], uncovered: Uncovered,
         checking: bool | str, keep_totals: bool, batch_size: int | None, batch_norms: Callable[[], str],
-        has_batchnorm: bool = False,
+        has_batchnorm: bool = False, reduction: str = "mean",
     ) -> None:  # fmt: skip
         self.records = list(records)
         self._by_id = {id(r.param): r for r in records}
@@ -64,11 +65,15 @@ class Accumulator:
         self.contrast: Contrast | None = None
         self.batches: list[int] = []  # of the backwards
         self._calls = 0
+        self.in_model = False  # a forward of the model runs
+        self.tainted = False  # the backward came to samples of which it is not known whether they are coupled
+        self.warned = False
         self._claimed: set[int] = set()  # calls that had their backward
         self._claiming: set[int] = set()
         self._batch_of_backward: int | None = None
         self.batch_norms = batch_norms
         self.has_batchnorm = has_batchnorm
+        self.reduction = reduction
 
     # ---- Parameters
 
@@ -113,7 +118,20 @@ class Accumulator:
             if self.uncovered_is == "raise":
                 raise errors.uncovered(r.described, operation, why)
             if r.status == "exact":
-                r.status = "estimated" if self.uncovered_is == "estimate" else "excluded"
+                self._set_aside(r)
+
+    def _set_aside(self, r: ParameterRecord) -> None:
+        r.status = "estimated" if self.uncovered_is == "estimate" else "excluded"
+
+    def exclude(self, records: Sequence[ParameterRecord]) -> None:
+        """Leave out parameters whose samples may be coupled, unless their contributions are complete."""
+        for r in records:
+            if r.sums is None and r.status != "excluded":
+                r.status, r.pending = "excluded", []
+
+    def taint(self, _: Tensor | None = None) -> None:
+        """Leave out all parameters whose gradients come after this one in the backward."""
+        self.tainted = not self.estimating or self.tainted
 
     # ---- Backward
 
@@ -139,6 +157,8 @@ class Accumulator:
 
     def measure(self, target: Target, contribution: Callable[[], Contribution]) -> Tensor | None:
         """Return the gradient of a target, and take its contributions into account."""
+        if self.tainted and not self.estimating:
+            self.exclude([root.record for root in target.roots])
         measured = [root for root in target.roots if root.record.status == "exact"]
         if self.estimating:
             return contribution().total().to(target.dtype) if len(measured) < len(target.roots) else None
@@ -172,8 +192,8 @@ class Accumulator:
             return
         if r.pending and len(r.pending) >= r.expected:
             self._settle(r, r.pending)
-        if r.status == "exact" and r.sums is None and not r.pending and self.uncovered_is == "exclude":
-            r.status = "excluded"  # its use was not seen
+        if r.status == "exact" and r.sums is None and not r.pending and self.uncovered_is != "raise":
+            self._set_aside(r)  # its use was not seen
         if r.status != "exact" or r.pending or r.incoming is not None:
             # What came is needed later: .grad must not take over its memory.
             r.incoming = grad.clone() if r.incoming is None else r.incoming + grad
@@ -236,7 +256,7 @@ class Accumulator:
             r.in_grad = GradientMark.of(param.grad)
 
     def _unexplained(self, r: ParameterRecord) -> RuntimeError:
-        if not any(x.expected for x in self.records) and not self.batches:
+        if not self._calls and not self.batches:
             return errors.forward_outside()
         return errors.unexplained(r.described)
 
@@ -254,7 +274,7 @@ class Accumulator:
             r.drop_backward()
         self._claimed |= self._claiming
         self._claiming, self._batch_of_backward, self.contrast = set(), None, None
-        self._origin_of_backward = None
+        self._origin_of_backward, self.tainted = None, False
 
     def backward_ended(self) -> None:
         """Merge the sums of the outermost backward, which has ended, with those of the backwards before."""

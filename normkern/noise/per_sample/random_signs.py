@@ -28,7 +28,9 @@ class SignedBackward(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         accumulator: Accumulator = ctx.accumulator
         out = ctx.held[0]
-        estimated = [r for r in accumulator.records if r.status == "estimated"]
+        estimated = [
+            r for r in accumulator.records if r.status == "estimated" or (r.status == "exact" and not r.expected)
+        ]
         batch = accumulator.batch
         if estimated and accumulator.open and not accumulator.estimating and batch is not None:
             if accumulator.contrast is None or len(accumulator.contrast.weights) != batch:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from . import errors, sample_layout
+from . import coupling, errors, sample_layout
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
 from .layers.registry import CHECKS, Check, find
@@ -34,7 +35,7 @@ from .propagation import (
     keeps_numbers,
     treats_rows_alone,
 )
-from .sample_layout import Mixed, SampleLayout, without_guesses
+from .sample_layout import Mixed, SampleLayout, State, without_guesses
 from .tensor_state import TensorState
 
 #: Read something of a tensor, or change what it is; make no tensor that has samples.
@@ -112,6 +113,8 @@ class Tracer(TorchFunctionMode):
         """Run a backward with the mode on, because activation checkpointing runs the forward again inside it."""
         outermost = self._entered == 0 and torch._C._current_graph_task_id() == -1
         outermost = outermost and func is not torch.autograd.grad
+        if outermost and self.accumulator.reduction == "mean":
+            self._warn_of_sums(tensors_in((*args, *kwargs.values())))
         self._entered += 1
         try:
             with self:
@@ -129,10 +132,24 @@ class Tracer(TorchFunctionMode):
             self.tensors.sweep()
         return out
 
+    def _warn_of_sums(self, losses: Iterator[Tensor]) -> None:
+        """Warn, once in a context, if a loss is seen to be a sum over samples."""
+        states = [self.tensors.state(t) for t in losses]
+        if not self.accumulator.warned and any(
+            isinstance(s, Mixed) and s.kind == "summed" and s.is_sum for s in states
+        ):
+            self.accumulator.warned = True
+            warnings.warn(errors.loss_is_a_sum(), stacklevel=6)
+
     def _enter(self, op: Operation) -> Any:
         """Run the body of a composite function with the mode on."""
         with self:
-            return body(op.func)(*op.args, **op.kwargs)
+            out = body(op.func)(*op.args, **op.kwargs)
+        if coupling.is_sum(op) and isinstance(out, Tensor):
+            state = self.tensors.state(out)
+            if isinstance(state, Mixed) and state.kind == "summed":
+                self.tensors.mark(out, replace(state, is_sum=True))
+        return out
 
     def _check(self, check: Check, op: Operation) -> None:
         """Refuse an operation that couples samples, unless it turns out that the context was lost."""
@@ -163,11 +180,13 @@ class Tracer(TorchFunctionMode):
         if not results or self.accumulator.batch is None:
             return
         tensors, rules = self.tensors, self.tensors.rules
+        states_of: list[tuple[Tensor, State]] = []
         samples: Samples = []
         lists: list[tuple[Tensor, Numbered]] = []
         mixed: Mixed | None = None
         for t in operands:
             state = tensors.state(t)
+            states_of.append((t, state))
             if isinstance(state, SampleLayout):
                 samples.append((t, state))
             elif isinstance(state, Numbered):
@@ -177,10 +196,11 @@ class Tracer(TorchFunctionMode):
         if lists and mixed is None:
             if self._follow_numbered(op, samples, lists, results):
                 return
-            mixed = next((Mixed(state.why) for t, state in lists if t.requires_grad), None)
+            mixed = next((state for t, state in lists if t.requires_grad), None)
         if mixed is not None:
+            states_of = [(t, Mixed(s.why, kind="moved") if isinstance(s, Numbered) else s) for t, s in states_of]
             for x in results:
-                tensors.mark(x, mixed)
+                tensors.mark(x, coupling.after(op, x, states_of))
             return
         if len(samples) == 1 and op.name in POINTWISE:
             t, layout = samples[0]
@@ -201,8 +221,20 @@ class Tracer(TorchFunctionMode):
         if len(samples) > 1 and any(isinstance(s, Mixed) for s in states) and op.name not in REDUCES:
             self._check_guesses(op, samples, results)
         for x, state in zip(results, states, strict=True):
-            is_harmless = isinstance(state, Mixed) and x.dim() == 0 and not x.requires_grad
-            tensors.mark(x, None if is_harmless else state)
+            if not isinstance(state, Mixed) or isinstance(state, Numbered):
+                tensors.mark(x, state)
+            elif x.dim() == 0 and not x.requires_grad:
+                tensors.mark(x, None)
+            else:
+                self._mark_mixed(op, x, coupling.made(op, x, state))
+
+    def _mark_mixed(self, op: Operation, x: Tensor, state: Mixed) -> None:
+        """Record that an operation has mixed samples."""
+        accumulator = self.accumulator
+        if state.kind == "unknown" and x.requires_grad and accumulator.in_model and accumulator.uncovered_is != "raise":
+            with torch._C.DisableTorchFunction():
+                x.register_hook(accumulator.taint)
+        self.tensors.mark(x, state)
 
     def _check_guesses(self, op: Operation, samples: Samples, results: list[Tensor]) -> None:
         """Refuse an operation that mixes samples of a guess with others, but for a loss that takes them in parallel."""
