@@ -12,7 +12,7 @@ from . import errors
 from .combine import combined
 from .contrast import Contrast
 from .contributions import Contribution
-from .derived import Through
+from .derived import Through, coarser
 from .record import ROUNDING, GradientMark, ParameterRecord, Target, Uncovered
 from .sums import parts, sq_norm, wide
 
@@ -168,6 +168,8 @@ class Accumulator:
         for r, _ in measured:
             if r.sums is not None:
                 raise errors.late_contribution(r.name)
+        for r, d in measured:
+            r.coarsest = coarser(r.coarsest, target.dtype.to_real() if d is None else d.coarsest)
         r, d = measured[0]
         if len(target.roots) == 1 and d is None and r.expected == 1 and not r.pending:
             self._settle(r, [of])
@@ -235,7 +237,7 @@ class Accumulator:
         """Compare sum_b c_b with the gradient."""
         assert r.sums is not None
         total = r.sums.total.to(wide(grad.dtype))
-        kinds = torch.promote_types(r.sums.total.dtype, grad.dtype).to_real(), grad.dtype.to_real()
+        kinds = torch.promote_types(r.sums.total.dtype, grad.dtype).to_real(), grad.dtype.to_real(), r.coarsest
         tolerance = max(ROUNDING.get(kind, 1e-4) for kind in kinds)
         difference = (grad.to(total.dtype) - total).norm().item()
         scale = parts(grad).norm(dtype=torch.float64).item() + r.sums.sq_norms.sum().sqrt().item()

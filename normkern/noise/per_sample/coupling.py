@@ -1,8 +1,8 @@
 """Whether what is computed from mixed samples couples them: a sum over samples does not, a function of a sum does.
 
-`Mixed.kind` says what is known. "summed": a linear function of sums over samples, as a loss is. "moved": each entry is of
-one sample, but of which one is not known. "unknown": an operation without a rule made it. "coupled": anything else, so
-that no sample has a gradient of its own.
+`Mixed.kind` says what is known. "summed": a linear function of sums over samples, as a loss is. "moved": each entry
+is of one sample, but of which one is not known. "unknown": an operation without a rule made it. "coupled": anything
+else, so that no sample has a gradient of its own.
 """
 
 from __future__ import annotations

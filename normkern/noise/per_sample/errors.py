@@ -136,17 +136,17 @@ def mixed(parameter: str, operation: str, why: str) -> RuntimeError:
 def mixed_output(shape: tuple[int, ...], why: str) -> RuntimeError:
     """The model couples samples after its last parameter."""
     return RuntimeError(
-        f"GradientNoise: the model returns a tensor of shape {shape} in which samples are mixed: {why}. So no sample has "
-        "a gradient of its own; expected a model that treats every sample by itself: leave such a term (a balance loss, "
-        "a contrast, batch statistics) out of the loss that is measured"
+        f"GradientNoise: the model returns a tensor of shape {shape} in which samples are mixed: {why}. So no sample "
+        "has a gradient of its own; expected a model that treats every sample by itself: leave such a term (a balance "
+        "loss, a contrast, batch statistics) out of the loss that is measured"
     )
 
 
 def loss_is_a_sum() -> str:
     """The warning where the loss is a sum but was said to be a mean."""
     return (
-        'GradientNoise: the loss is a sum over samples, but reduction is "mean", so that the trace and norms would be B^2 '
-        'times too large; expected GradientNoise(model, reduction="sum"), or a mean'
+        'GradientNoise: the loss is a sum over samples, but reduction is "mean", so that the trace and norms would be '
+        'B^2 times too large; expected GradientNoise(model, reduction="sum"), or a mean'
     )
 
 

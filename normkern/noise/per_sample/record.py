@@ -63,6 +63,7 @@ class ParameterRecord:
     incoming: Tensor | None = None  #: the gradient that arrived while contributions were still to come
     signed: Tensor | None = None  #: the gradient of a contrast of the samples
     arrived: bool = False
+    coarsest: torch.dtype = torch.float64  #: of the tensors that contributions went through
     fresh: bool = False  #: .grad was empty, and is the total now
     sq_now: Tensor | None = None  #: |sum_b c_b|^2
     #: All backwards:
@@ -158,6 +159,7 @@ class ParameterRecord:
         """Forget the current backward."""
         self.expected, self.pending, self.settled, self.sums, self.projections = 0, [], [], None, None
         self.incoming, self.signed, self.arrived, self.fresh, self.sq_now = None, None, False, False, None
+        self.coarsest = torch.float64
 
 
 class Root(NamedTuple):

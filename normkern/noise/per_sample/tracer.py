@@ -47,6 +47,8 @@ READS = frozenset(
     result_type can_cast promote_types finfo iinfo is_inference is_neg is_conj has_names _is_view
     untyped_storage type_as_dtype __dlpack__ __dlpack_device__ numpy broadcast_shapes manual_seed""".split()
 )
+#: Take from their second argument its shape or dtype alone.
+LIKE_ANOTHER = frozenset("type_as to view_as reshape_as".split())
 _bodies: dict[Any, Callable[..., Any]] = {}
 
 
@@ -91,6 +93,8 @@ class Tracer(TorchFunctionMode):
             return self._backward(func, args, kwargs)
         tensors = self.tensors
         operands = list(tensors_in((*args, *kwargs.values())))
+        if name in LIKE_ANOTHER and len(operands) > 1:
+            operands = operands[:1]
         op = Operation(name, func, args, kwargs, [], [t for t in operands if tensors.is_parameter(t)])
         if op.parameters:
             if torch.is_grad_enabled():
@@ -328,10 +332,14 @@ class Tracer(TorchFunctionMode):
     def _derive(self, op: Operation) -> Any:
         """Run an operation on parameters alone, and remember the way back to them."""
         tensors = self.tensors
+        written = op.written()
+        before = None if written is None or tensors.is_parameter(written) else written.detach().clone()
         out = op.func(*op.args, **op.kwargs)
-        every = list(tensors_in((out,)))
+        every = list(tensors_in((out,))) if written is None else [written]
         results = [x for x in every if x.requires_grad]
-        if not results or any(any(x is p for p in op.parameters) for x in results):
+        if written is not None:
+            tensors.forget_aliases(written, tensors.records(op.parameters), op.name)
+        if not results or (written is None and any(any(x is p for p in op.parameters) for x in results)):
             for x in every:
                 tensors.mark(x, None)
         elif op.name in RANDOM or len(results) < len(every) or any(tensors.opaque(p) for p in op.parameters):
@@ -339,7 +347,7 @@ class Tracer(TorchFunctionMode):
             for x in results:
                 tensors.mark_opaque(x, records, op.name)
         else:
-            derived = derive(op, results[0], tensors.derived, tensors.leaf)
+            derived = derive(op, results[0], tensors.derived, tensors.leaf, before)
             for x, d in zip(results, derived, strict=True):
                 tensors.mark_derived(x, d)
         return out

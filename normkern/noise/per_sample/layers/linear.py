@@ -17,7 +17,7 @@ from ..operation import Operation, Samples
 from ..sample_layout import SampleLayout, by_sample
 from ..sums import Sums, real
 from ..tensor_state import TensorState
-from .base import LayerKind, apply, autocast, goes_back_sample_by_sample, mixed, shape_of
+from .base import LayerKind, apply, autocast, mixed, shape_of
 from .loop import loop_over_samples
 from .registry import handles
 
@@ -125,8 +125,6 @@ def _linear(
     d = tensors.derived(weight)
     if d is not None and d.transposed is not None:
         weight, swapped = tensors.accumulator.record(d.transposed).param, not swapped
-    if not goes_back_sample_by_sample(tensors, weight):
-        return NotImplemented
     use = tensors.use("linear", [weight, bias])
     kind = Linear(use.batch, layout.block, swapped, [weight.shape, shape_of(bias)])
     out = apply(use, kind, x, weight, bias)
