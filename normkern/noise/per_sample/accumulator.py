@@ -106,6 +106,7 @@ class Accumulator:
         if torch._C._current_graph_task_id() == -1:
             for root in target.roots:
                 root.record.expected += 1
+                root.record.is_seen = True
 
     def seen_without_grad(self, t: Tensor) -> None:
         """Expect those of a use under no_grad, which the first forward of a checkpoint is."""

@@ -36,6 +36,12 @@ def is_sum(op: Operation) -> bool:
     return op.name in ("sum", "nansum") or op.kwargs.get("reduction") == "sum"
 
 
+def may_couple(op: Operation, result: Tensor, states: Sequence[tuple[Tensor, State]]) -> bool:
+    """Return whether an operation on samples of unknown places may couple them; one element by element does not."""
+    has_samples = [t for t, s in states if s is not None]
+    return op.name not in POINTWISE or any(t.shape != result.shape for t in has_samples)
+
+
 def made(op: Operation, result: Tensor, state: Mixed) -> Mixed:
     """Return the state of a result in which an operation mixed samples that could be told apart before."""
     name = op.name
@@ -63,6 +69,8 @@ def after(op: Operation, result: Tensor, states: Sequence[tuple[Tensor, State]])
     has_samples = any(isinstance(s, SampleLayout) for _, s in states)
     together = Mixed(first.why, is_sum=any(s.is_sum for t, s in mixed if t.requires_grad) and "mean" not in name)
     if result.dim() == 0 and not LayoutRules.knows(name) and "summed" not in kinds:
+        return replace(together, kind="summed", is_sum=is_sum(op))
+    if result.dim() == 0 and "summed" not in kinds and (name in _SUMS or name in _LOSSES):
         return replace(together, kind="summed", is_sum=is_sum(op))
     if "unknown" in kinds:
         return replace(together, kind="unknown")

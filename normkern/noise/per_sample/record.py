@@ -56,6 +56,7 @@ class ParameterRecord:
     status: Status = "exact"
     #: The current backward:
     expected: int = 0  #: uses in the forward
+    is_seen: bool = False  #: whether one of them was with gradients
     pending: list[Contribution] = field(default_factory=list)  #: contributions that wait for others
     settled: list[Contribution] = field(default_factory=list)  #: those in `sums`, until they are compared
     sums: Sums | None = None
@@ -159,7 +160,7 @@ class ParameterRecord:
         """Forget the current backward."""
         self.expected, self.pending, self.settled, self.sums, self.projections = 0, [], [], None, None
         self.incoming, self.signed, self.arrived, self.fresh, self.sq_now = None, None, False, False, None
-        self.coarsest = torch.float64
+        self.coarsest, self.is_seen = torch.float64, False
 
 
 class Root(NamedTuple):

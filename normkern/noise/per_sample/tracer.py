@@ -20,7 +20,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from . import coupling, errors, sample_layout
+from . import coupling, errors, sample_layout, user_code
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
 from .layers.registry import CHECKS, Check, find
@@ -35,6 +35,7 @@ from .propagation import (
     keeps_numbers,
     treats_rows_alone,
 )
+from .random_signs import SignedBackward
 from .sample_layout import Mixed, SampleLayout, State, without_guesses
 from .tensor_state import TensorState
 
@@ -111,6 +112,28 @@ class Tracer(TorchFunctionMode):
             return self._enter(op)
         out = func(*args, **kwargs)
         self._follow(op, operands, out)
+        accumulator = self.accumulator
+        if accumulator.in_model and accumulator.uncovered_is == "estimate" and isinstance(out, Tensor):
+            return self._signed(op, operands, out)
+        return out
+
+    def _signed(self, op: Operation, operands: list[Tensor], out: Tensor) -> Tensor:
+        """Run a loss of the model once more, on samples that the signed backward reaches."""
+        tensors = self.tensors
+        state = tensors.state(out)
+        if not (isinstance(state, Mixed) and state.kind == "summed" and out.requires_grad) or op.written() is not None:
+            return out
+        instead: dict[int, Tensor] = {}
+        for t in operands:
+            layout = tensors.layout(t)
+            if layout is not None and t.requires_grad:
+                with torch._C.DisableTorchFunction():
+                    instead[id(t)] = SignedBackward.apply(self.accumulator, layout.block, t, [t])
+                tensors.mark(instead[id(t)], layout)
+        if not instead:
+            return out
+        out = op.run_with(lambda t: instead.get(id(t), t))
+        tensors.mark(out, state)
         return out
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -204,7 +227,7 @@ class Tracer(TorchFunctionMode):
         if mixed is not None:
             states_of = [(t, Mixed(s.why, kind="moved") if isinstance(s, Numbered) else s) for t, s in states_of]
             for x in results:
-                tensors.mark(x, coupling.after(op, x, states_of))
+                self._mark_mixed(x, coupling.after(op, x, states_of), coupling.may_couple(op, x, states_of))
             return
         if len(samples) == 1 and op.name in POINTWISE:
             t, layout = samples[0]
@@ -230,12 +253,15 @@ class Tracer(TorchFunctionMode):
             elif x.dim() == 0 and not x.requires_grad:
                 tensors.mark(x, None)
             else:
-                self._mark_mixed(op, x, coupling.made(op, x, state))
+                state = coupling.made(op, x, state)
+                where = f" (at {user_code.line()})" if self.accumulator.in_model else ""
+                self._mark_mixed(x, replace(state, why=state.why + where))
 
-    def _mark_mixed(self, op: Operation, x: Tensor, state: Mixed) -> None:
-        """Record that an operation has mixed samples."""
+    def _mark_mixed(self, x: Tensor, state: Mixed, may_couple: bool = True) -> None:
+        """Record that an operation has mixed samples; where it may have coupled them, the parameters before are out."""
         accumulator = self.accumulator
-        if state.kind == "unknown" and x.requires_grad and accumulator.in_model and accumulator.uncovered_is != "raise":
+        is_unknown = state.kind == "unknown" and may_couple and x.requires_grad
+        if is_unknown and accumulator.in_model and accumulator.uncovered_is != "raise":
             with torch._C.DisableTorchFunction():
                 x.register_hook(accumulator.taint)
         self.tensors.mark(x, state)
@@ -285,7 +311,10 @@ class Tracer(TorchFunctionMode):
             elif isinstance(state, Numbered):
                 op.numbered.append((t, state))
             elif isinstance(state, Mixed) and t.requires_grad:
-                raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why)
+                has_way_out = state.kind in ("moved", "unknown")
+                if not has_way_out or self.accumulator.uncovered_is == "raise":
+                    raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why, has_way_out)
+                return self._leave_out(op, operands, state.why)
         if op.numbered and not (registration is not None and registration.takes_numbered):
             return self._join_by_rows(op, operands)
         if not (op.samples or op.numbered):
