@@ -483,14 +483,14 @@ def joined_projections() -> ValueError:
 def not_an_operation(got: object) -> TypeError:
     """A handler is registered for something that cannot be called."""
     return TypeError(
-        f"GradientNoise: handles() expected names of operations or functions, got {type(got).__name__}; expected, for "
-        'example, handles("linear") or handles(torch.ops.my_library.my_op)'
+        "GradientNoise: register() expected names of operations, functions, or classes of modules or autograd "
+        f'functions, got {type(got).__name__}; expected, for example, register("linear") or register(torch.ops.my_library.my_op)'
     )
 
 
 def no_operation() -> TypeError:
     """A handler is registered for nothing."""
-    return TypeError('GradientNoise: handles() expected at least one operation, got none; expected handles("linear")')
+    return TypeError('GradientNoise: register() expected at least one operation, got none; expected register("linear")')
 
 
 def already_handled(operation: str, handler: str) -> ValueError:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
@@ -96,6 +96,8 @@ class Tracer(TorchFunctionMode):
         operands = list(tensors_in((*args, *kwargs.values())))
         if name in LIKE_ANOTHER and len(operands) > 1:
             operands = operands[:1]
+        if hasattr(func, "original") and isinstance(args[0], nn.Module):
+            operands += args[0].parameters()
         op = Operation(name, func, args, kwargs, [], [t for t in operands if tensors.is_parameter(t)])
         if op.parameters:
             if torch.is_grad_enabled():
@@ -108,7 +110,11 @@ class Tracer(TorchFunctionMode):
                 return func(*args, **kwargs)
         if name == "__setitem__":
             return self._assign(op)
-        if _is_composite(func) and not (op.parameters or LayoutRules.knows(name)):
+        if hasattr(func, "original") and not op.parameters:
+            out = self._run_rule(op, operands)
+            if out is not NotImplemented:
+                return out
+        if self._can_enter(op) and not (op.parameters or LayoutRules.knows(name)):
             return self._enter(op)
         out = func(*args, **kwargs)
         self._follow(op, operands, out)
@@ -171,12 +177,23 @@ class Tracer(TorchFunctionMode):
     def _enter(self, op: Operation) -> Any:
         """Run the body of a composite function with the mode on."""
         with self:
-            out = body(op.func)(*op.args, **op.kwargs)
+            out = (getattr(op.func, "original", None) or body(op.func))(*op.args, **op.kwargs)
         if coupling.is_sum(op) and isinstance(out, Tensor):
             state = self.tensors.state(out)
             if isinstance(state, Mixed) and state.kind == "summed":
                 self.tensors.mark(out, replace(state, is_sum=True))
         return out
+
+    def _run_rule(self, op: Operation, operands: list[Tensor]) -> Any:
+        """Run a registered operation without parameters by its rule, so that its samples are followed."""
+        registration = find(op.name)
+        op.samples = [(t, layout) for t in operands if (layout := self.tensors.layout(t)) is not None]
+        return NotImplemented if registration is None or not op.samples else registration.handler(self.tensors, op)
+
+    @staticmethod
+    def _can_enter(op: Operation) -> bool:
+        """Return whether an operation is made of others that can be seen, as a composite function and a module are."""
+        return _is_composite(op.func) or (hasattr(op.func, "original") and isinstance(op.args[0], nn.Module))
 
     def _check(self, check: Check, op: Operation) -> None:
         """Refuse an operation that couples samples, unless it turns out that the context was lost."""
@@ -320,14 +337,15 @@ class Tracer(TorchFunctionMode):
         if not (op.samples or op.numbered):
             makes_samples = None if registration is None else registration.without_samples
             if makes_samples is None or not makes_samples(tensors, op):
-                return self._derive(op)
+                is_module = not _is_composite(op.func) and self._can_enter(op)
+                return self._enter(op) if is_module else self._derive(op)
         for t in parameters:
             hidden = tensors.opaque(t)
             if hidden is not None:
                 return self._leave_out(op, operands, f"made by {hidden[1]}")
         if registration is not None and not registration.takes_complex and any(t.is_complex() for t in operands):
             registration, op.why = None, "of complex numbers"
-            if _is_composite(op.func) and not LayoutRules.knows(op.name):
+            if self._can_enter(op) and not LayoutRules.knows(op.name):
                 return self._enter(op)
         elif registration is None and _is_composite(op.func):
             return self._enter(op)
@@ -338,6 +356,8 @@ class Tracer(TorchFunctionMode):
                 out = registration.handler(tensors, op.of(sure))
             if out is not NotImplemented:
                 return out
+            if self._can_enter(op) and not _is_composite(op.func):
+                return self._enter(op)
         return self._leave_out(op, operands, op.why)
 
     def _join_by_rows(self, op: Operation, operands: list[Tensor]) -> Any:
