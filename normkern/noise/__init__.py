@@ -3,7 +3,7 @@
 from .ddp import DDPNoise, DDPNoiseResult
 from .moments import Moments
 from .pairs import Noise, noise_from_pair
-from .per_sample import GradientNoise, GradientNoiseResult
+from .per_sample import GradientNoise, GradientNoiseResult, register
 from .running_moments import RunningMoments
 
 __all__ = [
@@ -15,4 +15,5 @@ __all__ = [
     "Noise",
     "RunningMoments",
     "noise_from_pair",
+    "register",
 ]

@@ -12,9 +12,9 @@ from . import errors
 from .combine import combined
 from .contrast import Contrast
 from .contributions import Contribution
-from .derived import Through
+from .derived import Through, coarser
 from .record import ROUNDING, GradientMark, ParameterRecord, Target, Uncovered
-from .sums import real, sq_norm
+from .sums import parts, sq_norm, wide
 
 
 class OperationUse(Protocol):
@@ -40,12 +40,13 @@ class Accumulator:
         batch_size: B, if the user said it.
         batch_norms: names the layers that use batch statistics, for an error.
         has_batchnorm: whether the model has such layers.
+        reduction: of the loss over samples, for a warning.
     """
 
     def __init__(
         self, records: Sequence[ParameterRecord], constants: set[int], tiers: frozenset[str], uncovered: Uncovered,
         checking: bool | str, keep_totals: bool, batch_size: int | None, batch_norms: Callable[[], str],
-        has_batchnorm: bool = False,
+        has_batchnorm: bool = False, reduction: str = "mean",
     ) -> None:  # fmt: skip
         self.records = list(records)
         self._by_id = {id(r.param): r for r in records}
@@ -64,11 +65,15 @@ class Accumulator:
         self.contrast: Contrast | None = None
         self.batches: list[int] = []  # of the backwards
         self._calls = 0
+        self.in_model = False  # a forward of the model runs
+        self.tainted = False  # the backward came to samples of which it is not known whether they are coupled
+        self.warned = False
         self._claimed: set[int] = set()  # calls that had their backward
         self._claiming: set[int] = set()
         self._batch_of_backward: int | None = None
         self.batch_norms = batch_norms
         self.has_batchnorm = has_batchnorm
+        self.reduction = reduction
 
     # ---- Parameters
 
@@ -101,6 +106,7 @@ class Accumulator:
         if torch._C._current_graph_task_id() == -1:
             for root in target.roots:
                 root.record.expected += 1
+                root.record.is_seen = True
 
     def seen_without_grad(self, t: Tensor) -> None:
         """Expect those of a use under no_grad, which the first forward of a checkpoint is."""
@@ -113,7 +119,20 @@ class Accumulator:
             if self.uncovered_is == "raise":
                 raise errors.uncovered(r.described, operation, why)
             if r.status == "exact":
-                r.status = "estimated" if self.uncovered_is == "estimate" else "excluded"
+                self._set_aside(r)
+
+    def _set_aside(self, r: ParameterRecord) -> None:
+        r.status = "estimated" if self.uncovered_is == "estimate" else "excluded"
+
+    def exclude(self, records: Sequence[ParameterRecord]) -> None:
+        """Leave out parameters whose samples may be coupled, unless their contributions are complete."""
+        for r in records:
+            if r.sums is None and r.status != "excluded":
+                r.status, r.pending = "excluded", []
+
+    def taint(self, _: Tensor | None = None) -> None:
+        """Leave out all parameters whose gradients come after this one in the backward."""
+        self.tainted = not self.estimating or self.tainted
 
     # ---- Backward
 
@@ -139,6 +158,8 @@ class Accumulator:
 
     def measure(self, target: Target, contribution: Callable[[], Contribution]) -> Tensor | None:
         """Return the gradient of a target, and take its contributions into account."""
+        if self.tainted and not self.estimating:
+            self.exclude([root.record for root in target.roots])
         measured = [root for root in target.roots if root.record.status == "exact"]
         if self.estimating:
             return contribution().total().to(target.dtype) if len(measured) < len(target.roots) else None
@@ -148,6 +169,8 @@ class Accumulator:
         for r, _ in measured:
             if r.sums is not None:
                 raise errors.late_contribution(r.name)
+        for r, d in measured:
+            r.coarsest = coarser(r.coarsest, target.dtype.to_real() if d is None else d.coarsest)
         r, d = measured[0]
         if len(target.roots) == 1 and d is None and r.expected == 1 and not r.pending:
             self._settle(r, [of])
@@ -172,8 +195,8 @@ class Accumulator:
             return
         if r.pending and len(r.pending) >= r.expected:
             self._settle(r, r.pending)
-        if r.status == "exact" and r.sums is None and not r.pending and self.uncovered_is == "exclude":
-            r.status = "excluded"  # its use was not seen
+        if r.status == "exact" and r.sums is None and not r.pending and self.uncovered_is != "raise":
+            self._set_aside(r)  # its use was not seen
         if r.status != "exact" or r.pending or r.incoming is not None:
             # What came is needed later: .grad must not take over its memory.
             r.incoming = grad.clone() if r.incoming is None else r.incoming + grad
@@ -214,11 +237,11 @@ class Accumulator:
     def _compare(self, r: ParameterRecord, grad: Tensor) -> None:
         """Compare sum_b c_b with the gradient."""
         assert r.sums is not None
-        total = r.sums.total.to(real(grad.dtype))
-        tolerance = ROUNDING.get(torch.promote_types(r.sums.total.dtype, grad.dtype), 1e-4)
-        tolerance = max(tolerance, ROUNDING.get(grad.dtype, tolerance))
+        total = r.sums.total.to(wide(grad.dtype))
+        kinds = torch.promote_types(r.sums.total.dtype, grad.dtype).to_real(), grad.dtype.to_real(), r.coarsest
+        tolerance = max(ROUNDING.get(kind, 1e-4) for kind in kinds)
         difference = (grad.to(total.dtype) - total).norm().item()
-        scale = grad.norm(dtype=torch.float64).item() + r.sums.sq_norms.sum().sqrt().item()
+        scale = parts(grad).norm(dtype=torch.float64).item() + r.sums.sq_norms.sum().sqrt().item()
         if difference > tolerance * scale:  # of the terms, where they cancel: a scorer of candidates before a softmax
             scale += sum(c.size() for c in r.settled)
         if difference > tolerance * scale:
@@ -236,7 +259,7 @@ class Accumulator:
             r.in_grad = GradientMark.of(param.grad)
 
     def _unexplained(self, r: ParameterRecord) -> RuntimeError:
-        if not any(x.expected for x in self.records) and not self.batches:
+        if not self._calls and not self.batches:
             return errors.forward_outside()
         return errors.unexplained(r.described)
 
@@ -254,7 +277,7 @@ class Accumulator:
             r.drop_backward()
         self._claimed |= self._claiming
         self._claiming, self._batch_of_backward, self.contrast = set(), None, None
-        self._origin_of_backward = None
+        self._origin_of_backward, self.tainted = None, False
 
     def backward_ended(self) -> None:
         """Merge the sums of the outermost backward, which has ended, with those of the backwards before."""
@@ -317,7 +340,7 @@ class Accumulator:
     def _spread(self, r: ParameterRecord, batch: int) -> Tensor:
         if self.contrast is None or r.signed is None:
             raise errors.no_outputs(r.name)
-        return self.contrast.spread(r.signed.to(real(r.signed.dtype)), batch)
+        return self.contrast.spread(r.signed.to(wide(r.signed.dtype)), batch)
 
     @staticmethod
     def _set_centred(r: ParameterRecord, centred: Tensor | None) -> None:
@@ -331,13 +354,14 @@ class Accumulator:
         like = next((t for t in (centred, r.centred) if t is not None), None)
         if before == 0:
             return centred
-        kind = real(r.param.dtype)
+        kind = wide(r.param.dtype)
         zero = torch.zeros(r.param.shape, dtype=kind, device=r.param.device) if like is None else torch.zeros_like(like)
         mean_before = zero if previous is None else previous.to(kind) / before
         if now is None and r.fresh:
             now = r.read_total()
         mean_now = zero if now is None else now.to(kind) / batch
-        shift = (mean_now - mean_before).square_().mul_(before * batch / (before + batch))
+        shift = mean_now - mean_before
+        shift = (shift.abs() if shift.is_complex() else shift).square_().mul_(before * batch / (before + batch))
         for t in (r.sum_of_squares(), centred):
             if t is not None:
                 shift += t

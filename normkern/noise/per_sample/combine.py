@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .contributions import Contribution
 from .derived import Through
-from .sums import Sums, of_matrix, one_by_one, real
+from .sums import Sums, of_matrix, one_by_one, wide
 
 
 def combined(contributions: Sequence[Contribution], squares: bool) -> Sums:
@@ -21,7 +21,7 @@ def combined(contributions: Sequence[Contribution], squares: bool) -> Sums:
         return merged.sums(squares)
     matrices = [c.matrix() for c in contributions]
     if all(m is not None for m in matrices):
-        rows = sum(m.to(real(m.dtype)) for m in matrices if m is not None)
+        rows = sum(m.to(wide(m.dtype)) for m in matrices if m is not None)
         assert isinstance(rows, Tensor)
         return of_matrix(rows, squares).reshape(first.shape)
     if _disjoint(contributions):

@@ -20,12 +20,12 @@ from ...tracing import force_eager, in_dispatch_mode
 from . import distributed, errors, measuring, sample_layout, session
 from .accumulator import Accumulator
 from .model_parameters import ModelParameters, batch_norms
-from .numbered import state_of_packed
+from .numbered import Numbered, state_of_packed
 from .parallel import find_ddp, is_ddp, running_ddp, unwrapped
 from .random_signs import SignedBackward
 from .record import Uncovered
 from .result import GradientNoiseResult
-from .sample_layout import Mixed, SampleLayout
+from .sample_layout import Mixed, SampleLayout, State
 from .session import Session
 from .summary import summarise
 
@@ -212,7 +212,7 @@ class GradientNoise:
 
         accumulator = Accumulator(
             parameters.records, parameters.constants, frozenset(self.stats), self.uncovered, checking, self._is_shared,
-            self.batch_size, names, parameters.has_batchnorm,
+            self.batch_size, names, parameters.has_batchnorm, self.reduction,
         )  # fmt: skip
         if self.batch_size is None:
             accumulator.batch = self._batch_of_measure
@@ -253,7 +253,7 @@ class GradientNoise:
         if self._outermost is not None:
             self._depth += module is self._outermost
             return
-        self._outermost, self._depth = module, 1
+        self._outermost, self._depth, accumulator.in_model = module, 1, True
         if module not in self._seen_out:
             self._seen_out.add(module)
             opened.after_forward(module, self._returned)
@@ -297,11 +297,15 @@ class GradientNoise:
         if self._depth:
             return None
         self._outermost = None
-        if self.uncovered != "estimate":
-            return None
         opened = self._session
         assert opened is not None
         accumulator, tensors = opened.accumulator, opened.tracer.tensors
+        accumulator.in_model = False
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.requires_grad and not accumulator.knows(x):
+                self._refuse_mixed(accumulator, x, tensors.state(x))
+        if self.uncovered != "estimate":
+            return None
 
         def signed(x: Any) -> Any:
             layout = tensors.layout(x) if isinstance(x, Tensor) and x.requires_grad else None
@@ -313,6 +317,23 @@ class GradientNoise:
             return y
 
         return tree_map(signed, out)
+
+    def _refuse_mixed(self, accumulator: Accumulator, x: Tensor, state: State) -> None:
+        """Raise an error in the backward through an output of the model that couples samples."""
+        if not isinstance(state, Mixed) or isinstance(state, Numbered) or state.kind == "moved":
+            return
+        if state.kind == "unknown" and self.uncovered != "raise":
+            return
+        if state.kind != "coupled" and x.numel() == 1:
+            return
+
+        def refuse(_: Tensor) -> None:
+            if accumulator.open:
+                raise errors.mixed_output(tuple(x_shape), state.why)
+
+        x_shape = x.shape
+        with torch._C.DisableTorchFunction():
+            x.register_hook(refuse)
 
     # ---- The result
 

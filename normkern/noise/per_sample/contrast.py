@@ -36,5 +36,5 @@ class Contrast:
         return cls(weights[torch.randperm(batch, generator=_generator)])
 
     def spread(self, q: Tensor, batch: int) -> Tensor:
-        """Return an estimate of sum_b (c_b - mean)^2, elementwise, from the contrast's gradient q."""
-        return q.square() * ((batch - 1) / self.weights.square().sum().item())
+        """Return an estimate of sum_b |c_b - mean|^2, elementwise, from the contrast's gradient q."""
+        return (q.abs() if q.is_complex() else q).square() * ((batch - 1) / self.weights.square().sum().item())

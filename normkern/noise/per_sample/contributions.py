@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sums import Sums, of_matrix, one_by_one, real
+from .sums import Sums, of_matrix, one_by_one, parts, wide
 
 
 class Contribution:
@@ -42,9 +42,9 @@ class Contribution:
         return None
 
     def project(self, on: Tensor) -> Tensor:
-        """Return (B,) <c_b, on>, float64."""
-        on = on.double()
-        return torch.stack([(self.sample(b).double() * on).sum() for b in range(self.batch)])
+        """Return (B,) <c_b, on>, float64; the real part, where they are complex."""
+        on = parts(on).double()
+        return torch.stack([(parts(self.sample(b)).double() * on).sum() for b in range(self.batch)])
 
     def size(self) -> float:
         """Return the norm of all contributions, for the rounding of their sum."""
@@ -72,7 +72,7 @@ class Matrix(Contribution):
         return of_matrix(self.rows, squares).reshape(self.shape)
 
     def total(self) -> Tensor:
-        return self.rows.sum(0, dtype=real(self.rows.dtype)).reshape(self.shape)
+        return self.rows.sum(0, dtype=wide(self.rows.dtype)).reshape(self.shape)
 
     def sample(self, b: int) -> Tensor:
         return self.rows[b].reshape(self.shape)
@@ -81,14 +81,14 @@ class Matrix(Contribution):
         return self.rows
 
     def project(self, on: Tensor) -> Tensor:
-        return self.rows.double() @ on.double().reshape(-1)
+        return parts(self.rows).double().flatten(1) @ parts(on).double().reshape(-1)
 
     def merge(self, others: Sequence[Contribution]) -> Matrix | None:
         """Add the rows."""
         every = [c.matrix() for c in (self, *others)]
         if any(rows is None for rows in every):
             return None
-        return Matrix(sum(rows.to(real(rows.dtype)) for rows in every if rows is not None), self.shape)  # type: ignore[arg-type]
+        return Matrix(sum(rows.to(wide(rows.dtype)) for rows in every if rows is not None), self.shape)  # type: ignore[arg-type]
 
 
 @dataclass

@@ -46,6 +46,7 @@ class Derived:
     selects: bool  #: each entry is one of a parameter, and each of those appears at most once
     elementwise: bool  #: or a function of one entry
     transposed: int | None = None  #: the id of the parameter whose transpose, two-dimensional, this is
+    coarsest: torch.dtype = torch.float64  #: of all tensors on the way
 
     def back(self, root: int, grad: Tensor) -> Tensor:
         """Return the gradient of one of the parameters from a gradient of this tensor."""
@@ -71,7 +72,11 @@ class Derived:
 
 
 def derive(
-    op: Operation, result: Tensor, find: Callable[[Tensor], Derived | None], leaf: Callable[[Tensor], Tensor]
+    op: Operation,
+    result: Tensor,
+    find: Callable[[Tensor], Derived | None],
+    leaf: Callable[[Tensor], Tensor],
+    before: Tensor | None = None,
 ) -> list[Derived]:
     """Run an operation on parameters once more, on its own graph.
 
@@ -80,11 +85,14 @@ def derive(
         result: the first tensor that it returned.
         find: returns what a tensor was derived from; None for a parameter itself.
         leaf: returns the stand-in of a parameter.
+        before: a copy of the tensor that the operation wrote into, if that was not made of parameters before.
     """
     stands: dict[int, Tensor] = {}
     leaves: dict[int, Tensor] = {}
     transposed: int | None = None
     are_selected = are_elementwise = True
+    coarsest = result.dtype.to_real()
+    writes = op.written() is result
     for t in op.parameters:
         d = find(t)
         if d is None:
@@ -95,16 +103,26 @@ def derive(
         else:
             stands[id(t)] = d.value
             leaves.update(d.leaves)
+            coarsest = coarser(coarsest, d.coarsest)
             are_selected, are_elementwise = are_selected and d.selects, are_elementwise and d.elementwise
     with torch._C.DisableTorchFunction(), torch.enable_grad():
+        if writes:
+            written = stands[id(result)] = stands[id(result)].clone() if before is None else before
         twin = op.run_with(lambda t: stands.get(id(t), t))
-    picks = _selects(op)
+        if writes and op.name == "__setitem__":
+            twin = written
+    picks = _selects(op) and not writes
     same_shape = len(op.parameters) == 1 and result.shape == op.parameters[0].shape
     pointwise = picks or (op.name in ELEMENTWISE and same_shape)
     return [
-        Derived(value, leaves, are_selected and picks, are_elementwise and pointwise, transposed)
+        Derived(value, leaves, are_selected and picks, are_elementwise and pointwise, transposed, coarsest)
         for value in tensors_in((twin,))
     ]
+
+
+def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """Return the dtype with the larger rounding error."""
+    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _selects(op: Operation) -> bool:
@@ -147,6 +165,7 @@ class Through(Contribution):
 
     def _back(self, x: Tensor) -> Tensor:
         out = self.derived.back(self.root, x)
+        out = out if x.is_complex() or not out.is_complex() else out.real
         return out if out.dtype == x.dtype else out.to(x.dtype)
 
     def sample(self, b: int) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import errors
 from .record import ParameterRecord
-from .sums import real, sq_norm
+from .sums import parts, real, sq_norm, wide
 
 #: In place of a batch size.
 NOT_FINITE = -1
@@ -71,13 +71,14 @@ def join(
     the returned records are of per-sample gradients.
     """
     whole = sum(batches)
-    kind = torch.float64 if any(r.param.dtype == torch.float64 for r in records) else torch.float32
-    own = [_total(r).to(kind) * unit for r in records]
+    kind = torch.float64 if any(real(r.param.dtype) == torch.float64 for r in records) else torch.float32
+    own = [parts(_total(r)).to(kind) * unit for r in records]
     totals = _added(own, group)
     spreads = [(d - t * (batch / whole)).div_(batch**0.5) for d, t in zip(own, totals, strict=True)]
     del own
     if squares:
-        about_mean = [x.square_() for x in spreads]
+        squared = [x.square_() for x in spreads]
+        about_mean = [x.sum(-1) if r.param.is_complex() else x for x, r in zip(squared, records, strict=True)]
         for x, r in zip(about_mean, records, strict=True):
             of_own = r.sum_of_squares()
             if of_own is not None:
@@ -95,7 +96,7 @@ def join(
     return Joined(
         [
             replace(
-                r, status="exact", total=t.to(real(r.param.dtype)), in_grad=None, total_sq=sq_norm(t), centred=c,
+                r, status="exact", total=_whole(t, r.param.dtype), in_grad=None, total_sq=sq_norm(t), centred=c,
                 scaled=None, centred_sum=None, sq_norms=[n * unit**2 for n in r.sq_norms], all_norms=n,
             )
             for r, t, c, n in zip(records, totals, centred, norms, strict=True)
@@ -106,7 +107,12 @@ def join(
 
 def _total(r: ParameterRecord) -> Tensor:
     total = r.read_total()
-    return torch.zeros(r.param.shape, device=r.param.device) if total is None else total
+    return torch.zeros(r.param.shape, dtype=r.param.dtype, device=r.param.device) if total is None else total
+
+
+def _whole(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a joint sum as a parameter of this dtype has it: complex, where that is."""
+    return torch.view_as_complex(total).to(wide(dtype)) if dtype.is_complex else total.to(real(dtype))
 
 
 def _added(own: list[Tensor], group: Any) -> list[Tensor]:

@@ -7,6 +7,7 @@ its name, and the name and class of its module.
 from __future__ import annotations
 
 from ...names import did_you_mean
+from . import user_code
 
 INSIDE_A_GRAPH = "GradientNoise: entered inside a function that torch.compile compiles; expected the context around it"
 
@@ -119,34 +120,58 @@ def uncovered(parameter: str, operation: str, why: str | None) -> NotImplemented
     return NotImplementedError(
         f"GradientNoise: {parameter} is used by {operation}"
         + (f" ({why})" if why else "")
-        + ", whose per-sample contributions are not known; expected a layer that is covered, or "
-        'uncovered="estimate" (an extra backward with random signs) or uncovered="exclude"'
+        + f", whose per-sample contributions are not known, at {user_code.line()}; expected a layer that is covered, "
+        'uncovered="estimate" (an extra backward with random signs), uncovered="exclude", or a rule of your own: '
+        "normkern.noise.register"
     )
 
 
-def mixed(parameter: str, operation: str, why: str) -> RuntimeError:
+def mixed(parameter: str, operation: str, why: str, has_way_out: bool = False) -> RuntimeError:
     """A layer gets a tensor whose samples cannot be told apart."""
+    if has_way_out:
+        return RuntimeError(
+            f"GradientNoise: {operation} uses {parameter} on samples that cannot be told apart any more: {why}; at "
+            f"{user_code.line()}. Expected operations that are known to treat every sample by itself, a rule of your "
+            'own (normkern.noise.register), or uncovered="exclude", which leaves out what the operation may couple'
+        )
     return RuntimeError(
-        f"GradientNoise: {operation} uses {parameter} on samples that cannot be told apart any more: {why}. Expected "
-        "operations that treat every sample by itself, and a loss of the model's outputs alone: leave a penalty on the "
-        "weights to weight_decay, or add it outside of the context"
+        f"GradientNoise: {operation} uses {parameter} on samples that cannot be told apart any more: {why}; at "
+        f"{user_code.line()}. Expected operations that treat every sample by itself, and a loss of the model's "
+        "outputs alone: leave a penalty on the weights to weight_decay, or add it outside of the context"
+    )
+
+
+def mixed_output(shape: tuple[int, ...], why: str) -> RuntimeError:
+    """The model couples samples after its last parameter."""
+    return RuntimeError(
+        f"GradientNoise: the model returns a tensor of shape {shape} in which samples are mixed: {why}. So no sample "
+        "has a gradient of its own; expected a model that treats every sample by itself: leave such a term (a balance "
+        "loss, a contrast, batch statistics) out of the loss that is measured"
+    )
+
+
+def loss_is_a_sum() -> str:
+    """The warning where the loss is a sum but was said to be a mean."""
+    return (
+        'GradientNoise: the loss is a sum over samples, but reduction is "mean", so that the trace and norms would be '
+        'B^2 times too large; expected GradientNoise(model, reduction="sum"), or a mean'
     )
 
 
 def unknown_batch(parameter: str) -> RuntimeError:
     """A layer runs before the model was called."""
     return RuntimeError(
-        f"GradientNoise: {parameter} is used before the model was called, so the number of samples is not known; "
-        "expected a call of the model itself, or batch_size="
+        f"GradientNoise: {parameter} is used before the model was called, at {user_code.line()}, so the number of "
+        "samples is not known; expected a call of the model itself, or batch_size="
     )
 
 
 def batch_statistics(layers: str) -> RuntimeError:
     """Batch statistics couple the samples."""
     return RuntimeError(
-        f"GradientNoise: {layers} normalises with the statistics of the batch, so no sample has a gradient of its own; "
-        "expected eval mode (model.eval(), or of these layers alone, measures with running statistics), another "
-        "normalisation, or normkern.RunningMoments over micro-batches"
+        f"GradientNoise: {layers} normalises with the statistics of the batch, at {user_code.line()}, so no sample has "
+        "a gradient of its own; expected eval mode (model.eval(), or of these layers alone, measures with running "
+        "statistics), another normalisation, or normkern.RunningMoments over micro-batches"
     )
 
 
@@ -154,7 +179,8 @@ def wrong_guess(operation: str, shape: tuple[int, ...], batch: int | None) -> Ru
     """A tensor was taken for one with the batch in front, and meets samples along another dimension."""
     return RuntimeError(
         f"GradientNoise: {operation} joins a tensor of shape {shape} with samples that lie along another dimension; it "
-        f"was taken for {batch} samples, because one of its dimensions is as long as the batch"
+        f"was taken for {batch} samples, because one of its dimensions is as long as the batch; at {user_code.line()}. "
+        "Expected batch_size=, or another batch size"
     )
 
 
@@ -257,9 +283,9 @@ def second_projection() -> RuntimeError:
 def no_outputs(name: str) -> RuntimeError:
     """The model's output has no samples to sign."""
     return RuntimeError(
-        f'GradientNoise: uncovered="estimate" needs the outputs of the model, one for each sample, to sign the '
-        f"samples' gradients of {name!r}; expected a call of the model that returns them (not the loss), and the loss "
-        "outside of it"
+        f'GradientNoise: uncovered="estimate" needs outputs of the model, or a loss in it, whose samples can be told '
+        f"apart, to sign the samples' gradients of {name!r}; expected operations that treat every sample by itself, or "
+        'uncovered="exclude"'
     )
 
 
@@ -457,14 +483,14 @@ def joined_projections() -> ValueError:
 def not_an_operation(got: object) -> TypeError:
     """A handler is registered for something that cannot be called."""
     return TypeError(
-        f"GradientNoise: handles() expected names of operations or functions, got {type(got).__name__}; expected, for "
-        'example, handles("linear") or handles(torch.ops.my_library.my_op)'
+        "GradientNoise: register() expected names of operations, functions, or classes of modules or autograd "
+        f'functions, got {type(got).__name__}; expected, for example, register("linear") or register(torch.ops.my_library.my_op)'
     )
 
 
 def no_operation() -> TypeError:
     """A handler is registered for nothing."""
-    return TypeError('GradientNoise: handles() expected at least one operation, got none; expected handles("linear")')
+    return TypeError('GradientNoise: register() expected at least one operation, got none; expected register("linear")')
 
 
 def already_handled(operation: str, handler: str) -> ValueError:

@@ -52,6 +52,16 @@ class Operation:
         """Return one argument, by its position or its name."""
         return self.args[at] if len(self.args) > at else self.kwargs.get(name, default)
 
+    def written(self) -> Tensor | None:
+        """Return the tensor that the operation writes into; None: it works out of place."""
+        name = getattr(self.func, "__name__", "")
+        is_in_place = name not in _NOT_IN_PLACE and name.endswith("_") and not name.endswith("__")
+        is_in_place = is_in_place or (name.startswith("__i") and name not in _NOT_IN_PLACE) or name == "__setitem__"
+        target = self.kwargs.get("out")
+        if is_in_place or self.kwargs.get("inplace"):
+            target = self.argument(0, "input")
+        return target if isinstance(target, Tensor) else None
+
     def tensors(self) -> Iterator[Tensor]:
         """Yield the tensors among the arguments."""
         return tensors_in((*self.args, *self.kwargs.values()))

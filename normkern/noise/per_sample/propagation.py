@@ -102,6 +102,12 @@ ON_FIRST = frozenset(
     """group_norm instance_norm batch_norm local_response_norm grid_sample affine_grid fold im2col embedding_bag
     interpolate upsample upsample_nearest upsample_bilinear native_group_norm""".split()
 )
+#: Return a loss for each sample, in the first dimension, where they do not reduce to a number.
+LOSSES = frozenset(
+    """cross_entropy_loss nll_loss_nd nll_loss nll_loss2d triplet_margin_loss cosine_embedding_loss margin_ranking_loss
+    hinge_embedding_loss soft_margin_loss multi_margin_loss multilabel_margin_loss ctc_loss
+    poisson_nll_loss""".split()
+)
 #: Layers of torch.nn whose outputs lie as their inputs do, and whose states have the samples in dimension 1.
 RECURRENT = frozenset("lstm gru rnn_tanh rnn_relu".split())
 
@@ -208,7 +214,12 @@ def _stay(op: Operation, where: Allows | None, out: Tensor, batch: int) -> State
 
 
 def _unknown(op: Operation, results: list[Tensor], batch: int) -> list[State]:
-    return [_stay(op, None, y, batch) for y in results]
+    known = _is_loss_of_each if op.name in LOSSES else None
+    return [_stay(op, known if y.dim() else None, y, batch) for y in results]
+
+
+def _is_loss_of_each(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
+    return dim == 0
 
 
 def _is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import sample_layout
 from .accumulator import Accumulator
 from .contrast import Contrast
+from .record import ParameterRecord
 
 
 class SignedBackward(torch.autograd.Function):
@@ -29,22 +30,33 @@ class SignedBackward(torch.autograd.Function):
         accumulator: Accumulator = ctx.accumulator
         out = ctx.held[0]
         estimated = [r for r in accumulator.records if r.status == "estimated"]
+        unseen = [r for r in accumulator.records if r.status == "exact" and not r.is_seen]
         batch = accumulator.batch
-        if estimated and accumulator.open and not accumulator.estimating and batch is not None:
+        if (estimated or unseen) and accumulator.open and not accumulator.estimating and batch is not None:
             if accumulator.contrast is None or len(accumulator.contrast.weights) != batch:
                 accumulator.contrast = Contrast.draw(batch)
             numbers = sample_layout.numbers(g.shape, ctx.block, batch).long().to(g.device)
             weights = accumulator.contrast.weights.to(g.device, g.dtype)[numbers]
             accumulator.estimating = True
             try:
-                with torch._C.DisableTorchFunction():
-                    found = torch.autograd.grad(
-                        out, [r.param for r in estimated], g * weights, retain_graph=True, allow_unused=True
-                    )
+                try:
+                    _sign([*estimated, *unseen], out, g * weights)
+                except RuntimeError as error:
+                    if "Checkpointing" not in str(error):
+                        raise
+                    _sign(estimated, out, g * weights)  # the others' forward comes in the backward
             finally:
                 accumulator.estimating = False
-            for r, q in zip(estimated, found, strict=True):
-                if q is not None:
-                    r.signed = q if r.signed is None else r.signed + q
         ctx.held.clear()
         return None, None, g, None
+
+
+def _sign(records: list[ParameterRecord], out: Tensor, signed: Tensor) -> None:
+    """Add the gradients of these parameters from a signed gradient of an output."""
+    if not records:
+        return
+    with torch._C.DisableTorchFunction():
+        found = torch.autograd.grad(out, [r.param for r in records], signed, retain_graph=True, allow_unused=True)
+    for r, q in zip(records, found, strict=True):
+        if q is not None:
+            r.signed = q if r.signed is None else r.signed + q

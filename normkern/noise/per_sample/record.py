@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from . import errors
 from .contributions import Contribution
 from .derived import Derived
-from .sums import Sums, plain_sum, real
+from .sums import Sums, plain_sum, real, wide
 
 Status = Literal["exact", "estimated", "excluded"]
 Uncovered = Literal["raise", "estimate", "exclude"]
@@ -56,6 +56,7 @@ class ParameterRecord:
     status: Status = "exact"
     #: The current backward:
     expected: int = 0  #: uses in the forward
+    is_seen: bool = False  #: whether one of them was with gradients
     pending: list[Contribution] = field(default_factory=list)  #: contributions that wait for others
     settled: list[Contribution] = field(default_factory=list)  #: those in `sums`, until they are compared
     sums: Sums | None = None
@@ -63,13 +64,14 @@ class ParameterRecord:
     incoming: Tensor | None = None  #: the gradient that arrived while contributions were still to come
     signed: Tensor | None = None  #: the gradient of a contrast of the samples
     arrived: bool = False
+    coarsest: torch.dtype = torch.float64  #: of the tensors that contributions went through
     fresh: bool = False  #: .grad was empty, and is the total now
     sq_now: Tensor | None = None  #: |sum_b c_b|^2
     #: All backwards:
     total: Tensor | None = None  #: sum_b c_b, if it cannot be read off .grad
     in_grad: GradientMark | None = None  #: else which gradient it is
     total_sq: Tensor | None = None
-    centred: Tensor | None = None  #: sum_b (c_b - mean)^2, times `scaled`
+    centred: Tensor | None = None  #: sum_b |c_b - mean|^2, times `scaled`
     scaled: float | None = None  #: a result's factor, once its variance is this very memory
     version: int = 0  #: of that memory
     centred_sum: Tensor | None = None  #: of `centred` before it was scaled
@@ -151,13 +153,14 @@ class ParameterRecord:
         """Return sum_b c_b times a factor, of the parameter's shape."""
         total = self.read_total()
         if total is None:
-            return torch.zeros(self.param.shape, dtype=real(self.param.dtype), device=self.param.device)
-        return total.to(real(total.dtype)).reshape(self.param.shape) * factor
+            return torch.zeros(self.param.shape, dtype=wide(self.param.dtype), device=self.param.device)
+        return total.to(wide(total.dtype)).reshape(self.param.shape) * factor
 
     def drop_backward(self) -> None:
         """Forget the current backward."""
         self.expected, self.pending, self.settled, self.sums, self.projections = 0, [], [], None, None
         self.incoming, self.signed, self.arrived, self.fresh, self.sq_now = None, None, False, False, None
+        self.coarsest, self.is_seen = torch.float64, False
 
 
 class Root(NamedTuple):

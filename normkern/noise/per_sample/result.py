@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import errors
-from .sums import sq_norm
+from .sums import real, sq_norm, wide
 
 _T = TypeVar("_T")
 #: The quantities of `GradientNoiseResult.scalars`.
@@ -263,7 +263,7 @@ def _joined(parts: Sequence[GradientNoiseResult]) -> GradientNoiseResult:
     variance: dict[str, Tensor] | None = None if parts[0]._variance is None else {}
     for name in names:
         of = [p.mean[name] for p in parts]
-        kind = torch.float64 if of[0].dtype == torch.float64 else torch.float32
+        kind = wide(of[0].dtype)
         mean = torch.stack([m.to(kind) * (p.batch_size / batch) for m, p in zip(of, parts, strict=True)]).sum(0)
         shifts = [m.to(kind) - mean for m in of]
         within = torch.stack([p._traces[p._names.index(name)] * (p.batch_size - 1) for p in parts]).sum()
@@ -272,9 +272,11 @@ def _joined(parts: Sequence[GradientNoiseResult]) -> GradientNoiseResult:
         signals.append(sq_norm(mean).to(within.device))
         means[name] = mean
         if variance is not None:
-            centred = torch.zeros_like(mean)
+            centred = torch.zeros_like(mean, dtype=real(kind))
             for s, p in zip(shifts, parts, strict=True):
-                centred.addcmul_(s, s, value=p.batch_size).add_(p.variance[name].to(kind), alpha=p.batch_size - 1)
+                size = s.abs() if s.is_complex() else s
+                centred.addcmul_(size, size, value=p.batch_size)
+                centred.add_(p.variance[name].to(centred.dtype), alpha=p.batch_size - 1)
             variance[name] = centred / (batch - 1)
     norms = None
     if parts[0]._sq_norms is not None:

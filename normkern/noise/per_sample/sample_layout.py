@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -27,11 +28,16 @@ class SampleLayout:
     certain: bool = True
 
 
+Kind = Literal["summed", "moved", "unknown", "coupled"]
+
+
 @dataclass(frozen=True, slots=True)
 class Mixed:
-    """The samples of a tensor can no longer be told apart."""
+    """The samples of a tensor can no longer be told apart; `kind` says how they were mixed (`coupling`)."""
 
     why: str
+    kind: Kind = field(default="coupled", kw_only=True)
+    is_sum: bool = field(default=False, kw_only=True)  #: a sum over samples, not divided by their number
 
 
 #: Of a tensor: where its samples are, or that they are mixed, or None where it has no samples.

@@ -195,6 +195,15 @@ class TensorState:
         self.mark(t, None)
         self._derived[id(t)] = (weakref.ref(t), derived)
 
+    def forget_aliases(self, t: Tensor, records: list[ParameterRecord], operation: str) -> None:
+        """Record that other tensors made of parameters are in the memory that an operation wrote into."""
+        storage = t.untyped_storage()._cdata
+        for table in (self._derived, self._opaque):
+            for entry in list(table.values()):
+                other = entry[0]()
+                if other is not None and other is not t and other.untyped_storage()._cdata == storage:
+                    self.mark_opaque(other, records + [r for r in self.records([other]) if r not in records], operation)
+
     def mark_opaque(self, t: Tensor, records: list[ParameterRecord], operation: str) -> None:
         """Record that contributions to a tensor cannot go back through an operation to these parameters."""
         self.mark(t, None)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import gc
 import types
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from . import errors, sample_layout
+from . import coupling, errors, sample_layout, user_code
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
 from .layers.registry import CHECKS, Check, find
@@ -34,7 +35,8 @@ from .propagation import (
     keeps_numbers,
     treats_rows_alone,
 )
-from .sample_layout import Mixed, SampleLayout, without_guesses
+from .random_signs import SignedBackward
+from .sample_layout import Mixed, SampleLayout, State, without_guesses
 from .tensor_state import TensorState
 
 #: Read something of a tensor, or change what it is; make no tensor that has samples.
@@ -46,6 +48,8 @@ READS = frozenset(
     result_type can_cast promote_types finfo iinfo is_inference is_neg is_conj has_names _is_view
     untyped_storage type_as_dtype __dlpack__ __dlpack_device__ numpy broadcast_shapes manual_seed""".split()
 )
+#: Take from their second argument its shape or dtype alone.
+LIKE_ANOTHER = frozenset("type_as to view_as reshape_as".split())
 _bodies: dict[Any, Callable[..., Any]] = {}
 
 
@@ -90,6 +94,10 @@ class Tracer(TorchFunctionMode):
             return self._backward(func, args, kwargs)
         tensors = self.tensors
         operands = list(tensors_in((*args, *kwargs.values())))
+        if name in LIKE_ANOTHER and len(operands) > 1:
+            operands = operands[:1]
+        if hasattr(func, "original") and isinstance(args[0], nn.Module):
+            operands += args[0].parameters()
         op = Operation(name, func, args, kwargs, [], [t for t in operands if tensors.is_parameter(t)])
         if op.parameters:
             if torch.is_grad_enabled():
@@ -102,16 +110,44 @@ class Tracer(TorchFunctionMode):
                 return func(*args, **kwargs)
         if name == "__setitem__":
             return self._assign(op)
-        if _is_composite(func) and not (op.parameters or LayoutRules.knows(name)):
+        if hasattr(func, "original") and not op.parameters:
+            out = self._run_rule(op, operands)
+            if out is not NotImplemented:
+                return out
+        if self._can_enter(op) and not (op.parameters or LayoutRules.knows(name)):
             return self._enter(op)
         out = func(*args, **kwargs)
         self._follow(op, operands, out)
+        accumulator = self.accumulator
+        if accumulator.in_model and accumulator.uncovered_is == "estimate" and isinstance(out, Tensor):
+            return self._signed(op, operands, out)
+        return out
+
+    def _signed(self, op: Operation, operands: list[Tensor], out: Tensor) -> Tensor:
+        """Run a loss of the model once more, on samples that the signed backward reaches."""
+        tensors = self.tensors
+        state = tensors.state(out)
+        if not (isinstance(state, Mixed) and state.kind == "summed" and out.requires_grad) or op.written() is not None:
+            return out
+        instead: dict[int, Tensor] = {}
+        for t in operands:
+            layout = tensors.layout(t)
+            if layout is not None and t.requires_grad:
+                with torch._C.DisableTorchFunction():
+                    instead[id(t)] = SignedBackward.apply(self.accumulator, layout.block, t, [t])
+                tensors.mark(instead[id(t)], layout)
+        if not instead:
+            return out
+        out = op.run_with(lambda t: instead.get(id(t), t))
+        tensors.mark(out, state)
         return out
 
     def _backward(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a backward with the mode on, because activation checkpointing runs the forward again inside it."""
         outermost = self._entered == 0 and torch._C._current_graph_task_id() == -1
         outermost = outermost and func is not torch.autograd.grad
+        if outermost and self.accumulator.reduction == "mean":
+            self._warn_of_sums(tensors_in((*args, *kwargs.values())))
         self._entered += 1
         try:
             with self:
@@ -129,10 +165,35 @@ class Tracer(TorchFunctionMode):
             self.tensors.sweep()
         return out
 
+    def _warn_of_sums(self, losses: Iterator[Tensor]) -> None:
+        """Warn, once in a context, if a loss is seen to be a sum over samples."""
+        states = [self.tensors.state(t) for t in losses]
+        if not self.accumulator.warned and any(
+            isinstance(s, Mixed) and s.kind == "summed" and s.is_sum for s in states
+        ):
+            self.accumulator.warned = True
+            warnings.warn(errors.loss_is_a_sum(), stacklevel=6)
+
     def _enter(self, op: Operation) -> Any:
         """Run the body of a composite function with the mode on."""
         with self:
-            return body(op.func)(*op.args, **op.kwargs)
+            out = (getattr(op.func, "original", None) or body(op.func))(*op.args, **op.kwargs)
+        if coupling.is_sum(op) and isinstance(out, Tensor):
+            state = self.tensors.state(out)
+            if isinstance(state, Mixed) and state.kind == "summed":
+                self.tensors.mark(out, replace(state, is_sum=True))
+        return out
+
+    def _run_rule(self, op: Operation, operands: list[Tensor]) -> Any:
+        """Run a registered operation without parameters by its rule, so that its samples are followed."""
+        registration = find(op.name)
+        op.samples = [(t, layout) for t in operands if (layout := self.tensors.layout(t)) is not None]
+        return NotImplemented if registration is None or not op.samples else registration.handler(self.tensors, op)
+
+    @staticmethod
+    def _can_enter(op: Operation) -> bool:
+        """Return whether an operation is made of others that can be seen, as a composite function and a module are."""
+        return _is_composite(op.func) or (hasattr(op.func, "original") and isinstance(op.args[0], nn.Module))
 
     def _check(self, check: Check, op: Operation) -> None:
         """Refuse an operation that couples samples, unless it turns out that the context was lost."""
@@ -163,11 +224,13 @@ class Tracer(TorchFunctionMode):
         if not results or self.accumulator.batch is None:
             return
         tensors, rules = self.tensors, self.tensors.rules
+        states_of: list[tuple[Tensor, State]] = []
         samples: Samples = []
         lists: list[tuple[Tensor, Numbered]] = []
         mixed: Mixed | None = None
         for t in operands:
             state = tensors.state(t)
+            states_of.append((t, state))
             if isinstance(state, SampleLayout):
                 samples.append((t, state))
             elif isinstance(state, Numbered):
@@ -177,10 +240,11 @@ class Tracer(TorchFunctionMode):
         if lists and mixed is None:
             if self._follow_numbered(op, samples, lists, results):
                 return
-            mixed = next((Mixed(state.why) for t, state in lists if t.requires_grad), None)
+            mixed = next((state for t, state in lists if t.requires_grad), None)
         if mixed is not None:
+            states_of = [(t, Mixed(s.why, kind="moved") if isinstance(s, Numbered) else s) for t, s in states_of]
             for x in results:
-                tensors.mark(x, mixed)
+                self._mark_mixed(x, coupling.after(op, x, states_of), coupling.may_couple(op, x, states_of))
             return
         if len(samples) == 1 and op.name in POINTWISE:
             t, layout = samples[0]
@@ -201,8 +265,23 @@ class Tracer(TorchFunctionMode):
         if len(samples) > 1 and any(isinstance(s, Mixed) for s in states) and op.name not in REDUCES:
             self._check_guesses(op, samples, results)
         for x, state in zip(results, states, strict=True):
-            is_harmless = isinstance(state, Mixed) and x.dim() == 0 and not x.requires_grad
-            tensors.mark(x, None if is_harmless else state)
+            if not isinstance(state, Mixed) or isinstance(state, Numbered):
+                tensors.mark(x, state)
+            elif x.dim() == 0 and not x.requires_grad:
+                tensors.mark(x, None)
+            else:
+                state = coupling.made(op, x, state)
+                where = f" (at {user_code.line()})" if self.accumulator.in_model else ""
+                self._mark_mixed(x, replace(state, why=state.why + where))
+
+    def _mark_mixed(self, x: Tensor, state: Mixed, may_couple: bool = True) -> None:
+        """Record that an operation has mixed samples; where it may have coupled them, the parameters before are out."""
+        accumulator = self.accumulator
+        is_unknown = state.kind == "unknown" and may_couple and x.requires_grad
+        if is_unknown and accumulator.in_model and accumulator.uncovered_is != "raise":
+            with torch._C.DisableTorchFunction():
+                x.register_hook(accumulator.taint)
+        self.tensors.mark(x, state)
 
     def _check_guesses(self, op: Operation, samples: Samples, results: list[Tensor]) -> None:
         """Refuse an operation that mixes samples of a guess with others, but for a loss that takes them in parallel."""
@@ -249,17 +328,27 @@ class Tracer(TorchFunctionMode):
             elif isinstance(state, Numbered):
                 op.numbered.append((t, state))
             elif isinstance(state, Mixed) and t.requires_grad:
-                raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why)
+                has_way_out = state.kind in ("moved", "unknown")
+                if not has_way_out or self.accumulator.uncovered_is == "raise":
+                    raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why, has_way_out)
+                return self._leave_out(op, operands, state.why)
         if op.numbered and not (registration is not None and registration.takes_numbered):
             return self._join_by_rows(op, operands)
         if not (op.samples or op.numbered):
             makes_samples = None if registration is None else registration.without_samples
             if makes_samples is None or not makes_samples(tensors, op):
-                return self._derive(op)
+                is_module = not _is_composite(op.func) and self._can_enter(op)
+                return self._enter(op) if is_module else self._derive(op)
         for t in parameters:
             hidden = tensors.opaque(t)
             if hidden is not None:
                 return self._leave_out(op, operands, f"made by {hidden[1]}")
+        if registration is not None and not registration.takes_complex and any(t.is_complex() for t in operands):
+            registration, op.why = None, "of complex numbers"
+            if self._can_enter(op) and not LayoutRules.knows(op.name):
+                return self._enter(op)
+        elif registration is None and _is_composite(op.func):
+            return self._enter(op)
         if registration is not None:
             out = registration.handler(tensors, op)
             sure = without_guesses(op.samples)
@@ -267,8 +356,8 @@ class Tracer(TorchFunctionMode):
                 out = registration.handler(tensors, op.of(sure))
             if out is not NotImplemented:
                 return out
-        elif _is_composite(op.func):
-            return self._enter(op)
+            if self._can_enter(op) and not _is_composite(op.func):
+                return self._enter(op)
         return self._leave_out(op, operands, op.why)
 
     def _join_by_rows(self, op: Operation, operands: list[Tensor]) -> Any:
@@ -292,10 +381,14 @@ class Tracer(TorchFunctionMode):
     def _derive(self, op: Operation) -> Any:
         """Run an operation on parameters alone, and remember the way back to them."""
         tensors = self.tensors
+        written = op.written()
+        before = None if written is None or tensors.is_parameter(written) else written.detach().clone()
         out = op.func(*op.args, **op.kwargs)
-        every = list(tensors_in((out,)))
+        every = list(tensors_in((out,))) if written is None else [written]
         results = [x for x in every if x.requires_grad]
-        if not results or any(any(x is p for p in op.parameters) for x in results):
+        if written is not None:
+            tensors.forget_aliases(written, tensors.records(op.parameters), op.name)
+        if not results or (written is None and any(any(x is p for p in op.parameters) for x in results)):
             for x in every:
                 tensors.mark(x, None)
         elif op.name in RANDOM or len(results) < len(every) or any(tensors.opaque(p) for p in op.parameters):
@@ -303,7 +396,7 @@ class Tracer(TorchFunctionMode):
             for x in results:
                 tensors.mark_opaque(x, records, op.name)
         else:
-            derived = derive(op, results[0], tensors.derived, tensors.leaf)
+            derived = derive(op, results[0], tensors.derived, tensors.leaf, before)
             for x, d in zip(results, derived, strict=True):
                 tensors.mark_derived(x, d)
         return out

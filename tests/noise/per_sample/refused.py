@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
 from normkern.noise.per_sample.propagation import propagates
 from normkern.noise.per_sample.sample_layout import SampleLayout
@@ -302,12 +301,6 @@ def own_operations():
 def own_operation_odd():
     """An odd number of samples."""
     return numbers(OwnBetween(), 5, 5, 4)
-
-
-@UNCOVERED("refused")
-def weight_normalised():
-    """weight_norm: the parameters are two, and neither meets a sample."""
-    return classes(stack(weight_norm(nn.Linear(6, 8)), nn.ReLU(), nn.Linear(8, 4)), 6, 6)
 
 
 class Cubes(torch.autograd.Function):

@@ -210,12 +210,12 @@ def test_handler_of_another_signature_is_refused(handler):
 
 @pytest.mark.parametrize("operation", [3, "", None, nn.Linear(2, 2).weight], ids=["int", "empty", "None", "tensor"])
 def test_what_is_no_operation_is_refused(operation):
-    with pytest.raises(TypeError, match=r"^GradientNoise: handles\(\) expected names of operations or functions, got"):
+    with pytest.raises(TypeError, match=r"^GradientNoise: register\(\) expected names of operations, functions, .*got"):
         handles(operation)
 
 
 def test_no_operation_is_refused():
-    with pytest.raises(TypeError, match=r"^GradientNoise: handles\(\) expected at least one operation"):
+    with pytest.raises(TypeError, match=r"^GradientNoise: register\(\) expected at least one operation"):
         handles()
 
 
@@ -223,7 +223,7 @@ def test_every_file_of_layers_is_imported():
     names = {f"{layers.__name__}.{m.name}" for m in pkgutil.iter_modules(layers.__path__)}
     assert len(names) >= 9
     assert names <= sys.modules.keys()
-    kinds = {r.handler.__module__ for r in HANDLERS.values()}
+    kinds = {r.handler.__module__ for r in HANDLERS.values() if r.handler.__module__.startswith("normkern.")}
     shared = {"base", "registry", "collected", "recurrent_steps"}
     assert kinds == names - {f"{layers.__name__}.{name}" for name in shared}
 

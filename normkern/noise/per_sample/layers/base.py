@@ -138,12 +138,6 @@ def shape_of(t: Tensor | None) -> torch.Size:
     return torch.Size() if t is None else t.shape
 
 
-def goes_back_sample_by_sample(tensors: TensorState, *params: Tensor | None) -> bool:
-    """Return whether contributions to large tensors can go back to their parameters sample by sample at little cost."""
-    derived = [tensors.derived(p) for p in params if p is not None]
-    return all(d is None or d.selects or d.elementwise for d in derived)
-
-
 def mixed(tensors: TensorState, name: str, parameter: Tensor | None, why: str) -> RuntimeError:
     """Return the error of a layer whose input has samples that cannot be told apart."""
     assert parameter is not None

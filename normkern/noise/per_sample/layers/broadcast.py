@@ -79,7 +79,7 @@ class PerSampleParameter(torch.autograd.Function):
             return (None, use.measure(0, lambda: Loop(use.batch, g.shape, one)), None, None, None)
 
 
-@handles(*BROADCASTS)
+@handles(*BROADCASTS, takes_complex=True)
 def broadcast(tensors: TensorState, op: Operation) -> Any:
     """Operations element by element: each gets every parameter once per sample, along the samples' dimension."""
     batch = tensors.rules.batch
@@ -152,7 +152,7 @@ def _sizes(op: Operation) -> list[int] | None:
     return [int(n) for n in flat] if all(isinstance(n, int) for n in flat) else None
 
 
-@handles(*WIDENS, without_samples=_is_widened_to_batch)
+@handles(*WIDENS, without_samples=_is_widened_to_batch, takes_complex=True)
 def widen(tensors: TensorState, op: Operation) -> Any:
     """expand and repeat: the copies of a parameter are one for each sample."""
     if op.samples:

@@ -16,7 +16,7 @@ from ..operation import Operation
 from ..sample_layout import SampleLayout, axis, block_on
 from ..sums import Sums
 from ..tensor_state import TensorState
-from .base import LayerKind, apply, autocast, goes_back_sample_by_sample, mixed, shape_of
+from .base import LayerKind, apply, autocast, mixed, shape_of
 from .registry import handles
 
 
@@ -146,7 +146,7 @@ def convolution(tensors: TensorState, op: Operation) -> Any:
         )
         extra = 0
     n = weight.dim() - 2
-    if tensors.layout(x) is None or len(op.samples) > 1 or not goes_back_sample_by_sample(tensors, weight):
+    if tensors.layout(x) is None or len(op.samples) > 1:
         return NotImplemented
     if x.dim() != n + 2:
         raise mixed(tensors, op.name, op.parameters[0], "they are its channels")

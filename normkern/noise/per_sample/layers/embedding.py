@@ -16,7 +16,7 @@ from ..operation import Operation
 from ..sample_layout import SampleLayout, by_sample
 from ..sums import Sums, real
 from ..tensor_state import TensorState
-from .base import LayerKind, apply, goes_back_sample_by_sample, mixed
+from .base import LayerKind, apply, mixed
 from .loop import loop_over_samples
 from .registry import handles
 
@@ -90,7 +90,7 @@ def embedding(tensors: TensorState, op: Operation) -> Any:
     is_parameter = any(weight is p for p in op.parameters)
     if sparse:
         op.why = "sparse=True makes sparse gradients, which are not measured: use sparse=False"
-    if layout is None or sparse or not is_parameter or not goes_back_sample_by_sample(tensors, weight):
+    if layout is None or sparse or not is_parameter:
         return NotImplemented
     if max_norm is not None:
         with torch.no_grad():

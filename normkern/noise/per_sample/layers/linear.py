@@ -17,7 +17,7 @@ from ..operation import Operation, Samples
 from ..sample_layout import SampleLayout, by_sample
 from ..sums import Sums, real
 from ..tensor_state import TensorState
-from .base import LayerKind, apply, autocast, goes_back_sample_by_sample, mixed, shape_of
+from .base import LayerKind, apply, autocast, mixed, shape_of
 from .loop import loop_over_samples
 from .registry import handles
 
@@ -113,6 +113,8 @@ class Linear(LayerKind):
 def _linear(
     tensors: TensorState, x: Tensor, weight: Tensor, bias: Tensor | None, swapped: bool, samples: Samples
 ) -> Any:
+    if x.is_complex() or weight.is_complex():
+        return NotImplemented
     layout = tensors.layout(x)
     width = x.shape[-1] if x.dim() else 0
     if layout is None or not width or len(samples) > 1:
@@ -123,8 +125,6 @@ def _linear(
     d = tensors.derived(weight)
     if d is not None and d.transposed is not None:
         weight, swapped = tensors.accumulator.record(d.transposed).param, not swapped
-    if not goes_back_sample_by_sample(tensors, weight):
-        return NotImplemented
     use = tensors.use("linear", [weight, bias])
     kind = Linear(use.batch, layout.block, swapped, [weight.shape, shape_of(bias)])
     out = apply(use, kind, x, weight, bias)
@@ -132,16 +132,18 @@ def _linear(
     return out
 
 
-@handles("linear", needs_batch=True)
+@handles("linear", needs_batch=True, takes_complex=True)
 def linear(tensors: TensorState, op: Operation) -> Any:
     """torch.nn.functional.linear."""
     x, weight, bias = op.bind("input weight bias")
     if any(weight is t for t, _ in op.samples):
         return NotImplemented
+    if any(t.is_complex() for t in op.tensors()):
+        return loop_over_samples(tensors, op)
     return _linear(tensors, x, weight, bias, False, op.samples)
 
 
-@handles("matmul", "__matmul__", "__rmatmul__", "mm")
+@handles("matmul", "__matmul__", "__rmatmul__", "mm", takes_complex=True)
 def matmul(tensors: TensorState, op: Operation) -> Any:
     """matmul, mm and @, with the parameter on either side."""
     a, b = op.args[:2] if len(op.args) > 1 else (op.argument(0, "input", op.kwargs.get("self")), _other(op.kwargs))
@@ -164,7 +166,7 @@ def _other(kwargs: dict[str, Any]) -> Any:
     return kwargs.get("other", kwargs.get("mat2", kwargs.get("tensor2")))
 
 
-@handles("addmm", needs_batch=True)
+@handles("addmm", needs_batch=True, takes_complex=True)
 def addmm(tensors: TensorState, op: Operation) -> Any:
     """bias + x @ W."""
     bias, x, weight, beta, alpha = op.bind("input mat1 mat2 beta alpha", beta=1, alpha=1)

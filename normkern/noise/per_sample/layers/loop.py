@@ -15,7 +15,7 @@ from ..contributions import Contribution, Loop
 from ..operation import Operation
 from ..sample_layout import Mixed, SampleLayout
 from ..tensor_state import TensorState, Use
-from .base import goes_back_sample_by_sample, without_modes
+from .base import without_modes
 from .registry import handles
 
 #: Operations that treat each sample by itself, besides those that other files handle.
@@ -23,8 +23,6 @@ ALONE = frozenset(
     """einsum bilinear bmm baddbmm addbmm mv tensordot inner index_select gather take take_along_dim cdist
     pairwise_distance cosine_similarity scaled_dot_product_attention embedding_bag""".split()
 )
-#: Those where tensors made of a parameter are small: masks, tables.
-_SMALL = frozenset("scaled_dot_product_attention __getitem__ gather take take_along_dim index_select".split())
 
 
 class LoopOverSamples(torch.autograd.Function):
@@ -76,11 +74,9 @@ class LoopOverSamples(torch.autograd.Function):
             return (None, None, None, *dx, *grads)
 
 
-@handles(*ALONE)
+@handles(*ALONE, takes_complex=True)
 def loop_over_samples(tensors: TensorState, op: Operation) -> Any:
     """Any operation whose result has one dimension for the samples, as each operand that has samples."""
-    if op.name not in _SMALL and not goes_back_sample_by_sample(tensors, *op.parameters):
-        return NotImplemented
     batch = tensors.rules.batch
     params = _distinct(op.parameters)
     data = [t for t in _distinct(list(op.tensors())) if not any(t is p for p in params)]

@@ -24,7 +24,7 @@ from ..recurrent_call import RecurrentCall
 from ..sums import real
 from ..tensor_state import TensorState, Use
 from . import recurrent_steps
-from .base import first_order, goes_back_sample_by_sample, mixed, without_modes
+from .base import first_order, mixed, without_modes
 from .broadcast import PerSampleParameter
 from .collected import Collected, collect
 from .linear import LinearContribution
@@ -260,7 +260,7 @@ class RecurrentCheck:
 def recurrent(tensors: TensorState, op: Operation) -> Any:
     """torch.nn.RNN, LSTM and GRU: one layer after the other."""
     call, batch = RecurrentCall.of(op), tensors.rules.batch
-    if tensors.is_parameter(call.x) or not goes_back_sample_by_sample(tensors, *call.weights):
+    if tensors.is_parameter(call.x):
         return NotImplemented
     order = call.order({id(t): tensors.state(t) for t in (call.x, *call.states)}, batch)
     if isinstance(order, str):

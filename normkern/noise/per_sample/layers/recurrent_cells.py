@@ -20,7 +20,7 @@ from ..recurrent_call import agreed
 from ..sums import real
 from ..tensor_state import TensorState
 from . import recurrent_steps
-from .base import first_order, goes_back_sample_by_sample, mixed, shape_of, without_modes
+from .base import first_order, mixed, shape_of, without_modes
 from .collected import Collected, collect
 from .recurrent import RecurrentCheck, contribution_of
 from .recurrent_steps import Steps, Weights, gru_gates, lstm_gates, products
@@ -137,7 +137,7 @@ def recurrent_cell(tensors: TensorState, op: Operation) -> Any:
     x, hx, w_x, w_h, b_x, b_h = op.bind("input hx w_ih w_hh b_ih b_hh")
     states, batch, weights = list(hx) if op.name == "lstm_cell" else [hx], tensors.rules.batch, (w_x, w_h, b_x, b_h)
     given = (x, *states)
-    if x.dim() != 2 or any(tensors.is_parameter(t) for t in given) or not goes_back_sample_by_sample(tensors, *weights):
+    if x.dim() != 2 or any(tensors.is_parameter(t) for t in given):
         return NotImplemented
     of = {id(t): tensors.state(t) for t in given}
     found = order_along(x.shape, of[id(x)], 0, batch)

@@ -51,6 +51,7 @@ class Registration:
     needs_batch: bool = False
     without_samples: Callable[[TensorState, Operation], bool] | None = None
     takes_numbered: bool = False
+    takes_complex: bool = False
 
 
 #: The handler of each operation, by its name.
@@ -64,6 +65,7 @@ def handles(
     needs_batch: bool = False,
     without_samples: Callable[[TensorState, Operation], bool] | None = None,
     takes_numbered: bool = False,
+    takes_complex: bool = False,
 ) -> Callable[[Handler], Handler]:
     """Register a handler for operations.
 
@@ -74,6 +76,7 @@ def handles(
             known yet.
         without_samples: returns whether the handler is called although no operand has samples: it makes them.
         takes_numbered: whether the handler knows operands whose samples lie in any order (`numbered`).
+        takes_complex: whether the handler knows complex operands; otherwise their parameters are uncovered.
 
     Raises:
         TypeError: no operation, something that is none, or a handler that does not take (tensors, op).
@@ -94,7 +97,7 @@ def handles(
             if name in HANDLERS:
                 raise errors.already_handled(name, _described(HANDLERS[name].handler))
         for name in names:
-            HANDLERS[name] = Registration(handler, needs_batch, without_samples, takes_numbered)
+            HANDLERS[name] = Registration(handler, needs_batch, without_samples, takes_numbered, takes_complex)
         return handler
 
     return register
