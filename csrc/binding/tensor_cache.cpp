@@ -6,17 +6,6 @@
 namespace nk {
 namespace {
 
-bool refers_to(PyObject* weak, PyObject* object) {
-#if PY_VERSION_HEX >= 0x030d0000
-  PyObject* referent = nullptr;
-  PyWeakref_GetRef(weak, &referent);
-  Py_XDECREF(referent);
-  return referent == object;
-#else
-  return PyWeakref_GetObject(weak) == object;
-#endif
-}
-
 // Shape and strides as one number, FNV-1a; a dense tensor is a stretch of memory, and its length says all.
 uint64_t layout_of(const View& v) {
   if (v.dense) return (uint64_t)v.numel;
@@ -27,20 +16,6 @@ uint64_t layout_of(const View& v) {
 }
 
 }  // namespace
-
-bool CachedView::is_same(PyObject* object, bool is_kept) const {
-  return object == object_ && ((is_kept && was_kept_) || (weak_ && refers_to(weak_, object)));
-}
-
-void CachedView::watch() {
-  if (weak_) {
-    Py_CLEAR(weak_);
-    gave_up_ = true;
-  }
-  if (gave_up_) return;
-  weak_ = PyWeakref_NewRef(object_, nullptr);
-  if (!weak_) PyErr_Clear();
-}
 
 bool CachedView::is_as_before(const DLTensor& t) const {
   if (!view_ || !view_->data || view_->data != static_cast<char*>(t.data) + t.byte_offset) return false;
@@ -59,19 +34,17 @@ void CachedView::keep_dims(const DLTensor& t) {
 }
 
 const View* CachedView::refresh(PyObject* object, bool is_kept, bool& changed, bool& moved) {
-  const bool same = is_same(object, is_kept);
+  const bool was_here = object == object_, was_held = was_here && is_kept && was_kept_;
   DLTensor t;
   const bool is_tensor = read_tensor(object, t);
-  if (same && is_tensor && is_as_before(t)) return &*view_;
+  if (was_here && is_tensor && is_as_before(t) && (was_held || !has_negative_bit(object))) return &*view_;
   changed = true;
   const void* const data = view_ ? view_->data : nullptr;
-  view_ = is_tensor ? view(t, object, same ? data : nullptr) : std::nullopt;
+  view_ = is_tensor ? view(t, object, was_held ? data : nullptr) : std::nullopt;
   if (view_) keep_dims(t);
-  const bool was_here = object == object_;
   const uint64_t layout = view_ ? layout_of(*view_) : 0;
   moved = moved || !was_here || data != (view_ ? view_->data : nullptr) || layout != layout_;
   object_ = object, layout_ = layout, was_kept_ = is_kept;
-  if (!same && !is_kept && was_here) watch();
   return view_ ? &*view_ : nullptr;
 }
 

@@ -59,17 +59,19 @@ std::optional<View> view(PyObject* object, const void* last) {
   return view(t, object, last);
 }
 
+bool has_negative_bit(PyObject* tensor) {
+  PyObject* negative = PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr);
+  if (!negative) PyErr_Clear();
+  Py_XDECREF(negative);
+  return negative != Py_False;
+}
+
 std::optional<View> view(const DLTensor& t, PyObject* object, const void* last) {
   const auto dtype = dtype_of_dlpack(t.dtype);
   const auto device = device_of(t.device);
   if (!dtype || !device) return {};
   void* data = static_cast<char*>(t.data) + t.byte_offset;
-  if (!data || data != last) {
-    PyObject* negative = PyObject_Vectorcall(torch.is_neg, &object, 1, nullptr);
-    if (!negative) PyErr_Clear();
-    Py_XDECREF(negative);
-    if (negative != Py_False) return {};
-  }
+  if ((!data || data != last) && has_negative_bit(object)) return {};
   int64_t numel = 1;
   for (int d = 0; d < t.ndim; d++) numel *= t.shape[d];
   if (numel > 0 && !t.data) return {};

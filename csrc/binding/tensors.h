@@ -46,6 +46,7 @@ std::optional<View> view(PyObject* object, const void* last = nullptr);
 
 // The two halves of `view`: what torch says of a plain tensor, and the view of it. Returns false for other objects.
 bool read_tensor(PyObject* object, DLTensor&);
+bool has_negative_bit(PyObject* tensor);
 std::optional<View> view(const DLTensor&, PyObject* object, const void* last);
 
 // Whole numbers of 64 bits, in row-major order without a gap, on a device that has kernels.
