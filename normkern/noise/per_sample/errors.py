@@ -133,6 +133,15 @@ def mixed(parameter: str, operation: str, why: str) -> RuntimeError:
     )
 
 
+def rows_of_no_sample(parameter: str, operation: str) -> RuntimeError:
+    """A gradient comes to rows that no sample made."""
+    return RuntimeError(
+        f"GradientNoise: {operation} uses {parameter} on entries that no sample made (zeros into which nothing was "
+        "added, padding), and they reach the loss, so it is not known to which sample their gradient belongs. Expected "
+        "them to be dropped before the loss, or made from the samples"
+    )
+
+
 def unknown_batch(parameter: str) -> RuntimeError:
     """A layer runs before the model was called."""
     return RuntimeError(

@@ -14,9 +14,11 @@ from . import sample_layout
 from .accumulator import Accumulator
 from .contributions import Contribution
 from .derived import Derived
+from .numbered import NOBODY, Numbered, described, table_of
+from .operation import map_tensors
 from .propagation import LayoutRules
 from .record import ParameterRecord, Root, Target
-from .sample_layout import Mixed, SampleLayout, State
+from .sample_layout import SampleLayout, State
 
 _T = TypeVar("_T")
 _Entry = tuple["weakref.ref[Tensor]", Any]
@@ -128,21 +130,21 @@ class TensorState:
         state = self.state(t) if isinstance(t, Tensor) else None
         return state if isinstance(state, SampleLayout) else None
 
-    def write(self, x: Tensor, index: Any, y: Tensor, before: State, layout: SampleLayout) -> None:
-        """Record the samples that ``x[index] = y`` wrote into x, which had the state `before`."""
+    def write(self, x: Tensor, index: Any, y: Tensor, before: State, source: SampleLayout | Numbered) -> None:
+        """Record the samples `source` that ``x[index] = y`` wrote into x, which had the state `before`."""
         batch = self.rules.batch
         with torch._C.DisableTorchFunction(), torch.no_grad():
             entry = self._written.get(id(x))
-            known = None if entry is None or entry[0]() is not x else entry[1]
+            known = None if entry is None or entry[0]() is not x or entry[1][1] is not before else entry[1][0]
             if known is None:
-                if isinstance(before, SampleLayout) and before.certain:
-                    known = sample_layout.numbers(x.shape, before.block, batch)
-                else:
-                    known = torch.full(x.shape, -1, dtype=torch.int32)
-                self._written[id(x)] = (weakref.ref(x), known)
-            known[index] = sample_layout.numbers(y.shape, layout.block, batch)
+                is_sure = isinstance(before, Numbered) or (isinstance(before, SampleLayout) and before.certain)
+                table = table_of(x.shape, before, batch) if is_sure else None
+                known = torch.full(x.shape, NOBODY) if table is None else table.expand(x.shape).clone()
+            known[map_tensors(index, lambda t: t.cpu())] = table_of(y.shape, source, batch)
             block = sample_layout.block_where_known(known, batch)
-        self.mark(x, Mixed("samples were written into each other's places") if block is None else SampleLayout(block))
+            after = described(known, x.shape, batch) if block is None else SampleLayout(block)
+        self.mark(x, after)
+        self._written[id(x)] = (weakref.ref(x), (known, after))
 
     # ---- Parameters
 

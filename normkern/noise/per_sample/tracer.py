@@ -19,21 +19,14 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from . import errors, sample_layout
+from . import errors, row_rules, sample_layout
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
 from .layers.registry import CHECKS, Check, find
-from .numbered import Numbered, by_rows
+from .layers import rows
+from .numbered import Numbered
 from .operation import Operation, Samples, name_of, tensors_in
-from .propagation import (
-    KEEPS_NUMBERS,
-    POINTWISE,
-    REDUCES,
-    TAKES_NUMBERED,
-    LayoutRules,
-    keeps_numbers,
-    treats_rows_alone,
-)
+from .propagation import POINTWISE, REDUCES, TAKES_NUMBERED, LayoutRules
 from .sample_layout import Mixed, SampleLayout, without_guesses
 from .tensor_state import TensorState
 
@@ -151,7 +144,7 @@ class Tracer(TorchFunctionMode):
         before = self.tensors.state(x)
         out = op.func(*op.args, **op.kwargs)
         state = self.tensors.state(y) if isinstance(y, Tensor) else None
-        if self.accumulator.batch is not None and isinstance(state, SampleLayout):
+        if self.accumulator.batch is not None and isinstance(state, (SampleLayout, Numbered)):
             self.tensors.write(x, index, y, before, state)
         elif isinstance(state, Mixed) and y.requires_grad:
             self.tensors.mark(x, state)
@@ -175,9 +168,8 @@ class Tracer(TorchFunctionMode):
             elif isinstance(state, Mixed) and t.requires_grad:
                 mixed = mixed or state
         if lists and mixed is None:
-            if self._follow_numbered(op, samples, lists, results):
-                return
-            mixed = next((Mixed(state.why) for t, state in lists if t.requires_grad), None)
+            self._follow_numbered(op, samples, lists, results)
+            return
         if mixed is not None:
             for x in results:
                 tensors.mark(x, mixed)
@@ -198,6 +190,9 @@ class Tracer(TorchFunctionMode):
             if any(isinstance(s, Mixed) for s in states) and 0 < len(sure) < len(samples):
                 samples = sure
                 states = rules.after(op.of(samples), out)
+            if any(isinstance(s, Mixed) for s in states):
+                found = row_rules.after(op.of(sure), results, rules.batch)
+                states = [b if isinstance(a, Mixed) and not type(b) is Mixed else a for a, b in zip(states, found, strict=True)]
         if len(samples) > 1 and any(isinstance(s, Mixed) for s in states) and op.name not in REDUCES:
             self._check_guesses(op, samples, results)
         for x, state in zip(results, states, strict=True):
@@ -216,20 +211,15 @@ class Tracer(TorchFunctionMode):
 
     def _follow_numbered(
         self, op: Operation, samples: Samples, lists: list[tuple[Tensor, Numbered]], results: list[Tensor]
-    ) -> bool:
-        """Record the samples of the results of an operation on samples in any order; False: it does not know them."""
+    ) -> None:
+        """Record the samples of the results of an operation on samples in any order."""
         rules = self.tensors.rules
+        samples = [(t, layout) for t, layout in samples if layout.certain or t.requires_grad]
         op = replace(op, samples=samples, numbered=lists)
         with torch._C.DisableTorchFunction():
-            if op.name in TAKES_NUMBERED:
-                states = rules.after(op, results)
-            elif op.name in KEEPS_NUMBERS and not any(layout.certain for _, layout in samples):
-                states = keeps_numbers(op, results, rules.batch)
-            else:
-                return False
+            states = rules.after(op, results) if op.name in TAKES_NUMBERED else row_rules.after(op, results, rules.batch)
         for x, state in zip(results, states, strict=True):
             self.tensors.mark(x, state)
-        return True
 
     # ---- Operations with parameters
 
@@ -252,6 +242,10 @@ class Tracer(TorchFunctionMode):
                 raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why)
         if op.numbered and not (registration is not None and registration.takes_numbered):
             return self._join_by_rows(op, operands)
+        if not (op.samples or op.numbered) and any(
+            t.numel() == 0 and t.is_floating_point() for t in operands if not any(t is p for p in parameters)
+        ):
+            return rows.join_empty(tensors, op)
         if not (op.samples or op.numbered):
             makes_samples = None if registration is None else registration.without_samples
             if makes_samples is None or not makes_samples(tensors, op):
@@ -272,22 +266,19 @@ class Tracer(TorchFunctionMode):
         return self._leave_out(op, operands, op.why)
 
     def _join_by_rows(self, op: Operation, operands: list[Tensor]) -> Any:
-        """Run an operation with parameters on the rows of each sample, where they lie in any order."""
-        tensors = self.tensors
-        (x, state), *others = op.numbered
-        if not treats_rows_alone(op, x, state) or others or any(layout.certain for _, layout in op.samples):
-            if any(t.requires_grad for t, _ in op.numbered):
-                raise errors.mixed(tensors.records(op.parameters)[0].described, op.name, state.why)
-            op.numbered.clear()
-            return self._derive(op) if not op.samples else self._leave_out(op, operands, state.why)
-
-        def run(rows: Tensor) -> Any:
-            tensors.mark(rows, sample_layout.leading(rows.shape, tensors.rules.batch))
-            return tensors.run(lambda: op.run_with(lambda t: rows if t is x else t))
-
-        out, after = by_rows(x, state, tensors.rules.batch, run)
-        tensors.mark(out, after)
-        return out
+        """Run an operation with parameters on samples in any order."""
+        op.samples = [(t, layout) for t, layout in op.samples if layout.certain or t.requires_grad]
+        if any(self.tensors.opaque(t) is not None for t in op.parameters):
+            return self._leave_out(op, operands, None)
+        if _is_composite(op.func) and find(op.name) is None and not row_rules.knows(op.name):
+            return self._enter(op)
+        out = rows.join(self.tensors, op)
+        if out is not NotImplemented:
+            return out
+        (x, state) = op.numbered[0]
+        if any(t.requires_grad for t, _ in op.numbered):
+            raise errors.mixed(self.tensors.records(op.parameters)[0].described, op.name, op.why or state.why)
+        return self._leave_out(op, operands, op.why or state.why)
 
     def _derive(self, op: Operation) -> Any:
         """Run an operation on parameters alone, and remember the way back to them."""
