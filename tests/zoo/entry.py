@@ -19,12 +19,16 @@ class Problem:
 
     Attributes:
         loss: returns the mean over the samples of these numbers, 0 to SAMPLES - 1, which may be repeated.
-        rows: marks rows of tensors as of samples, where the first tensor does not begin with them.
+        options: of `GradientNoise`.
+        single: whether the model is measured in float32, because it does not run in float64 as it is; the loop over
+            samples takes float64, after `instead` changed the model to a way of the same equations.
     """
 
     model: nn.Module
     loss: Callable[[nn.Module, Sequence[int]], Tensor]
     options: dict[str, Any] = field(default_factory=dict)
+    single: bool = False
+    instead: Callable[[nn.Module], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Entry:
         """Return the problem, always with the same numbers."""
         torch.manual_seed(0)
         problem = self.make()
-        model = problem.model.double().eval()
+        model = problem.model.to(torch.float32 if problem.single else torch.float64).eval()
         for module in model.modules():
             if isinstance(module, nn.modules.dropout._DropoutNd):
                 module.p = 0.0
@@ -83,7 +87,8 @@ def with_tensors(model: nn.Module, common: dict[str, Any] | None = None, **input
 
     def loss(model: nn.Module, samples: Sequence[int]) -> Tensor:
         at = torch.tensor(samples)
-        given = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+        dtype = next(model.parameters()).dtype
+        given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in inputs.items()}
         given = {k: x.index_select(0, at) for k, x in given.items()}
         positional = [given.pop(k) for k in sorted(given) if k.startswith("_")]
         return distance(output_of(model(*positional, **given, **(common or {}))), samples)

@@ -15,14 +15,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "IA3Config": {"feedforward_modules": []}, "AdaLoraConfig": {"init_r": 2, "target_r": 2, "total_step": 10},
     "VeraConfig": {"r": 2}, "OFTConfig": {"r": 0, "oft_block_size": 4}, "BOFTConfig": {"boft_block_size": 4},
     "HRAConfig": {"r": 2}, "FourierFTConfig": {"n_frequency": 8}, "VBLoRAConfig": {"r": 2, "vector_length": 8, "num_vectors": 8, "topk": 2},
-    "BoneConfig": {"r": 4}, "LNTuningConfig": {}, "PromptTuningConfig": {"num_virtual_tokens": 2},
+    "LNTuningConfig": {}, "PromptTuningConfig": {"num_virtual_tokens": 2},
     "PrefixTuningConfig": {"num_virtual_tokens": 2},
 }  # fmt: skip
 DIFFUSERS: dict[str, dict[str, Any]] = {
     "UNet2DModel": {"sample_size": 16, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
                     "down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
                     "attention_head_dim": 4},
-    "UNet2DConditionModel": {"sample_size": 16, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+    "UNet2DConditionModel": {"sample_size": 16, "in_channels": 3, "out_channels": 3, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
                              "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
                              "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 8,
                              "attention_head_dim": 4},
@@ -43,7 +43,7 @@ OF_X: dict[str, dict[str, Any]] = {
     "plain": {}, "rotary": {"rotary_pos_emb": True}, "alibi": {"alibi_pos_bias": True}, "rel_pos_bias": {"rel_pos_bias": True},
     "rmsnorm_glu": {"use_rmsnorm": True, "ff_glu": True}, "qk_norm": {"attn_qk_norm": True},
     "memory": {"attn_num_mem_kv": 2}, "talking_heads": {"attn_pre_talking_heads": True}, "sandwich": {"sandwich_norm": True},
-    "dynamic_pos_bias": {"dynamic_pos_bias": True}, "gate_values": {"attn_gate_values": True}, "shift": {"shift_tokens": 1},
+    "gate_values": {"attn_gate_values": True}, "shift": {"shift_tokens": 1},
     "residual_attn": {"residual_attn": True}, "gate_residual": {"gate_residual": True}, "macaron": {"macaron": True},
     "multi_query": {"attn_kv_heads": 1}, "scalenorm": {"use_scalenorm": True}, "topk": {"attn_sparse_topk": 2},
 }  # fmt: skip

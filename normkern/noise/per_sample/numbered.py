@@ -58,7 +58,7 @@ def table_of(shape: Sequence[int], state: State, batch: int) -> Tensor | None:
 def described(table: Tensor, shape: Sequence[int], batch: int) -> State:
     """Return the state of a tensor of this shape whose entries are of the samples in a table that broadcasts to it."""
     if not table.numel():
-        return Numbered(_WHY, table.new_zeros([min(n, 1) for n in shape]))
+        return None
     table = table.long()
     for d, size in enumerate(table.shape):
         if size > 1 and bool((table == table.narrow(d, 0, 1)).all()):
@@ -92,6 +92,16 @@ def constant_along(table: Tensor, dims: Sequence[int]) -> Tensor | None:
                 return None
             table = most
     return table
+
+
+def filled(state: State, shape: Sequence[int], declared: Tensor | None, batch: int) -> State:
+    """Return a state in which rows of no sample, of a tensor with as many rows as were declared, are as declared."""
+    if declared is None or not isinstance(state, Numbered) or not bool((state.table == NOBODY).any()):
+        return state
+    if shape[0] != len(declared) or len(state.table) != len(declared) or state.last() != 1:
+        return state
+    table = merged([state.table, declared.view(-1, *(1,) * (len(shape) - 1))])
+    return state if table is None else described(table, shape, batch)
 
 
 # ---- Along one dimension --------------------------------------------------------------------------------------------

@@ -97,7 +97,10 @@ def _whole(op: Operation, table: Tensor | None, shape: Sequence[int]) -> Tensor:
 # ---- Element by element ---------------------------------------------------------------------------------------------
 
 
-@numbers(*propagation.POINTWISE)
+_LIKE = frozenset("empty_like zeros_like ones_like full_like rand_like randn_like randint_like".split())
+
+
+@numbers(*propagation.POINTWISE - _LIKE)
 def pointwise(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | None]:
     """Keep the samples, with broadcasting."""
     found = _met(op, [table(t) for t in op.tensors()])
@@ -107,6 +110,12 @@ def pointwise(op: Operation, results: list[Tensor], table: TableOf) -> list[Tens
             for y in results
         ]
     return [None if found is None else found.reshape([1] * (y.dim() - found.dim()) + list(found.shape)) for y in results]
+
+
+@numbers(*_LIKE)
+def like(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | None]:
+    """Keep the samples of what a tensor of numbers is made like; one of indices has none yet."""
+    return [table(op.argument(0, "input")) if y.is_floating_point() else None for y in results]
 
 
 @numbers("copy")

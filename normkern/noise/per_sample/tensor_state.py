@@ -62,6 +62,7 @@ class TensorState:
 
     Attributes:
         accumulator: takes the contributions of the parameters.
+        declared: the sample of each row, where the user told it: also of rows into which nothing was added.
 
     A handler uses `state` (where a tensor's samples are), `mark` (say where they are, of what the handler returns),
     `derived` and `roots` (which parameters a tensor was made of), `use` (announce contributions), `once_per_call` (what
@@ -81,6 +82,7 @@ class TensorState:
         self._rules: LayoutRules | None = None
         self._made: dict[Any, Any] = {}
         self._made_in: int | None = None
+        self.declared: Tensor | None = None
 
     def forget(self) -> None:
         """Forget all tensors, and the mode, which holds this object."""
@@ -201,6 +203,10 @@ class TensorState:
         """Record that contributions to a tensor cannot go back through an operation to these parameters."""
         self.mark(t, None)
         self._opaque[id(t)] = (weakref.ref(t), (records, operation))
+
+    def may_measure(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether contributions to all of these tensors can go back to parameters."""
+        return all(self.target(p) is not None for p in parameters)
 
     def target(self, t: Any) -> Tensor | None:
         """Return the argument if it is a parameter or was derived from some; else None."""

@@ -24,7 +24,7 @@ from .accumulator import Accumulator
 from .derived import RANDOM, derive
 from .layers.registry import CHECKS, Check, find
 from .layers import rows
-from .numbered import Numbered
+from .numbered import Numbered, filled
 from .operation import Operation, Samples, name_of, tensors_in
 from .propagation import POINTWISE, REDUCES, TAKES_NUMBERED, LayoutRules
 from .sample_layout import Mixed, SampleLayout, without_guesses
@@ -62,6 +62,10 @@ def _rebuilt(func: Any, names: dict[str, Any]) -> Callable[..., Any]:
 def _is_composite(func: Any) -> bool:
     """Return whether a function is one of torch.nn.functional's that are written in Python."""
     return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
+
+
+def _is_empty(t: Tensor) -> bool:
+    return t.numel() == 0 and t.is_floating_point()
 
 
 class Tracer(TorchFunctionMode):
@@ -192,7 +196,7 @@ class Tracer(TorchFunctionMode):
                 states = rules.after(op.of(samples), out)
             if any(isinstance(s, Mixed) for s in states):
                 found = row_rules.after(op.of(sure), results, rules.batch)
-                states = [b if isinstance(a, Mixed) and not type(b) is Mixed else a for a, b in zip(states, found, strict=True)]
+                states = [b if isinstance(a, Mixed) else a for a, b in zip(states, found, strict=True)]
         if len(samples) > 1 and any(isinstance(s, Mixed) for s in states) and op.name not in REDUCES:
             self._check_guesses(op, samples, results)
         for x, state in zip(results, states, strict=True):
@@ -218,8 +222,8 @@ class Tracer(TorchFunctionMode):
         op = replace(op, samples=samples, numbered=lists)
         with torch._C.DisableTorchFunction():
             states = rules.after(op, results) if op.name in TAKES_NUMBERED else row_rules.after(op, results, rules.batch)
-        for x, state in zip(results, states, strict=True):
-            self.tensors.mark(x, state)
+            for x, state in zip(results, states, strict=True):
+                self.tensors.mark(x, filled(state, x.shape, self.tensors.declared, rules.batch))
 
     # ---- Operations with parameters
 
@@ -242,10 +246,8 @@ class Tracer(TorchFunctionMode):
                 raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why)
         if op.numbered and not (registration is not None and registration.takes_numbered):
             return self._join_by_rows(op, operands)
-        if not (op.samples or op.numbered) and any(
-            t.numel() == 0 and t.is_floating_point() for t in operands if not any(t is p for p in parameters)
-        ):
-            return rows.join_empty(tensors, op)
+        if not (op.samples or op.numbered) and any(_is_empty(t) for t in operands if not any(t is p for p in parameters)):
+            return rows.join_empty(tensors, op) if tensors.may_measure(parameters) else self._derive(op)
         if not (op.samples or op.numbered):
             makes_samples = None if registration is None else registration.without_samples
             if makes_samples is None or not makes_samples(tensors, op):

@@ -48,9 +48,36 @@ def join(tensors: TensorState, op: Operation) -> Any:
     return _masked(tensors, op, table)
 
 
+class NoRows(torch.autograd.Function):
+    """The result of an operation on no rows: every sample contributes zero."""
+
+    @staticmethod
+    def forward(ctx: Any, use: Use, out: Tensor, *params: Tensor) -> Tensor:
+        ctx.use, ctx.params = use, params
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        use: Use = ctx.use
+        with without_modes():
+            use.begin()
+            grads = [
+                use.measure(i, lambda p=p: Loop(use.batch, p.shape, lambda b: torch.zeros_like(p)))  # type: ignore[misc]
+                for i, p in enumerate(ctx.params)
+            ]
+            return (None, g, *grads)
+
+
 def join_empty(tensors: TensorState, op: Operation) -> Any:
     """Return the result of an operation on no rows at all, as of an expert that gets no token."""
-    return op.run_with(lambda t: t.detach() if any(t is p for p in op.parameters) else t)
+    params = list({id(t): t for t in op.parameters}.values())
+    out = op.run_with(lambda t: t.detach() if any(t is p for p in params) else t)
+    if not isinstance(out, Tensor):
+        return op.func(*op.args, **op.kwargs)
+    out = NoRows.apply(tensors.use(op.name, params), out, *params)
+    tensors.mark(out, None)
+    return out
 
 
 def _like(op: Operation) -> Tensor | None:
