@@ -19,7 +19,7 @@ CONVS: dict[str, dict[str, Any]] = {
     "TAGConv": {}, "ARMAConv": {}, "SGConv": {}, "LEConv": {}, "ClusterGCNConv": {}, "FeaStConv": {}, "MFConv": {},
     "ResGatedGraphConv": {}, "GeneralConv": {}, "EdgeConv": {}, "SuperGATConv": {"heads": 1},
 }  # fmt: skip
-QUICK = frozenset("GCNConv GATConv SAGEConv GINConv TransformerConv".split())
+QUICK = frozenset(["GCNConv", "GATConv", "SAGEConv", "GINConv", "TransformerConv"])
 
 
 class Net(nn.Module):
@@ -32,7 +32,9 @@ class Net(nn.Module):
         def conv(wide: int) -> nn.Module:
             make = getattr(layers, kind)
             if kind == "GINConv":
-                return make(nn.Sequential(nn.Linear(wide, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN)), train_eps=True)
+                return make(
+                    nn.Sequential(nn.Linear(wide, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN)), train_eps=True
+                )
             if kind == "EdgeConv":
                 return make(nn.Sequential(nn.Linear(2 * wide, HIDDEN), nn.ReLU()))
             return make(wide, HIDDEN, **options)

@@ -27,19 +27,140 @@ ENCODER_DECODER: dict[str, Any] = {
     "decoder_ffn_dim": 24, "max_position_embeddings": 64, "pad_token_id": 0, "decoder_start_token_id": 1,
     "eos_token_id": 2, "use_cache": False,
 }  # fmt: skip
-CAUSAL = """llama mistral gemma gemma2 qwen2 qwen3 phi phi3 gpt2 gpt_neox gptj gpt_neo opt bloom stablelm cohere olmo
-olmo2 starcoder2 granite smollm3 mpt codegen persimmon biogpt nemotron glm glm4 helium ministral exaone4
-mamba mamba2 rwkv recurrent_gemma falcon_mamba ctrl gpt_bigcode""".split()
-MIXTURES = """mixtral qwen2_moe qwen3_moe gpt_oss olmoe phimoe glm4_moe jamba granitemoe granitemoeshared minimax
-deepseek_v2 deepseek_v3 dots1 ernie4_5_moe hunyuan_v1_moe flex_olmo""".split()
-MASKED = """bert roberta electra albert distilbert deberta deberta-v2 mpnet camembert xlm-roberta roformer convbert
-mobilebert funnel fnet nystromformer squeezebert megatron-bert data2vec-text esm layoutlm modernbert longformer
-big_bird ernie rembert ibert yoso xlnet tapas""".split()
-SEQ2SEQ = "t5 mt5 bart mbart pegasus marian m2m_100 blenderbot switch_transformers umt5 longt5 led prophetnet".split()
-IMAGES = """vit deit beit swin swinv2 convnext convnextv2 dinov2 resnet mobilevit segformer poolformer
-pvt pvt_v2 cvt vit_msn vit_mae hiera focalnet mobilenet_v1 mobilenet_v2 efficientnet dinov2_with_registers
-swiftformer ijepa""".split()
-SPEECH = "wav2vec2 hubert wavlm unispeech sew data2vec-audio".split()
+CAUSAL = [
+    "llama",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "qwen2",
+    "qwen3",
+    "phi",
+    "phi3",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "gpt_neo",
+    "opt",
+    "bloom",
+    "stablelm",
+    "cohere",
+    "olmo",
+    "olmo2",
+    "starcoder2",
+    "granite",
+    "smollm3",
+    "mpt",
+    "codegen",
+    "persimmon",
+    "biogpt",
+    "nemotron",
+    "glm",
+    "glm4",
+    "helium",
+    "ministral",
+    "exaone4",
+    "mamba",
+    "mamba2",
+    "rwkv",
+    "recurrent_gemma",
+    "falcon_mamba",
+    "ctrl",
+    "gpt_bigcode",
+]
+MIXTURES = [
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "gpt_oss",
+    "olmoe",
+    "phimoe",
+    "glm4_moe",
+    "jamba",
+    "granitemoe",
+    "granitemoeshared",
+    "minimax",
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "ernie4_5_moe",
+    "hunyuan_v1_moe",
+    "flex_olmo",
+]
+MASKED = [
+    "bert",
+    "roberta",
+    "electra",
+    "albert",
+    "distilbert",
+    "deberta",
+    "deberta-v2",
+    "mpnet",
+    "camembert",
+    "xlm-roberta",
+    "roformer",
+    "convbert",
+    "mobilebert",
+    "funnel",
+    "fnet",
+    "nystromformer",
+    "squeezebert",
+    "megatron-bert",
+    "data2vec-text",
+    "esm",
+    "layoutlm",
+    "modernbert",
+    "longformer",
+    "big_bird",
+    "ernie",
+    "rembert",
+    "ibert",
+    "yoso",
+    "xlnet",
+    "tapas",
+]
+SEQ2SEQ = [
+    "t5",
+    "mt5",
+    "bart",
+    "mbart",
+    "pegasus",
+    "marian",
+    "m2m_100",
+    "blenderbot",
+    "switch_transformers",
+    "umt5",
+    "longt5",
+    "led",
+    "prophetnet",
+]
+IMAGES = [
+    "vit",
+    "deit",
+    "beit",
+    "swin",
+    "swinv2",
+    "convnext",
+    "convnextv2",
+    "dinov2",
+    "resnet",
+    "mobilevit",
+    "segformer",
+    "poolformer",
+    "pvt",
+    "pvt_v2",
+    "cvt",
+    "vit_msn",
+    "vit_mae",
+    "hiera",
+    "focalnet",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "efficientnet",
+    "dinov2_with_registers",
+    "swiftformer",
+    "ijepa",
+]
+SPEECH = ["wav2vec2", "hubert", "wavlm", "unispeech", "sew", "data2vec-audio"]
 MORE: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 64},
     "gptj": {"n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 64, "rotary_dim": 4},
@@ -76,7 +197,7 @@ MORE: dict[str, dict[str, Any]] = {
     "xlnet": {"d_model": 16, "n_head": 2, "n_layer": 2, "d_inner": 24},
     "layoutlm": {"max_2d_position_embeddings": 64},
     "yoso": {"use_expectation": True},
-   
+
     "roformer": {"embedding_size": 16, "rotary_value": False},
     "nystromformer": {"num_landmarks": 2, "segment_means_seq_len": 6},
     "switch_transformers": {"num_experts": 4, "expert_capacity": 8, "num_sparse_encoder_layers": 1,
@@ -105,11 +226,48 @@ MORE: dict[str, dict[str, Any]] = {
     "mobilenet_v2": {"depth_multiplier": 0.25},
 }  # fmt: skip
 #: What some configurations do not take.
-WITHOUT = {"funnel": ("num_hidden_layers",), "xlnet": ("max_position_embeddings",), "prophetnet": ("num_hidden_layers",)}
+WITHOUT = {
+    "funnel": ("num_hidden_layers",),
+    "xlnet": ("max_position_embeddings",),
+    "prophetnet": ("num_hidden_layers",),
+}
 #: Have lists of sizes in the place of `hidden_size`.
-STAGES = frozenset("swin swinv2 convnext convnextv2 regnet resnet bit cvt levit pvt pvt_v2 hiera focalnet swiftformer".split())
+STAGES = frozenset(
+    [
+        "swin",
+        "swinv2",
+        "convnext",
+        "convnextv2",
+        "regnet",
+        "resnet",
+        "bit",
+        "cvt",
+        "levit",
+        "pvt",
+        "pvt_v2",
+        "hiera",
+        "focalnet",
+        "swiftformer",
+    ]
+)
 QUICK = frozenset(
-    "llama gpt2 qwen3 mixtral qwen2_moe gpt_oss olmoe jamba bert deberta-v2 t5 switch_transformers vit swin wav2vec2".split()
+    [
+        "llama",
+        "gpt2",
+        "qwen3",
+        "mixtral",
+        "qwen2_moe",
+        "gpt_oss",
+        "olmoe",
+        "jamba",
+        "bert",
+        "deberta-v2",
+        "t5",
+        "switch_transformers",
+        "vit",
+        "swin",
+        "wav2vec2",
+    ]
 )
 
 
@@ -144,7 +302,9 @@ def masked(kind: str) -> Problem:
 
     tiny = {k: v for k, v in TINY.items() if k not in WITHOUT.get(kind, ())}
     mask = torch.ones(SAMPLES, 2 * TOKENS, dtype=torch.int64)
-    return with_tensors(AutoModel.from_config(_config(kind, **tiny)), input_ids=_ids(SAMPLES, 2 * TOKENS), attention_mask=mask)
+    return with_tensors(
+        AutoModel.from_config(_config(kind, **tiny)), input_ids=_ids(SAMPLES, 2 * TOKENS), attention_mask=mask
+    )
 
 
 def seq2seq(kind: str) -> Problem:
@@ -186,7 +346,12 @@ def add(zoo: Zoo) -> None:
 
     def some(kinds: list[str], make: Any, suffix: str = "", **options: Any) -> None:
         for kind in kinds:
-            zoo.add("transformers", kind + suffix, functools.partial(make, kind, **options), kind in QUICK and "eager" not in suffix)
+            zoo.add(
+                "transformers",
+                kind + suffix,
+                functools.partial(make, kind, **options),
+                kind in QUICK and "eager" not in suffix,
+            )
 
     some(MIXTURES, causal, **EXPERTS)
     some(MIXTURES, causal, " (eager)", **EXPERTS, experts_implementation="eager")

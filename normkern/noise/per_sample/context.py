@@ -17,7 +17,7 @@ from typing_extensions import Self
 
 from ...names import did_you_mean
 from ...tracing import force_eager, in_dispatch_mode
-from . import distributed, errors, measuring, sample_layout, session
+from . import distributed, errors, measuring, session
 from .accumulator import Accumulator
 from .given import Argument, Given, samples_in
 from .model_parameters import ModelParameters, batch_norms

@@ -114,8 +114,8 @@ def small_batch(batch: int, shape: tuple[int, ...]) -> ValueError:
 def nested_tensor() -> NotImplementedError:
     """A nested or jagged tensor."""
     return NotImplementedError(
-        "GradientNoise: the model was given a nested tensor, whose samples are not followed; expected a padded tensor, a "
-        "packed sequence, a list of tensors, or the rows of all samples in one tensor with samples=, the name of the "
+        "GradientNoise: the model was given a nested tensor, whose samples are not followed; expected a padded tensor, "
+        "a packed sequence, a list of tensors, or the rows of all samples in one tensor with samples=, the name of the "
         "argument that has the sample of each row"
     )
 
@@ -124,8 +124,8 @@ def no_numbers(name: str, got: object, model: str) -> ValueError:
     """`samples` names no vector of numbers."""
     shape = f"a tensor of shape {tuple(got.shape)}" if hasattr(got, "shape") else type(got).__name__
     return ValueError(
-        f"GradientNoise: samples={name!r} expected an argument of {model}.forward, or an attribute of one, that is a vector "
-        f"of whole numbers from 0, the sample of each row; got {'none' if got is None else shape}"
+        f"GradientNoise: samples={name!r} expected an argument of {model}.forward, or an attribute of one, that is a "
+        f"vector of whole numbers from 0, the sample of each row; got {'none' if got is None else shape}"
     )
 
 

@@ -53,8 +53,7 @@ class Given:
             raise errors.nested_tensor()
         rows = None if samples is None else _rows(module, args, kwargs, samples)
         first = args[0] if args else next(iter(kwargs.values()), None)
-        each = _one_each(first, batch_size) if samples is None and isinstance(first, list) else False
-        if not each:
+        if samples is not None or not isinstance(first, list) or not _one_each(first, batch_size):
             return cls(found, rows, {}, 0)
         numbers = {id(t): i for x in (*args, *kwargs.values()) for t, i in _elements(x, len(first))}
         return cls(found, rows, numbers, len(first))

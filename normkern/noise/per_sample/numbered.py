@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +30,7 @@ class Numbered(Mixed):
 
     def rows(self, shape: Sequence[int], dims: int) -> Tensor:
         """Return the samples of all rows, which are the first so many dimensions, as a vector."""
-        return self.table[(..., *(0,) * (len(shape) - dims))].expand(tuple(shape[:dims])).reshape(-1)
+        return without_last(self.table, len(shape) - dims).expand(tuple(shape[:dims])).reshape(-1)
 
     def last(self) -> int:
         """Return how many dimensions there are up to the last one along which samples differ."""
@@ -69,6 +68,13 @@ def described(table: Tensor, shape: Sequence[int], batch: int) -> State:
     dims = state.last()
     block = sample_layout.block_of(state.rows(shape, dims).int(), batch) if dims else None
     return state if block is None else SampleLayout(sample_layout.block_on(shape, dims - 1, block))
+
+
+def without_last(table: Tensor, count: int) -> Tensor:
+    """Return a table without its last dimensions, along which the samples do not differ."""
+    for _ in range(count):
+        table = table.select(-1, 0)
+    return table
 
 
 def merged(tables: Sequence[Tensor]) -> Tensor | None:

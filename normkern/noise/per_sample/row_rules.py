@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import propagation
-from .numbered import NOBODY, constant_along, described, merged, table_of
+from .numbered import NOBODY, constant_along, described, merged, table_of, without_last
 from .operation import Operation, map_tensors, tensors_in
 from .sample_layout import Mixed, State
 
@@ -109,7 +109,9 @@ def pointwise(op: Operation, results: list[Tensor], table: TableOf) -> list[Tens
             found if y.dim() >= found.dim() else _same_along(op, found, range(found.dim())).reshape([1] * y.dim())
             for y in results
         ]
-    return [None if found is None else found.reshape([1] * (y.dim() - found.dim()) + list(found.shape)) for y in results]
+    return [
+        None if found is None else found.reshape([1] * (y.dim() - found.dim()) + list(found.shape)) for y in results
+    ]
 
 
 @numbers(*_LIKE)
@@ -122,7 +124,9 @@ def like(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | 
 def copy(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | None]:
     """Take the samples of what is copied."""
     found = table(op.args[1])
-    return [None if found is None else found.reshape([1] * (y.dim() - found.dim()) + list(found.shape)) for y in results]
+    return [
+        None if found is None else found.reshape([1] * (y.dim() - found.dim()) + list(found.shape)) for y in results
+    ]
 
 
 # ---- Moves ----------------------------------------------------------------------------------------------------------
@@ -141,7 +145,9 @@ def moves(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor |
 
     def full(t: Tensor) -> Tensor:
         out = _whole(op, table(t), t.shape)
-        return out if thin is None else out[(..., *(slice(0, 1),) * (t.dim() - thin))]
+        for d in range(t.dim() if thin is None else thin, t.dim()):
+            out = out.narrow(d, 0, 1)
+        return out
 
     args, kwargs = list(op.args), {k: v for k, v in op.kwargs.items() if k != "out"}
     if op.args:
@@ -206,7 +212,9 @@ def reduces(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor
     over = range(x.dim()) if dims is None else dims
     found = _same_along(op, found, list(over))
     dropped = found[tuple(0 if d in over else slice(None) for d in range(x.dim()))]
-    return [found if y.dim() == x.dim() else dropped if y.dim() == dropped.dim() else found.new_zeros(()) for y in results]
+    return [
+        found if y.dim() == x.dim() else dropped if y.dim() == dropped.dim() else found.new_zeros(()) for y in results
+    ]
 
 
 @numbers(*propagation.MIXES - {"index_add", "index_copy", "index_fill", "scatter", "scatter_add", "scatter_reduce"})
@@ -233,7 +241,7 @@ def on_last(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor
         found = table(t)
         if found is not None:
             found = _same_along(op, found, range(t.dim() - count, t.dim()))
-            leads.append(found[(..., *(0,) * count)])
+            leads.append(without_last(found, count))
     if op.name.startswith("conv") and (len(leads) > 1 or table(op.argument(0, "input")) is None):
         raise Apart(f"{op.name} by kernels that have samples")
     lead = _met(op, leads)
@@ -265,6 +273,14 @@ def pad(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | N
     if mode != "constant":
         return [_same_along(op, found, [d for d in range(x.dim()) if any(widths[2 * (x.dim() - 1 - d) :][:2])])]
     return [torch.nn.functional.pad(found.expand(x.shape), widths, value=NOBODY)]
+
+
+@numbers("pad_sequence")
+def pad_sequence(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | None]:
+    """Pad with entries of no sample."""
+    sequences, batch_first, _, side = op.bind("sequences batch_first padding_value padding_side", batch_first=False)
+    of = [_whole(op, table(t), t.shape) for t in sequences]
+    return [torch.nn.utils.rnn.pad_sequence(of, batch_first, float(NOBODY), side or "right")]
 
 
 @numbers("embedding", "one_hot", "view_as_real")
@@ -382,7 +398,9 @@ def scatters(op: Operation, results: list[Tensor], table: TableOf) -> list[Tenso
     shape = [1 if d in thin else n for d, n in enumerate(x.shape)]
     every = torch.arange(math.prod(shape)).view(shape)
     index = index[cut]
-    places = every[tuple(slice(0, n) if d != dim else slice(None) for d, n in enumerate(index.shape))].gather(dim, index)
+    places = every[tuple(slice(0, n) if d != dim else slice(None) for d, n in enumerate(index.shape))].gather(
+        dim, index
+    )
     overwrites = op.name == "scatter" and op.kwargs.get("reduce") is None and len(op.args) < 5
     base = base if base is None else base.expand(x.shape)[cut]
     return [_written(op, base, own if own is None else own[cut], shape, places, overwrites)]

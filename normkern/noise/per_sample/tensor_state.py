@@ -142,7 +142,9 @@ class TensorState:
                 is_sure = isinstance(before, Numbered) or (isinstance(before, SampleLayout) and before.certain)
                 table = table_of(x.shape, before, batch) if is_sure else None
                 known = torch.full(x.shape, NOBODY) if table is None else table.expand(x.shape).clone()
-            known[map_tensors(index, lambda t: t.cpu())] = table_of(y.shape, source, batch)
+            written = table_of(y.shape, source, batch)
+            assert written is not None
+            known[map_tensors(index, lambda t: t.cpu())] = written
             block = sample_layout.block_where_known(known, batch)
             after = described(known, x.shape, batch) if block is None else SampleLayout(block)
         self.mark(x, after)

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from . import errors, row_rules, sample_layout
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
-from .layers.registry import CHECKS, Check, find
 from .layers import rows
+from .layers.registry import CHECKS, Check, find
 from .numbered import Numbered, filled
 from .operation import Operation, Samples, name_of, tensors_in
 from .propagation import POINTWISE, REDUCES, TAKES_NUMBERED, LayoutRules
@@ -221,7 +221,9 @@ class Tracer(TorchFunctionMode):
         samples = [(t, layout) for t, layout in samples if layout.certain or t.requires_grad]
         op = replace(op, samples=samples, numbered=lists)
         with torch._C.DisableTorchFunction():
-            states = rules.after(op, results) if op.name in TAKES_NUMBERED else row_rules.after(op, results, rules.batch)
+            states = (
+                rules.after(op, results) if op.name in TAKES_NUMBERED else row_rules.after(op, results, rules.batch)
+            )
             for x, state in zip(results, states, strict=True):
                 self.tensors.mark(x, filled(state, x.shape, self.tensors.declared, rules.batch))
 
@@ -246,7 +248,9 @@ class Tracer(TorchFunctionMode):
                 raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why)
         if op.numbered and not (registration is not None and registration.takes_numbered):
             return self._join_by_rows(op, operands)
-        if not (op.samples or op.numbered) and any(_is_empty(t) for t in operands if not any(t is p for p in parameters)):
+        if not (op.samples or op.numbered) and any(
+            _is_empty(t) for t in operands if not any(t is p for p in parameters)
+        ):
             return rows.join_empty(tensors, op) if tensors.may_measure(parameters) else self._derive(op)
         if not (op.samples or op.numbered):
             makes_samples = None if registration is None else registration.without_samples
@@ -277,7 +281,7 @@ class Tracer(TorchFunctionMode):
         out = rows.join(self.tensors, op)
         if out is not NotImplemented:
             return out
-        (x, state) = op.numbered[0]
+        state = op.numbered[0][1]
         if any(t.requires_grad for t, _ in op.numbered):
             raise errors.mixed(self.tensors.records(op.parameters)[0].described, op.name, op.why or state.why)
         return self._leave_out(op, operands, op.why or state.why)

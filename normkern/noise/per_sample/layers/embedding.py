@@ -114,4 +114,6 @@ def index(tensors: TensorState, op: Operation) -> Any:
 
 def _rows_of(table: Tensor, at: Tensor) -> Tensor:
     at = torch.where(at < 0, at + len(table), at)
-    return F.embedding(at, table) if table.dim() == 2 else F.embedding(at, table.flatten(1)).unflatten(-1, table.shape[1:])
+    return (
+        F.embedding(at, table) if table.dim() == 2 else F.embedding(at, table.flatten(1)).unflatten(-1, table.shape[1:])
+    )

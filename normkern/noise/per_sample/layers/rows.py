@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import errors, row_rules
 from ..contributions import Contribution, Loop, Matrix
-from ..numbered import NOBODY, Numbered, by_rows, described, table_of
+from ..numbered import NOBODY, Numbered, by_rows, described, table_of, without_last
 from ..operation import Operation
 from ..sample_layout import SampleLayout
 from ..tensor_state import TensorState, Use
@@ -38,8 +38,9 @@ def join(tensors: TensorState, op: Operation) -> Any:
         dims = x.dim() - features
         if op.numbered[0][1].last() <= dims:
             return _by_rows(tensors, op, x, op.numbered[0][1], dims)
-    (state,) = row_rules.after(op, [_like(op)], tensors.rules.batch) if _like(op) is not None else (None,)
-    table = table_of(_like(op).shape, state, tensors.rules.batch) if state is not None else None
+    like = _like(op)
+    (state,) = (None,) if like is None else row_rules.after(op, [like], tensors.rules.batch)
+    table = None if like is None else table_of(like.shape, state, tensors.rules.batch)
     if table is None:
         op.why = getattr(state, "why", None)
         return NotImplemented
@@ -189,7 +190,7 @@ def _contribution(g: Tensor, table: Tensor, batch: int, shape: torch.Size) -> Co
     dims = max((d + 1 for d, size in enumerate(table.shape) if size != 1), default=0)
     if all(n == 1 for n in aligned[:dims]):
         rest = g.shape[dims:]
-        numbers = table[(..., *(0,) * (g.dim() - dims))].expand(g.shape[:dims]).reshape(-1).clamp(min=0)
+        numbers = without_last(table, g.dim() - dims).expand(g.shape[:dims]).reshape(-1).clamp(min=0)
         rows = g.new_zeros(batch, *rest).index_add_(0, numbers, g.reshape(-1, *rest))
         over = [1 + d for d, n in enumerate(aligned[dims:]) if n == 1 and rest[d] != 1]
         return Matrix((rows.sum(over) if over else rows).reshape(batch, -1), shape)
@@ -250,8 +251,10 @@ class MaskedSamples(torch.autograd.Function):
 
             use.begin()
             grads: list[Tensor | None] = [gradient(i, g) if needs[i] else None for i in range(first)]
-            for i in range(len(use.targets)):
-                grads.append(use.measure(i, functools.partial(contribution, i)) if needs[first + i] else None)
+            grads += [
+                use.measure(i, functools.partial(contribution, i)) if needs[first + i] else None
+                for i in range(len(use.targets))
+            ]
             return (None, None, None, None, *grads)
 
 
