@@ -15,7 +15,7 @@ KERNEL_TESTS := tests/ops --ignore=tests/ops/test_schemas.py \
 
 CUDA_PYTEST = CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest
 
-.PHONY: help demo test test-slow test-backpack instructions bench bench-compare papers lint format stubs docs dist cuda sanitize fuzz clean \
+.PHONY: help demo test test-slow test-backpack test-zoo instructions bench bench-compare papers lint format stubs docs dist cuda sanitize fuzz clean \
   bench-all bench-noise bench-ddp lint-python lint-cpp lint-texts lint-stubs lint-tidy
 
 help: ## print this list
@@ -40,6 +40,12 @@ test-backpack: $(if $(BACKPACK),.venv/backpack-ready) ## run BackPACK's own test
 	here=$(CURDIR) && cd "$(BACKPACK)" && PYTHONPATH=$$here:$$here/tests/backpack:$$PWD OMP_WAIT_POLICY=passive \
 	  $(abspath $(BIN))/python -m pytest -n $(WORKERS) -q -p adapter \
 	  $(addprefix test/extensions/firstorder/,batch_l2_grad sum_grad_squared variance)
+
+test-zoo: .venv/zoo-ready ## measure GradientNoise on published models, into docs/models.md (goes on where it stopped; NEW=1: anew)
+	$(if $(NEW),rm -f build/zoo.jsonl)
+	cd tests && for i in $$(seq $(WORKERS)); do HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+	  $(abspath $(BIN))/python -m zoo --part $$((i - 1))/$(WORKERS) & done; wait
+	cd tests && $(abspath $(BIN))/python -m zoo --docs
 
 bench: ## measure speed; fill the tables of README and docs (QUICK=1: short, into build/; ONLY=noise, ddp)
 bench: bench-$(or $(ONLY),all)
@@ -155,8 +161,8 @@ bench-ddp: .venv/bench-ready
 	touch $@
 
 # timm needs torchvision, whose wheels do not load beside every torch and then break all that import it: tests have a stub.
-.venv/frameworks-ready: pyproject.toml constraints.txt | .venv/ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt --group frameworks
+.venv/frameworks-ready .venv/zoo-ready: pyproject.toml constraints.txt | .venv/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group $(patsubst .venv/%-ready,%,$@)
 	$(BIN)/python -c "import torchvision" 2> /dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 

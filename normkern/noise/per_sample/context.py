@@ -17,10 +17,11 @@ from typing_extensions import Self
 
 from ...names import did_you_mean
 from ...tracing import force_eager, in_dispatch_mode
-from . import distributed, errors, measuring, sample_layout, session
+from . import distributed, errors, measuring, session
 from .accumulator import Accumulator
+from .given import Argument, Given, samples_in
 from .model_parameters import ModelParameters, batch_norms
-from .numbered import Numbered, state_of_packed
+from .numbered import Numbered
 from .parallel import find_ddp, is_ddp, running_ddp, unwrapped
 from .random_signs import SignedBackward
 from .record import Uncovered
@@ -53,6 +54,9 @@ class GradientNoise:
             `coverage` lists them.
         check: whether every layer is compared with autograd in the first context ("first"), always or never. That
             ``.grad`` gets the sum of what was measured is always checked.
+        samples: the name of the argument of the model's forward, or of an attribute of one, that has the sample of
+            each row, 0 to B - 1, as the batch vector of graphs does; None: the first dimension is of samples. In a list
+            of tensors of different lengths each is a sample; of equal ones, batch_size says it.
 
     Names are those of the user's model: the prefixes of wrappers (``module.``, ``_orig_mod.``) are left out. Where
     forward and backward are in hooks of a framework, `open` and `close` are the ``with`` statement; `measure` does all
@@ -96,6 +100,7 @@ class GradientNoise:
         batch_size: int | None = None,
         uncovered: Uncovered = "raise",
         check: bool | Literal["first"] = "first",
+        samples: str | None = None,
     ) -> None:
         where = "GradientNoise"
         if not isinstance(model, nn.Module):
@@ -115,7 +120,10 @@ class GradientNoise:
             raise TypeError(f"{where}: batch_size expected an int or None, got {type(batch_size).__name__}")
         if batch_size is not None and batch_size < 2:
             raise ValueError(f"{where}: batch_size expected at least 2 samples, got {batch_size}")
+        if samples is not None and not isinstance(samples, str):
+            raise TypeError(f"{where}: samples expected the name of an argument or None, got {type(samples).__name__}")
         self.model = model
+        self.samples = samples
         self.stats = tiers
         self.reduction: Literal["mean", "sum"] = reduction
         self.batch_size = batch_size
@@ -261,28 +269,24 @@ class GradientNoise:
             self._ddp = running_ddp(opened.parameters)
             accumulator.keep_totals = self._ddp is not None
         with torch._C.DisableTorchFunction():
-            leaves = tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, PackedSequence))
-            given = [
-                x
-                for x in leaves
-                if isinstance(x, PackedSequence) or (isinstance(x, Tensor) and x.dim() and not accumulator.knows(x))
-            ]
-            states = [tensors.state(x.data if isinstance(x, PackedSequence) else x) for x in given]
+            given = Given.of(module, args, kwargs, self.samples if module is self.model else None, self.batch_size)
+            arguments = [x for x in given.tensors if not accumulator.knows(_data(x))]
+            states = [tensors.state(_data(x)) for x in arguments]
             new = [not (isinstance(s, Mixed) or (isinstance(s, SampleLayout) and s.certain)) for s in states]
             if new and new[0] and module is self.model:
-                accumulator.batch = self._batch_of(given[0])
+                accumulator.batch = self._batch_of(arguments[0], given)
+                tensors.declared = given.rows
             accumulator.new_call(bool(new and new[0]))
-            for i, x in enumerate(given):  # the first is the batch; others yield where they do not fit
-                if new[i] and accumulator.batch is not None and _samples_in(x) == accumulator.batch:
-                    if isinstance(x, PackedSequence):
-                        tensors.mark(x.data, state_of_packed(x, accumulator.batch))
-                    elif x.numel():
-                        tensors.mark(x, sample_layout.leading(x.shape, accumulator.batch, certain=x is given[0]))
+            for i, x in enumerate(arguments):  # the first is the batch; others yield where they do not fit
+                if new[i] and accumulator.batch is not None:
+                    state = given.state(x, accumulator.batch, x is arguments[0])
+                    if state is not None:
+                        tensors.mark(_data(x), state)
 
-    def _batch_of(self, x: Tensor | PackedSequence) -> int:
+    def _batch_of(self, first: Argument, given: Given) -> int:
         """Return B, the leading dimension of the first tensor that the model is given, or the number of sequences."""
-        batch = _samples_in(x)
-        x = x.data if isinstance(x, PackedSequence) else x
+        batch = given.batch or samples_in(first)
+        x = _data(first)
         if self.batch_size is not None and batch != self.batch_size:
             raise errors.wrong_batch_size(self.batch_size, batch, tuple(x.shape))
         if batch < 2:
@@ -435,6 +439,6 @@ class GradientNoise:
         return noise.result(sync=sync)
 
 
-def _samples_in(x: Tensor | PackedSequence) -> int:
-    """Return the number of samples of an argument of the model."""
-    return int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else x.shape[0]
+def _data(x: Argument) -> Tensor:
+    """Return an argument, or the rows of a packed sequence."""
+    return x.data if isinstance(x, PackedSequence) else x

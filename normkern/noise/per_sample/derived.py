@@ -129,8 +129,12 @@ def _selects(op: Operation) -> bool:
     """Return whether an operation only picks entries, each at most once."""
     if op.name == "__getitem__":
         index = op.args[1] if isinstance(op.args[1], tuple) else (op.args[1],)
-        return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) for i in index)
+        return all(i is None or i is Ellipsis or isinstance(i, (int, slice)) or _is_number(i) for i in index)
     return op.name in SELECTS
+
+
+def _is_number(index: object) -> bool:
+    return isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32)
 
 
 @dataclass

@@ -112,6 +112,34 @@ def small_batch(batch: int, shape: tuple[int, ...]) -> ValueError:
     )
 
 
+def nested_tensor() -> NotImplementedError:
+    """A nested or jagged tensor."""
+    return NotImplementedError(
+        "GradientNoise: the model was given a nested tensor, whose samples are not followed; expected a padded tensor, "
+        "a packed sequence, a list of tensors, or the rows of all samples in one tensor with samples=, the name of the "
+        "argument that has the sample of each row"
+    )
+
+
+def no_numbers(name: str, got: object, model: str) -> ValueError:
+    """`samples` names no vector of numbers."""
+    shape = f"a tensor of shape {tuple(got.shape)}" if hasattr(got, "shape") else type(got).__name__
+    return ValueError(
+        f"GradientNoise: samples={name!r} expected an argument of {model}.forward, or an attribute of one, that is a "
+        f"vector of whole numbers from 0, the sample of each row; got {'none' if got is None else shape}"
+    )
+
+
+def list_of_tensors(count: int, size: int) -> ValueError:
+    """A list of tensors may be of samples, or of batches."""
+    told = f"batch_size={count} if each is a sample, batch_size={size} if each begins with all samples"
+    if count == size:
+        told = "torch.stack of them as one tensor if each is a sample, a tuple if each begins with all samples"
+    return ValueError(
+        f"GradientNoise: the model was given a list of {count} tensors whose first dimension is {size}; expected {told}"
+    )
+
+
 # ---- The forward
 
 
@@ -155,6 +183,15 @@ def loss_is_a_sum() -> str:
     return (
         'GradientNoise: the loss is a sum over samples, but reduction is "mean", so that the trace and norms would be '
         'B^2 times too large; expected GradientNoise(model, reduction="sum"), or a mean'
+    )
+
+
+def rows_of_no_sample(parameter: str, operation: str) -> RuntimeError:
+    """A gradient comes to rows that no sample made."""
+    return RuntimeError(
+        f"GradientNoise: {operation} uses {parameter} on entries that no sample made (zeros into which nothing was "
+        "added, padding), and they reach the loss, so it is not known to which sample their gradient belongs. Expected "
+        "them to be dropped before the loss, or made from the samples"
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from . import errors, sample_layout
-from .numbered import Numbered, numbers_of, order_along, ordered, packed_numbers
+from .numbered import numbers_of, order_along, ordered, packed_numbers
 from .operation import Operation, Samples, tensors_in
 from .recurrent_call import RecurrentCall
 from .sample_layout import Mixed, SampleLayout, State
@@ -222,7 +222,8 @@ def _is_loss_of_each(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
     return dim == 0
 
 
-def _is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
+def is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
+    """Return whether an operation of `MIXES`, or a norm, treats the entries along a dimension by themselves."""
     if op.name in ("layer_norm", "rms_norm"):
         shape = op.kwargs.get("normalized_shape", op.args[1] if len(op.args) > 1 else ())
         return dim < x.dim() - (1 if isinstance(shape, int) else len(shape))
@@ -254,7 +255,7 @@ def _is_not_padded(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
     return not any(widths[2 * (x.dim() - 1 - dim) :][:2])
 
 
-stays(*MIXES, where=_is_not_mixed)
+stays(*MIXES, where=is_not_mixed)
 stays(*ON_LAST, where=_is_before_last)
 stays(*ON_FIRST, where=lambda op, x, dim, out: dim == 0)
 stays("pad", where=_is_not_padded)
@@ -279,7 +280,7 @@ def _resized(op: Operation, out: Tensor) -> State:
 @propagates(*RECURRENT)
 def recurrent(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Return outputs that lie as the inputs do, and states with the samples in dimension 1."""
-    call, of = RecurrentCall.of(op), _states_of(op)
+    call, of = RecurrentCall.of(op), states_of(op)
     order = call.order({id(t): of.get(id(t)) for t in (call.x, *call.states)}, batch)
     if isinstance(order, str):
         return [Mixed(order)] * len(results)
@@ -289,44 +290,13 @@ def recurrent(op: Operation, results: list[Tensor], batch: int) -> list[State]:
 # ---- In any order ---------------------------------------------------------------------------------------------------
 
 #: Know operands whose samples lie in any order.
-TAKES_NUMBERED = frozenset({"index_select", "_pack_padded_sequence", "_pad_packed_sequence", *RECURRENT})
-#: Keep their order.
-KEEPS_NUMBERS = POINTWISE | {"embedding", "one_hot"}
+TAKES_NUMBERED = frozenset({"_pack_padded_sequence", "_pad_packed_sequence", *RECURRENT})
 
 
-def treats_rows_alone(op: Operation, x: Tensor, state: Numbered) -> bool:
-    """Return whether an operation with parameters treats the entries of x along `state.dim` by themselves."""
-    if op.name in POINTWISE:
-        return state.dim == 0 and all(p.dim() < x.dim() for p in op.parameters)
-    if op.argument(0, "input") is not x:
-        return False
-    if op.name == "embedding":
-        return True
-    if op.name in ("layer_norm", "rms_norm"):
-        return _is_not_mixed(op, x, state.dim, x)
-    return op.name == "linear" and state.dim < x.dim() - 1
-
-
-def _states_of(op: Operation) -> dict[int, State]:
+def states_of(op: Operation) -> dict[int, State]:
+    """Return the states of the operands that have samples, by their ids."""
     states: list[tuple[Tensor, State]] = [*op.samples, *op.numbered]
     return {id(t): state for t, state in states}
-
-
-def keeps_numbers(op: Operation, results: list[Tensor], batch: int) -> list[State]:
-    """Keep the order of the samples in an operation of `KEEPS_NUMBERS`, on tensors with the same one."""
-    x, state = op.numbered[0]
-    place = state.dim - x.dim()
-    if op.name in ("embedding", "one_hot"):
-        place -= 1
-    elif not all(s.dim - t.dim() == place and torch.equal(s.numbers, state.numbers) for t, s in op.numbered):
-        return [Mixed(f"{op.name} of operands whose samples do not lie side by side")] * len(results)
-    size = len(state.numbers)
-    return [
-        ordered(y.shape, place + y.dim(), state.numbers, batch)
-        if -place <= y.dim() and y.shape[place] == size
-        else Mixed(f"{op.name} goes over the samples")
-        for y in results
-    ]
 
 
 @propagates("_pack_padded_sequence")
@@ -334,7 +304,7 @@ def packs(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Pack sequences: the rows of all steps, one step after the other. Batch sizes have no samples."""
     x, _, batch_first = op.bind("input lengths batch_first")
     dim = 0 if batch_first else 1
-    order = order_along(x.shape, _states_of(op).get(id(x)), dim, batch)
+    order = order_along(x.shape, states_of(op).get(id(x)), dim, batch)
     if order is None:
         return [Mixed(f"packing expects them along dimension {dim}, with batch_first={batch_first}"), None]
     rows = packed_numbers(numbers_of(order, x.shape[dim], batch), results[1].tolist())
@@ -345,7 +315,7 @@ def packs(op: Operation, results: list[Tensor], batch: int) -> list[State]:
 def pads(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Undo `packs`."""
     x, sizes, batch_first = op.bind("data batch_sizes batch_first padding_value total_length")[:3]
-    order = order_along(x.shape, _states_of(op).get(id(x)), 0, batch)
+    order = order_along(x.shape, states_of(op).get(id(x)), 0, batch)
     if order is None:
         return [Mixed("padding expects rows of samples")] * len(results)
     columns = numbers_of(order, len(x), batch)[: int(sizes[0])]
@@ -356,13 +326,11 @@ def pads(op: Operation, results: list[Tensor], batch: int) -> list[State]:
 def selects(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Pick entries along a dimension, which may be the samples'."""
     x, dim, index = op.bind("input dim index")
-    state = _states_of(op).get(id(x))
+    state = states_of(op).get(id(x))
     dim %= max(x.dim(), 1)
     order = order_along(x.shape, state, dim, batch)
     if order is not None:
         return [ordered(results[0].shape, dim, numbers_of(order, x.shape[dim], batch)[index.cpu()], batch)]
-    if isinstance(state, Numbered):
-        return [ordered(results[0].shape, state.dim, state.numbers, batch)]
     return moves(op, results, batch)
 
 
@@ -455,6 +423,14 @@ _DIM_AT = dict.fromkeys(
 _DEFAULT_DIMS = {"cosine_similarity": (1,), "kthvalue": (-1,), "linalg_matrix_norm": (-2, -1)}
 
 
+def reduced_dims(op: Operation, ndim: int) -> list[int] | None:
+    """Return the dimensions that an operation of `REDUCES` goes over; None: all."""
+    dims = dims_of(op, ndim, _DIM_AT.get(op.name, 1))
+    if dims is None and op.name in _DEFAULT_DIMS:
+        return [d % max(ndim, 1) for d in _DEFAULT_DIMS[op.name]]
+    return dims
+
+
 @propagates(*REDUCES)
 def reduces(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Drop or shrink dimensions, which may not be the samples'."""
@@ -462,9 +438,7 @@ def reduces(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     if isinstance(second, Tensor) and op.name != "cosine_similarity":  # max(a, b)
         return pointwise(op, results, batch)
     x = op.samples[0][0]
-    dims = dims_of(op, x.dim(), _DIM_AT.get(op.name, 1))
-    if dims is None and op.name in _DEFAULT_DIMS:
-        dims = [d % max(x.dim(), 1) for d in _DEFAULT_DIMS[op.name]]
+    dims = reduced_dims(op, x.dim())
     return [_reduced(op, dims, x.dim(), y, batch) for y in results]
 
 
@@ -484,15 +458,15 @@ def _reduced(op: Operation, dims: list[int] | None, ndim: int, out: Tensor, batc
 
 
 #: The names of their first arguments: what is added, and what is multiplied.
-_ADDS = {"addmm": ("input", "mat1", "mat2"), "baddbmm": ("input", "batch1", "batch2")}
+ADDS = {"addmm": ("input", "mat1", "mat2"), "baddbmm": ("input", "batch1", "batch2")}
 
 
 @propagates(*PRODUCTS)
 def product(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Multiply matrices, which may not sum over the samples."""
     y = results[0]
-    if op.name in _ADDS:
-        added, *pair = (op.argument(at, name) for at, name in enumerate(_ADDS[op.name]))
+    if op.name in ADDS:
+        added, *pair = (op.argument(at, name) for at, name in enumerate(ADDS[op.name]))
         samples = [(t, layout) for t, layout in op.samples if any(t is p for p in pair)]
         states = [_product(op.name, pair, samples, y, batch)] if samples else []
         if len(samples) < len(op.samples) or any(added is p for p in pair):

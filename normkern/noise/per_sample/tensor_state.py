@@ -14,9 +14,11 @@ from . import sample_layout
 from .accumulator import Accumulator
 from .contributions import Contribution
 from .derived import Derived
+from .numbered import NOBODY, Numbered, described, table_of
+from .operation import map_tensors
 from .propagation import LayoutRules
 from .record import ParameterRecord, Root, Target
-from .sample_layout import Mixed, SampleLayout, State
+from .sample_layout import SampleLayout, State
 
 _T = TypeVar("_T")
 _Entry = tuple["weakref.ref[Tensor]", Any]
@@ -60,6 +62,7 @@ class TensorState:
 
     Attributes:
         accumulator: takes the contributions of the parameters.
+        declared: the sample of each row, where the user told it: also of rows into which nothing was added.
 
     A handler uses `state` (where a tensor's samples are), `mark` (say where they are, of what the handler returns),
     `derived` and `roots` (which parameters a tensor was made of), `use` (announce contributions), `once_per_call` (what
@@ -79,6 +82,7 @@ class TensorState:
         self._rules: LayoutRules | None = None
         self._made: dict[Any, Any] = {}
         self._made_in: int | None = None
+        self.declared: Tensor | None = None
 
     def forget(self) -> None:
         """Forget all tensors, and the mode, which holds this object."""
@@ -128,21 +132,23 @@ class TensorState:
         state = self.state(t) if isinstance(t, Tensor) else None
         return state if isinstance(state, SampleLayout) else None
 
-    def write(self, x: Tensor, index: Any, y: Tensor, before: State, layout: SampleLayout) -> None:
-        """Record the samples that ``x[index] = y`` wrote into x, which had the state `before`."""
+    def write(self, x: Tensor, index: Any, y: Tensor, before: State, source: SampleLayout | Numbered) -> None:
+        """Record the samples `source` that ``x[index] = y`` wrote into x, which had the state `before`."""
         batch = self.rules.batch
         with torch._C.DisableTorchFunction(), torch.no_grad():
             entry = self._written.get(id(x))
-            known = None if entry is None or entry[0]() is not x else entry[1]
+            known = None if entry is None or entry[0]() is not x or entry[1][1] is not before else entry[1][0]
             if known is None:
-                if isinstance(before, SampleLayout) and before.certain:
-                    known = sample_layout.numbers(x.shape, before.block, batch)
-                else:
-                    known = torch.full(x.shape, -1, dtype=torch.int32)
-                self._written[id(x)] = (weakref.ref(x), known)
-            known[index] = sample_layout.numbers(y.shape, layout.block, batch)
+                is_sure = isinstance(before, Numbered) or (isinstance(before, SampleLayout) and before.certain)
+                table = table_of(x.shape, before, batch) if is_sure else None
+                known = torch.full(x.shape, NOBODY) if table is None else table.expand(x.shape).clone()
+            written = table_of(y.shape, source, batch)
+            assert written is not None
+            known[map_tensors(index, lambda t: t.cpu())] = written
             block = sample_layout.block_where_known(known, batch)
-        self.mark(x, Mixed("samples were written into each other's places") if block is None else SampleLayout(block))
+            after = described(known, x.shape, batch) if block is None else SampleLayout(block)
+        self.mark(x, after)
+        self._written[id(x)] = (weakref.ref(x), (known, after))
 
     # ---- Parameters
 
@@ -208,6 +214,10 @@ class TensorState:
         """Record that contributions to a tensor cannot go back through an operation to these parameters."""
         self.mark(t, None)
         self._opaque[id(t)] = (weakref.ref(t), (records, operation))
+
+    def may_measure(self, parameters: Sequence[Tensor]) -> bool:
+        """Return whether contributions to all of these tensors can go back to parameters."""
+        return all(self.target(p) is not None for p in parameters)
 
     def target(self, t: Any) -> Tensor | None:
         """Return the argument if it is a parameter or was derived from some; else None."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,21 +20,14 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from . import coupling, errors, sample_layout, user_code
+from . import coupling, errors, row_rules, sample_layout, user_code
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
+from .layers import rows
 from .layers.registry import CHECKS, Check, find
-from .numbered import Numbered, by_rows
+from .numbered import Numbered, filled
 from .operation import Operation, Samples, name_of, tensors_in
-from .propagation import (
-    KEEPS_NUMBERS,
-    POINTWISE,
-    REDUCES,
-    TAKES_NUMBERED,
-    LayoutRules,
-    keeps_numbers,
-    treats_rows_alone,
-)
+from .propagation import POINTWISE, REDUCES, TAKES_NUMBERED, LayoutRules
 from .random_signs import SignedBackward
 from .sample_layout import Mixed, SampleLayout, State, without_guesses
 from .tensor_state import TensorState
@@ -73,6 +66,10 @@ def _rebuilt(func: Any, names: dict[str, Any]) -> Callable[..., Any]:
 def _is_composite(func: Any) -> bool:
     """Return whether a function is one of torch.nn.functional's that are written in Python."""
     return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
+
+
+def _is_empty(t: Tensor) -> bool:
+    return t.numel() == 0 and t.is_floating_point()
 
 
 class Tracer(TorchFunctionMode):
@@ -212,7 +209,7 @@ class Tracer(TorchFunctionMode):
         before = self.tensors.state(x)
         out = op.func(*op.args, **op.kwargs)
         state = self.tensors.state(y) if isinstance(y, Tensor) else None
-        if self.accumulator.batch is not None and isinstance(state, SampleLayout):
+        if self.accumulator.batch is not None and isinstance(state, (SampleLayout, Numbered)):
             self.tensors.write(x, index, y, before, state)
         elif isinstance(state, Mixed) and y.requires_grad:
             self.tensors.mark(x, state)
@@ -238,9 +235,8 @@ class Tracer(TorchFunctionMode):
             elif isinstance(state, Mixed) and t.requires_grad:
                 mixed = mixed or state
         if lists and mixed is None:
-            if self._follow_numbered(op, samples, lists, results):
-                return
-            mixed = next((state for t, state in lists if t.requires_grad), None)
+            self._follow_numbered(op, samples, lists, results)
+            return
         if mixed is not None:
             states_of = [(t, Mixed(s.why, kind="moved") if isinstance(s, Numbered) else s) for t, s in states_of]
             for x in results:
@@ -262,13 +258,20 @@ class Tracer(TorchFunctionMode):
             if any(isinstance(s, Mixed) for s in states) and 0 < len(sure) < len(samples):
                 samples = sure
                 states = rules.after(op.of(samples), out)
+            if any(isinstance(s, Mixed) for s in states):
+                found = row_rules.after(op.of(sure), results, rules.batch)
+                states = [b if isinstance(a, Mixed) else a for a, b in zip(states, found, strict=True)]
         if len(samples) > 1 and any(isinstance(s, Mixed) for s in states) and op.name not in REDUCES:
             self._check_guesses(op, samples, results)
+        self._mark_all(op, results, states)
+
+    def _mark_all(self, op: Operation, results: list[Tensor], states: Sequence[State]) -> None:
+        """Record the state of each result of an operation on samples."""
         for x, state in zip(results, states, strict=True):
             if not isinstance(state, Mixed) or isinstance(state, Numbered):
-                tensors.mark(x, state)
+                self.tensors.mark(x, state)
             elif x.dim() == 0 and not x.requires_grad:
-                tensors.mark(x, None)
+                self.tensors.mark(x, None)
             else:
                 state = coupling.made(op, x, state)
                 where = f" (at {user_code.line()})" if self.accumulator.in_model else ""
@@ -295,20 +298,20 @@ class Tracer(TorchFunctionMode):
 
     def _follow_numbered(
         self, op: Operation, samples: Samples, lists: list[tuple[Tensor, Numbered]], results: list[Tensor]
-    ) -> bool:
-        """Record the samples of the results of an operation on samples in any order; False: it does not know them."""
+    ) -> None:
+        """Record the samples of the results of an operation on samples in any order."""
         rules = self.tensors.rules
+        samples = [(t, layout) for t, layout in samples if layout.certain or t.requires_grad]
         op = replace(op, samples=samples, numbered=lists)
         with torch._C.DisableTorchFunction():
-            if op.name in TAKES_NUMBERED:
-                states = rules.after(op, results)
-            elif op.name in KEEPS_NUMBERS and not any(layout.certain for _, layout in samples):
-                states = keeps_numbers(op, results, rules.batch)
-            else:
-                return False
-        for x, state in zip(results, states, strict=True):
-            self.tensors.mark(x, state)
-        return True
+            states = (
+                rules.after(op, results) if op.name in TAKES_NUMBERED else row_rules.after(op, results, rules.batch)
+            )
+            states = [
+                filled(state, x.shape, self.tensors.declared, rules.batch)
+                for x, state in zip(results, states, strict=True)
+            ]
+        self._mark_all(op, results, states)
 
     # ---- Operations with parameters
 
@@ -334,6 +337,10 @@ class Tracer(TorchFunctionMode):
                 return self._leave_out(op, operands, state.why)
         if op.numbered and not (registration is not None and registration.takes_numbered):
             return self._join_by_rows(op, operands)
+        if not (op.samples or op.numbered) and any(
+            _is_empty(t) for t in operands if not any(t is p for p in parameters)
+        ):
+            return rows.join_empty(tensors, op) if tensors.may_measure(parameters) else self._derive(op)
         if not (op.samples or op.numbered):
             makes_samples = None if registration is None else registration.without_samples
             if makes_samples is None or not makes_samples(tensors, op):
@@ -361,22 +368,19 @@ class Tracer(TorchFunctionMode):
         return self._leave_out(op, operands, op.why)
 
     def _join_by_rows(self, op: Operation, operands: list[Tensor]) -> Any:
-        """Run an operation with parameters on the rows of each sample, where they lie in any order."""
-        tensors = self.tensors
-        (x, state), *others = op.numbered
-        if not treats_rows_alone(op, x, state) or others or any(layout.certain for _, layout in op.samples):
-            if any(t.requires_grad for t, _ in op.numbered):
-                raise errors.mixed(tensors.records(op.parameters)[0].described, op.name, state.why)
-            op.numbered.clear()
-            return self._derive(op) if not op.samples else self._leave_out(op, operands, state.why)
-
-        def run(rows: Tensor) -> Any:
-            tensors.mark(rows, sample_layout.leading(rows.shape, tensors.rules.batch))
-            return tensors.run(lambda: op.run_with(lambda t: rows if t is x else t))
-
-        out, after = by_rows(x, state, tensors.rules.batch, run)
-        tensors.mark(out, after)
-        return out
+        """Run an operation with parameters on samples in any order."""
+        op.samples = [(t, layout) for t, layout in op.samples if layout.certain or t.requires_grad]
+        if any(self.tensors.opaque(t) is not None for t in op.parameters):
+            return self._leave_out(op, operands, None)
+        if _is_composite(op.func) and find(op.name) is None and not row_rules.knows(op.name):
+            return self._enter(op)
+        out = rows.join(self.tensors, op)
+        if out is not NotImplemented:
+            return out
+        state = op.numbered[0][1]
+        if any(t.requires_grad for t, _ in op.numbered):
+            raise errors.mixed(self.tensors.records(op.parameters)[0].described, op.name, op.why or state.why)
+        return self._leave_out(op, operands, op.why or state.why)
 
     def _derive(self, op: Operation) -> Any:
         """Run an operation on parameters alone, and remember the way back to them."""

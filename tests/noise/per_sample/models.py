@@ -8,6 +8,7 @@ from .nets_norm import NORM
 from .nets_operations import OPERATIONS
 from .nets_published import PUBLISHED
 from .nets_recurrent import RECURRENT
+from .nets_rows import ROWS
 from .nets_shared import SHARED
 from .nets_tokens import TOKENS
 from .nets_traps import TRAPS
@@ -25,6 +26,7 @@ SEPARABLE: dict[str, Case] = {
     **OPERATIONS,
     **PUBLISHED,
     **RECURRENT,
+    **ROWS,
 }
 #: With a gradient per sample, in all: what a sum over samples must be equal to.
 ALL: dict[str, Case] = {**SEPARABLE, **UNCOVERED}
@@ -33,7 +35,7 @@ ALL: dict[str, Case] = {**SEPARABLE, **UNCOVERED}
 NONE: dict[str, Case] = {**COUPLED, **MIXED}
 
 _LISTS = (
-    DENSE, CONV, NORM, TOKENS, ATTENTION, SHARED, TRAPS, OPERATIONS, PUBLISHED, RECURRENT, UNCOVERED, COUPLED, MIXED,
+    DENSE, CONV, NORM, TOKENS, ATTENTION, SHARED, TRAPS, OPERATIONS, PUBLISHED, RECURRENT, ROWS, UNCOVERED, COUPLED, MIXED,
 )  # fmt: skip
 if len({**ALL, **NONE}) != sum(map(len, _LISTS)):
     raise ValueError("two cases of different files have one name")

@@ -105,9 +105,15 @@ def embedding(tensors: TensorState, op: Operation) -> Any:
 
 @handles("__getitem__")
 def index(tensors: TensorState, op: Operation) -> Any:
-    """table[ids]."""
+    """table[ids], where a row may have several dimensions: the matrix of an expert."""
     table, at = op.args
-    is_table = table is op.parameters[0] and table.dim() == 2
-    if is_table and isinstance(at, Tensor) and at.dtype in (torch.int64, torch.int32):
-        return tensors.run(F.embedding, torch.where(at < 0, at + len(table), at), table)
+    if table is op.parameters[0] and isinstance(at, Tensor) and at.dtype in (torch.int64, torch.int32):
+        return tensors.run(_rows_of, table, at)
     return loop_over_samples(tensors, op)
+
+
+def _rows_of(table: Tensor, at: Tensor) -> Tensor:
+    at = torch.where(at < 0, at + len(table), at)
+    return (
+        F.embedding(at, table) if table.dim() == 2 else F.embedding(at, table.flatten(1)).unflatten(-1, table.shape[1:])
+    )

@@ -1,0 +1,1 @@
+"""Models that other projects publish, with small random configurations, against a loop over samples in float64."""

@@ -1,0 +1,3 @@
+"""Models that are refused, each with a part of the sentence that says why."""
+
+REFUSED: dict[tuple[str, str], str] = {}
