@@ -484,7 +484,8 @@ def not_an_operation(got: object) -> TypeError:
     """A handler is registered for something that cannot be called."""
     return TypeError(
         "GradientNoise: register() expected names of operations, functions, or classes of modules or autograd "
-        f'functions, got {type(got).__name__}; expected, for example, register("linear") or register(torch.ops.my_library.my_op)'
+        f'functions, got {type(got).__name__}; expected, for example, register("linear") or '
+        "register(torch.ops.my_library.my_op)"
     )
 
 

@@ -44,7 +44,7 @@ def register(*operations: str | Callable[..., Any]) -> Callable[[Handler], Handl
     ...     return tensors.run(lambda: torch.mul(x, module.weight))
     """
     classes = [op for op in operations if isinstance(op, type) and issubclass(op, (torch.autograd.Function, nn.Module))]
-    found = handles(*(_name(op) if op in classes else op for op in operations))  # type: ignore[arg-type]
+    found = handles(*(_name(op) if op in classes else op for op in operations))
 
     def decorate(rule: Handler) -> Handler:
         rule = found(rule)
@@ -53,7 +53,7 @@ def register(*operations: str | Callable[..., Any]) -> Callable[[Handler], Handl
                 cls.forward = _visible(cls.forward, _name(cls))
             else:
                 apply = cls.apply
-                cls.apply = staticmethod(_visible(apply, _name(cls)))  # type: ignore[assignment, method-assign]
+                cls.apply = staticmethod(_visible(apply, _name(cls)))  # type: ignore[method-assign]
         return rule
 
     return decorate
