@@ -71,8 +71,8 @@ class GradientNoise:
             parallelism.
 
     What autograd cannot reveal: a loss that couples samples outside of the model (contrastive, over the batch), and a
-    sum that was scaled by hand, although ``reduction="mean"`` says otherwise (a plain sum gives a warning). In the model,
-    samples that are mixed in what the loss uses are an error, as are balance losses over the batch.
+    sum that was scaled by hand, although ``reduction="mean"`` says otherwise (a plain sum gives a warning). In the
+    model, samples that are mixed in what the loss uses are an error, as are balance losses over the batch.
 
     What the numbers are of: with padding or ``ignore_index`` and a mean over tokens, token-weighted contributions, not
     each sequence's own mean loss. With BatchNorm in eval mode, the gradient of that mode, which is another one than in
