@@ -44,14 +44,15 @@ class GradientNoise:
     hooks are removed at the end. Several backwards in one context, of a forward each, are one batch.
 
     Args:
-        model: any module with trainable parameters in float64, float32, bfloat16 or float16.
+        model: any module with trainable parameters in float64, float32, bfloat16, float16 or complex numbers.
         stats: of "nsr" (the scalars alone, the cheapest), "norms" (a number for each sample), "variance"
             (elementwise), "projections" (on the mean; one backward in a context).
         reduction: of the loss over samples; ratios do not need it.
         batch_size: B; None: the leading dimension of the first tensor that the model is given.
         uncovered: what to do with parameters whose per-sample contributions cannot be measured: "raise" an error that
             names them, "estimate" them by a further backward with random signs (`random_signs`), or "exclude" them;
-            `coverage` lists them.
+            `coverage` lists them. An operation without a rule may couple samples: both leave out the parameters before
+            it, too. `normkern.noise.register` takes rules for operations of your own.
         check: whether every layer is compared with autograd in the first context ("first"), always or never. That
             ``.grad`` gets the sum of what was measured is always checked.
         samples: the name of the argument of the model's forward, or of an attribute of one, that has the sample of
@@ -73,7 +74,13 @@ class GradientNoise:
         NotImplementedError: a parameter that is not covered, with ``uncovered="raise"``; shards of FSDP1 or of tensor
             parallelism.
 
-    A loss that couples samples by itself (contrastive, over the batch) cannot be detected.
+    What autograd cannot reveal: a loss that couples samples outside of the model (contrastive, over the batch), and a
+    sum that was scaled by hand, although ``reduction="mean"`` says otherwise (a plain sum gives a warning). In the
+    model, samples that are mixed in what the loss uses are an error, as are balance losses over the batch.
+
+    What the numbers are of: with padding or ``ignore_index`` and a mean over tokens, token-weighted contributions, not
+    each sequence's own mean loss. With BatchNorm in eval mode, the gradient of that mode, which is another one than in
+    training: see `RunningMoments` and `SVAG.noise` for that. Of complex parameters, the variance is E\|c - mean c\|^2.
 
     Reference: McCandlish et al., arXiv 1812.06162, for the noise scale; Gray et al., arXiv 2411.00999, for norms in the
     pass of the weight gradient.

@@ -217,7 +217,7 @@ def wrong_guess(operation: str, shape: tuple[int, ...], batch: int | None) -> Ru
     return RuntimeError(
         f"GradientNoise: {operation} joins a tensor of shape {shape} with samples that lie along another dimension; it "
         f"was taken for {batch} samples, because one of its dimensions is as long as the batch; at {user_code.line()}. "
-        "Expected batch_size=, or another batch size"
+        "Expected another batch size"
     )
 
 

@@ -174,6 +174,22 @@ def copy(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     return [_broadcast(op.name, source, y, batch) for y in results]
 
 
+@propagates("masked_scatter")
+def masked_scatter(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Write the elements of a source, in order, where a mask says so: each must come to its own sample."""
+    x, mask, source = op.bind("input mask source")
+    of = {id(t): layout for t, layout in op.samples}
+    if id(x) not in of:
+        return [Mixed("masked_scatter into a tensor without samples")]
+    if id(source) in of:
+        at = mask.expand(x.shape).cpu()
+        places = sample_layout.numbers(x.shape, of[id(x)].block, batch)[at]
+        written = sample_layout.numbers(source.shape, of[id(source)].block, batch).reshape(-1)[: len(places)]
+        if not torch.equal(places, written):
+            return [Mixed("masked_scatter writes elements of one sample into another")]
+    return [of[id(x)]]
+
+
 def _broadcast(name: str, samples: Samples, out: Tensor, batch: int) -> State:
     states: list[State] = []
     for t, layout in samples:
