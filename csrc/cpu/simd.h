@@ -180,7 +180,34 @@ NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
   _mm_storeu_si128((__m128i*)p, half);
   return {{_mm256_cvtph_ps(half)}};
 }
-#elif defined(__aarch64__)
+#else
+template <int kWidth> struct Bf16Part {
+  typedef uint32_t Words __attribute__((vector_size(kWidth * 4)));
+  typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
+};
+using Bf16 = Bf16Part<Eight<float>::kWidth>;
+NK_HD Eight<float> load(const bf16* p, Width<8>) {
+  Eight<float> x;
+  for (int i = 0; i < x.kParts; i++) {
+    Bf16::Halves halves;
+    __builtin_memcpy(&halves, p + i * x.kWidth, sizeof halves);
+    x.part[i] = (Eight<float>::Part)(__builtin_convertvector(halves, Bf16::Words) << 16);
+  }
+  return x;
+}
+NK_HD Eight<float> store(bf16* p, const Eight<float>& x) {
+  Eight<float> y;
+  for (int i = 0; i < x.kParts; i++) {
+    const Bf16::Words u = round_to_bf16((Bf16::Words)x.part[i], x.part[i] != x.part[i]);
+    const Bf16::Halves upper = __builtin_convertvector(u >> 16, Bf16::Halves);
+    __builtin_memcpy(p + i * x.kWidth, &upper, sizeof upper);
+    y.part[i] = (Eight<float>::Part)(u & 0xffff0000u);
+  }
+  return y;
+}
+#endif
+
+#if defined(__aarch64__)
 NK_HD Eight<float> load(const f16* p, Width<8>) {
   const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16((const uint16_t*)p));
   return {{vcvt_f32_f16(vget_low_f16(half)), vcvt_f32_f16(vget_high_f16(half))}};
@@ -192,8 +219,8 @@ NK_HD Eight<float> store(f16* p, const Eight<float>& x) {
 }
 #endif
 
-// Types that the level has no instructions for, all but float and double: out of line, as inlined they would take most
-// of the time that it takes to compile the level.
+// Types that the level has no instructions for: out of line, as inlined they would take most of the time that it takes
+// to compile the level.
 template <bool> struct If {};
 template <> struct If<true> {
   static constexpr int holds = 1;

@@ -14,7 +14,7 @@ template <class W, class G, class V, int kItem, int kBuffers> struct Streams {
   static constexpr int kLine = 64 / kItem;     // coordinates in a cache line
   static constexpr int kAhead = 2048 / kItem;  // of 1 to 8 KB, 2 KB measured best, by a few per cent over the hardware
   // Whether the coordinates of a line are written out side by side: it costs code, and time to compile.
-  static constexpr bool kUnrolls = kRegister > 16 && is_same<W, V>;
+  static constexpr bool kUnrolls = is_same<W, V> && kRegister > 16;
   W w;
   G g;
   V v[kBuffers];
