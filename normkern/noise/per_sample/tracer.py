@@ -208,13 +208,13 @@ class Tracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             states = rules.after(op.of(samples), out)
             sure = without_guesses(samples)
-            if any(isinstance(s, Mixed) for s in states) and 0 < len(sure) < len(samples):
+            if any(type(s) is Mixed for s in states) and 0 < len(sure) < len(samples):
                 samples = sure
                 states = rules.after(op.of(samples), out)
-            if any(isinstance(s, Mixed) for s in states) and all(layout.certain for _, layout in sure):
+            if any(type(s) is Mixed for s in states) and all(layout.certain for _, layout in sure):
                 found = row_rules.after(op.of(sure), results, rules.batch)
-                states = [b if isinstance(a, Mixed) else a for a, b in zip(states, found, strict=True)]
-        if len(samples) > 1 and any(isinstance(s, Mixed) for s in states) and op.name not in REDUCES:
+                states = [b if type(a) is Mixed else a for a, b in zip(states, found, strict=True)]
+        if len(samples) > 1 and any(type(s) is Mixed for s in states) and op.name not in REDUCES:
             self._check_guesses(op, samples, results)
         for x, state in zip(results, states, strict=True):
             is_harmless = isinstance(state, Mixed) and x.dim() == 0 and not x.requires_grad
