@@ -100,7 +100,6 @@ MASKED = [
     "roformer",
     "convbert",
     "mobilebert",
-    "funnel",
     "fnet",
     "nystromformer",
     "squeezebert",
@@ -131,7 +130,6 @@ SEQ2SEQ = [
     "umt5",
     "longt5",
     "led",
-    "prophetnet",
 ]
 IMAGES = [
     "vit",
@@ -148,7 +146,6 @@ IMAGES = [
     "poolformer",
     "pvt",
     "pvt_v2",
-    "cvt",
     "vit_msn",
     "vit_mae",
     "hiera",
