@@ -41,7 +41,7 @@ test-backpack: $(if $(BACKPACK),.venv/backpack-ready) ## run BackPACK's own test
 	  $(abspath $(BIN))/python -m pytest -n $(WORKERS) -q -p adapter \
 	  $(addprefix test/extensions/firstorder/,batch_l2_grad sum_grad_squared variance)
 
-test-zoo: .venv/zoo-ready ## measure GradientNoise on published models, into docs/models.md (goes on where it stopped; NEW=1: anew)
+test-zoo: .venv/zoo-ready ## measure GradientNoise on published models (NEW=1: all of them anew)
 	$(if $(NEW),rm -f build/zoo.jsonl)
 	cd tests && for i in $$(seq $(WORKERS)); do HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 	  $(abspath $(BIN))/python -m zoo --part $$((i - 1))/$(WORKERS) & done; wait

@@ -114,6 +114,14 @@ def name_of(func: Any) -> str:
     return name
 
 
+def is_in_place(func: Any) -> bool:
+    """Return whether a function of torch writes into its first argument."""
+    name = getattr(func, "__name__", "")
+    if name.endswith("__"):
+        return name.startswith("__i") and name not in _NOT_IN_PLACE
+    return name.endswith("_") and name not in _NOT_IN_PLACE
+
+
 def _name_of(func: Any) -> str:
     packet = func.overloadpacket if isinstance(func, OpOverload) else func
     if isinstance(packet, OpOverloadPacket) and not packet._qualified_op_name.startswith("aten::"):

@@ -18,7 +18,7 @@ from .numbered import NOBODY, Numbered, described, table_of
 from .operation import map_tensors
 from .propagation import LayoutRules
 from .record import ParameterRecord, Root, Target
-from .sample_layout import SampleLayout, State
+from .sample_layout import Mixed, SampleLayout, State
 
 _T = TypeVar("_T")
 _Entry = tuple["weakref.ref[Tensor]", Any]
@@ -146,9 +146,42 @@ class TensorState:
             assert written is not None
             known[map_tensors(index, lambda t: t.cpu())] = written
             block = sample_layout.block_where_known(known, batch)
-            after = described(known, x.shape, batch) if block is None else SampleLayout(block)
+            is_guess = isinstance(source, SampleLayout) and not source.certain
+            after: State = Mixed("samples were written into each other's places")
+            if block is not None:
+                after = SampleLayout(block)
+            elif not is_guess:
+                after = described(known, x.shape, batch)
         self.mark(x, after)
         self._written[id(x)] = (weakref.ref(x), (known, after))
+
+    def write_through(self, view: Tensor, before: State) -> None:
+        """Record in the tensor that a view is of what an operation in place wrote into the view, of state `before`."""
+        after, base, batch = self.state(view), view._base, self.rules.batch
+        if (
+            base is None
+            or after == before
+            or base.dim() == 0
+            or (isinstance(after, SampleLayout) and not after.certain)
+        ):
+            return
+        if type(after) is Mixed:
+            if view.requires_grad:
+                self.mark(base, after)
+            return
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            state = self.state(base)
+            is_sure = isinstance(state, Numbered) or (isinstance(state, SampleLayout) and state.certain)
+            known = table_of(base.shape, state, batch) if is_sure else None
+            flat = (torch.tensor(NOBODY) if known is None else known).expand(base.shape).reshape(-1).clone()
+            if not base.is_contiguous():
+                self.mark(base, Mixed("they were written into a part of a tensor that is not contiguous"))
+                return
+            offset = view.storage_offset() - base.storage_offset()
+            places = torch.arange(base.numel()).as_strided(view.shape, view.stride(), offset)
+            table = table_of(view.shape, after, batch)
+            flat[places] = torch.tensor(NOBODY) if table is None else table.expand(view.shape)
+            self.mark(base, described(flat.view(base.shape), base.shape, batch))
 
     # ---- Parameters
 

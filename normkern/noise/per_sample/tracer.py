@@ -26,7 +26,7 @@ from .derived import RANDOM, derive
 from .layers import rows
 from .layers.registry import CHECKS, Check, find
 from .numbered import Numbered, filled
-from .operation import Operation, Samples, name_of, tensors_in
+from .operation import Operation, Samples, is_in_place, name_of, tensors_in
 from .propagation import POINTWISE, REDUCES, TAKES_NUMBERED, LayoutRules
 from .random_signs import SignedBackward
 from .sample_layout import Mixed, SampleLayout, State, without_guesses
@@ -66,6 +66,19 @@ def _rebuilt(func: Any, names: dict[str, Any]) -> Callable[..., Any]:
 def _is_composite(func: Any) -> bool:
     """Return whether a function is one of torch.nn.functional's that are written in Python."""
     return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
+
+
+_GUESSED = "they meet a tensor of which it is a guess that its first dimension is of samples"
+
+
+def _usable(samples: Samples) -> Samples:
+    """Drop the guesses of tensors that no gradient reaches."""
+    return [(t, layout) for t, layout in samples if layout.certain or t.requires_grad]
+
+
+def _has_guesses(op: Operation) -> bool:
+    """Return whether a guess would decide where samples are; element by element it must fit the others."""
+    return op.name not in POINTWISE and any(not layout.certain for _, layout in op.samples)
 
 
 def _is_empty(t: Tensor) -> bool:
@@ -113,8 +126,12 @@ class Tracer(TorchFunctionMode):
                 return out
         if self._can_enter(op) and not (op.parameters or LayoutRules.knows(name)):
             return self._enter(op)
+        view = args[0] if is_in_place(func) and isinstance(args[0], Tensor) and args[0]._is_view() else None
+        before = None if view is None else tensors.state(view)
         out = func(*args, **kwargs)
         self._follow(op, operands, out)
+        if view is not None and self.accumulator.batch is not None:
+            tensors.write_through(view, before)
         accumulator = self.accumulator
         if accumulator.in_model and accumulator.uncovered_is == "estimate" and isinstance(out, Tensor):
             return self._signed(op, operands, out)
@@ -255,13 +272,13 @@ class Tracer(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             states = rules.after(op.of(samples), out)
             sure = without_guesses(samples)
-            if any(isinstance(s, Mixed) for s in states) and 0 < len(sure) < len(samples):
+            if any(type(s) is Mixed for s in states) and 0 < len(sure) < len(samples):
                 samples = sure
                 states = rules.after(op.of(samples), out)
-            if any(isinstance(s, Mixed) for s in states):
+            if any(type(s) is Mixed for s in states) and all(layout.certain for _, layout in sure):
                 found = row_rules.after(op.of(sure), results, rules.batch)
-                states = [b if isinstance(a, Mixed) else a for a, b in zip(states, found, strict=True)]
-        if len(samples) > 1 and any(isinstance(s, Mixed) for s in states) and op.name not in REDUCES:
+                states = [b if type(a) is Mixed else a for a, b in zip(states, found, strict=True)]
+        if len(samples) > 1 and any(type(s) is Mixed for s in states) and op.name not in REDUCES:
             self._check_guesses(op, samples, results)
         self._mark_all(op, results, states)
 
@@ -301,8 +318,11 @@ class Tracer(TorchFunctionMode):
     ) -> None:
         """Record the samples of the results of an operation on samples in any order."""
         rules = self.tensors.rules
-        samples = [(t, layout) for t, layout in samples if layout.certain or t.requires_grad]
-        op = replace(op, samples=samples, numbered=lists)
+        op = replace(op, samples=_usable(samples), numbered=lists)
+        if _has_guesses(op):
+            for x in results:
+                self.tensors.mark(x, Mixed(_GUESSED))
+            return
         with torch._C.DisableTorchFunction():
             states = (
                 rules.after(op, results) if op.name in TAKES_NUMBERED else row_rules.after(op, results, rules.batch)
@@ -369,12 +389,12 @@ class Tracer(TorchFunctionMode):
 
     def _join_by_rows(self, op: Operation, operands: list[Tensor]) -> Any:
         """Run an operation with parameters on samples in any order."""
-        op.samples = [(t, layout) for t, layout in op.samples if layout.certain or t.requires_grad]
+        op.samples = _usable(op.samples)
         if any(self.tensors.opaque(t) is not None for t in op.parameters):
             return self._leave_out(op, operands, None)
         if _is_composite(op.func) and find(op.name) is None and not row_rules.knows(op.name):
             return self._enter(op)
-        out = rows.join(self.tensors, op)
+        out = NotImplemented if _has_guesses(op) else rows.join(self.tensors, op)
         if out is not NotImplemented:
             return out
         state = op.numbered[0][1]

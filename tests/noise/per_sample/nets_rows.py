@@ -286,3 +286,23 @@ class Words(nn.Module):
 def words_by_mask():
     """An embedding of masked ids, scattered back."""
     return numbers(Words(), 4, 5)
+
+
+class Prompted(nn.Module):
+    """Learned tokens in front of each sample, looked up with a buffer that was expanded to the batch and cut again."""
+
+    def __init__(self):
+        super().__init__()
+        self.table, self.into, self.head = nn.Embedding(2, 5), nn.Linear(5, 5), nn.Linear(5, 2)
+        self.register_buffer("ids", torch.arange(2))
+
+    def forward(self, x):
+        ids = self.ids.unsqueeze(0).expand(len(x), -1)
+        prompt = self.table(ids[:1]).repeat(len(x), 1, 1)
+        return self.head(torch.cat([prompt, torch.tanh(self.into(x))], 1).cumsum(1).cos())
+
+
+@ROWS()
+def prompted():
+    """A guess may not become certain when it is cut."""
+    return numbers(Prompted(), 3, 4, 5)

@@ -109,6 +109,21 @@ MIXES = {
 }  # fmt: skip
 
 
+def _written(x, y, how):
+    out = x.new_zeros(14, 6)
+    how(out, x)
+    return out
+
+
+EXACT.update({
+    "copied_into_a_part": lambda x, y: _written(x, y, lambda out, x: out[1:13].copy_(x)),
+    "added_into_a_part": lambda x, y: _written(x, y, lambda out, x: out.t()[:, 2:].add_(x.t())),
+    "added_into_parts": lambda x, y: _written(x, y, lambda out, x: [out[i].add_(row) for i, row in enumerate(x)]),
+    "written_into_a_part": lambda x, y: _written(x, y, lambda out, x: out.view(-1).index_copy_(0, torch.arange(6), x[3])),
+    "in_place": lambda x, y: x.clone().mul_(y),
+})  # fmt: skip
+
+
 class Identity(nn.Module):
     def __init__(self):
         super().__init__()
