@@ -1,8 +1,8 @@
-"""normkern/_C.pyi from the binary: `make stubs`; `make lint` checks that it is up to date.
+"""Write normkern/_C.pyi from the binary (`make stubs`), or check that it is up to date (`make lint ONLY=stubs`).
 
-pybind11-stubgen reads the signatures that pybind11 wrote. They say "object" where the binding looks for itself, so what
-the objects are stands here: a name means the same wherever it is bound. A vague type without an entry is an error, and
-so is an entry that nothing needs.
+pybind11-stubgen reads the signatures that pybind11 wrote. They have "object" where the binding examines the argument
+itself, so `TYPES` has the types of those: a name means the same wherever it is bound. A vague type without an entry is
+an error, and so is an entry that nothing needs.
 """
 
 from __future__ import annotations
@@ -29,14 +29,17 @@ TYPES = {
     "list[Tensor]": "coefs Pass.places() gather.params samples moments.means",
     "list[Tensor] | None": "moments.centred",
     "float | Tensor": "LrMultipliers.value()",
-    "list[Any]": "params grads grads_a grads_b Pass.add_welford.means Pass.add_welford.samples squares",
-    "list[Any] | None": "momentum_buffers held masters",
+    "list[Any]": "params grads",
+    "list[list[Any]] | None": "buffers",
+    "list[Any] | None": "held masters",
+    "tuple[str, ...]": "keys",
+    "dict[int, tuple[Any, Hyper]]": "Pass.hypers()",
     "list[int] | None": "first slots",
     "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None": "on_device",
     "tuple[Tensor, ...]": "Pass.check()",
     "tuple[Tensor, ...] | None": "last",
     "tuple[int, ...]": "Pass.slot_offsets()",
-    "tuple[list[Any], list[Any], list[int]]": "gather()",
+    "tuple[list[Any], tuple[list[Any], ...], list[int]]": "gather()",
     "object": "given tensor exchange_api kernel_size stride padding dilation",
     "Any": "state",
 }
@@ -89,8 +92,9 @@ def typed(text: str, types: dict[str, str] = TYPES) -> str:
 
     tree = ast.parse(text)
     for path, function in _functions(tree):
-        arguments = function.args.args
-        defaults = [None] * (len(arguments) - len(function.args.defaults)) + function.args.defaults
+        arguments = [*function.args.args, *function.args.kwonlyargs]
+        without_default = len(function.args.args) - len(function.args.defaults)
+        defaults = [None] * without_default + function.args.defaults + function.args.kw_defaults
         for argument, default in zip(arguments, defaults, strict=True):
             name = argument.arg
             argument.annotation = better(argument.annotation, f"{path}.{name}", f"{path}.{name}", name)
@@ -98,7 +102,7 @@ def typed(text: str, types: dict[str, str] = TYPES) -> str:
                 argument.annotation = _or_none(argument.annotation)
         function.returns = better(function.returns, f"{path}()", f"{path}()")
     if missing:
-        raise ValueError(f"no type for what the binary does not tell: {', '.join(missing)}; TYPES expected an entry")
+        raise ValueError(f"no type for what the binary leaves vague: {', '.join(missing)}; TYPES expected an entry")
     if idle := known.keys() - needed:
         raise ValueError(f"TYPES has entries that nothing needs: {', '.join(sorted(idle))}")
     body = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]

@@ -11,8 +11,8 @@ class CachedView {
   // until the next time, so that the same address will be the same object.
   //
   // To read the negative bit costs as much as all the rest, so it is read once per object and address of what is held.
-  // (It changes unseen only if `.data` is assigned a negative view of the very memory the tensor has.) Gradients are not
-  // held: at the address of one there may be another object by now. A weak reference could tell, but
+  // (It changes unseen only if `.data` is assigned a negative view of the very memory the tensor has.) Gradients are
+  // not held: at the address of one there may be another object by now. A weak reference could tell, but
   // torch.utils.swap_tensors refuses tensors that have one.
   const View* refresh(PyObject* object, bool is_kept, bool& changed, bool& moved);
 

@@ -250,7 +250,7 @@ NAN = torch.full((5, 4), float("nan"), dtype=torch.float64)
         (
             {"loss": lambda m, b: m(b[0])},
             TypeError,
-            r"loss\(model, batch\) returned a tensor of shape \(12, 3\); expec",
+            r"loss\(model, batch\) returned a tensor of shape \(12, 3\); expected",
         ),
         ({"loss": lambda m, b: None}, TypeError, "returned NoneType, no tensor; expected a tensor with one element"),
         ({"loss": lambda m, b: loss(m, b).item()}, TypeError, "returned float, no tensor"),
