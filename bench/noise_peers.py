@@ -66,7 +66,8 @@ def ours(task: Task, stats: tuple[str, ...]) -> Watched:
         results[:] = [noise.result()]
 
     def statistics() -> Statistics:
-        return Statistics(results[0].trace_sigma, results[0].sq_norms, results[0].variance)
+        norms, variance = (getattr(results[0], tier, None) for tier in ("sq_norms", "variance"))  # None: not asked for
+        return Statistics(results[0].trace_sigma, norms, variance)
 
     return Watched(run, statistics)
 

@@ -130,7 +130,7 @@ class Pass {
     const LrMultipliers* lr_multipliers;
     uint32_t first_parameter;
   };
-  Group read_group(const std::string& op, const GroupCall&);
+  Group read_group(const std::string& name, const GroupCall& call);
 
   // The tensors of one parameter that has a gradient, besides its view, which was read at `first_read`.
   struct Given {

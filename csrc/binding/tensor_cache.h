@@ -25,7 +25,7 @@ class CachedView {
   PyObject* object_ = nullptr;
   std::optional<View> view_;
   DLDataType dtype_{};
-  DLDevice device_{};
+  DLDevice device_{kDLCPU, 0};
   int64_t dims_[2 * kKeptDims] = {};  // shape and strides, whose memory torch may write
   uint64_t layout_ = 0;
   bool was_kept_ = false;

@@ -123,21 +123,18 @@ struct Storage {
   const char* name;
   uint8_t dlpack_code;
 };
-template <class T> constexpr Storage storage_of{};
-template <> constexpr Storage storage_of<double>{"float64", 2};
-template <> constexpr Storage storage_of<float>{"float32", 2};
-template <> constexpr Storage storage_of<bf16>{"bfloat16", 4};
-template <> constexpr Storage storage_of<f16>{"float16", 2};
+template <class T> inline constexpr Storage storage_of{};
+template <> inline constexpr Storage storage_of<double>{"float64", 2};
+template <> inline constexpr Storage storage_of<float>{"float32", 2};
+template <> inline constexpr Storage storage_of<bf16>{"bfloat16", 4};
+template <> inline constexpr Storage storage_of<f16>{"float16", 2};
 
 // f(T{}) of the type T of the list that is `dtype`. On the host: nvcc lets no function of both sides call f.
 template <class F, class T, class... Rest> [[gnu::always_inline]] inline auto dispatch(List<T, Rest...>, DType dtype,
                                                                                        const F& f) {
-  if constexpr (sizeof...(Rest) == 0)
-    return f(T{});
-  else if (dtype == dtype_of<T>)
-    return f(T{});
-  else
-    return dispatch(List<Rest...>{}, dtype, f);
+  if constexpr (sizeof...(Rest) > 0)
+    if (dtype != dtype_of<T>) return dispatch(List<Rest...>{}, dtype, f);
+  return f(T{});
 }
 template <class F> [[gnu::always_inline]] inline auto dispatch(DType dtype, const F& f) {
   return dispatch(StorageTypes{}, dtype, f);

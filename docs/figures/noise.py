@@ -26,7 +26,6 @@ def run(seed: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
             cross_entropy(model(images), labels).backward()
         opt.step()
         result = noise.result()
-        assert result.sq_norms is not None
         seen.append((result.trace_sigma.item(), result.grad_sq_norm_unbiased.item()))
         norms.append(result.sq_norms.sqrt())
     trace, signal = torch.tensor(seen).unfold(0, SPAN, SPAN).mean(2).unbind(1)  # each averaged before the division
