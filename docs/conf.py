@@ -29,8 +29,8 @@ default_role = "py:obj"  # `SGD` in a docstring: a link where there is one to ma
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:obj", ".*"),  # see default_role
-    ("py:class", r"(torch|collections|typing|fractions|ops|nn)\b.*"),  # no network to look them up
-    ("py:class", r"Axes|normkern\.(monitors\.report\.Entry|optim\.halves\.Batch|_C\.GaugeStep)"),
+    ("py:class", r"(torch|collections|contextlib|typing|fractions|ops|nn)\b.*"),  # no network to look them up
+    ("py:class", r"Axes|normkern\.(monitors\.report\.Entry|optim\.halves\.Batch|_C\.GaugeStep|noise\.per_sample\.(tensor_state\.TensorState|operation\.Operation))"),
 ]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "deflist", "attrs_inline"]
