@@ -96,14 +96,15 @@ def follow(run: RunState, param_groups: _Groups, state: Any, group: GroupStep) -
     followers = run.followers.get(group.index)
     if followers is not None:
         followers.follow(gauge.ratio, gauge.factor)
-    for p in group.params:
-        entry = state.get(p, {})
-        for key in SLOW_WEIGHTS:
-            if key in entry:
-                with torch.no_grad():
-                    entry[key].mul_(gauge.ratio)
+    first = state.get(group.params[0], {}) if group.params else {}  # every parameter has a gradient: one stands for all
+    for key in SLOW_WEIGHTS:
+        if key in first:
+            with torch.no_grad():
+                for p in group.params:
+                    if key in state.get(p, {}):
+                        state[p][key].mul_(gauge.ratio)
     if own["decay"] == "exponential":
-        run.versions[group.index] = Versions(group.params)
+        run.versions[group.index] = Versions(group.params, run.versions.get(group.index))
     else:
         run.versions.pop(group.index, None)
     return rescaled

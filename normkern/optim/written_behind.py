@@ -17,34 +17,54 @@ from torch import Tensor
 from ..tracing import in_dispatch_mode
 from .options import caller_level
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Versions:
     """What a step has left of a group's parameters: version counters, and where they are in memory."""
 
-    __slots__ = ("_entries", "_params")
+    __slots__ = ("_layouts", "_numbers", "_params")
 
-    def __init__(self, params: Sequence[Any]) -> None:
+    def __init__(self, params: Sequence[Any], before: Versions | None = None) -> None:
+        """Read the parameters; `before`, of the last step, has the layouts of those that are where they were."""
         self._params = list(params)
-        self._entries = [_entry(p) for p in params]
+        self._numbers = _numbers(params)
+        self._layouts: list[tuple[Any, ...]]
+        if before is not None and len(before._params) == len(params) and before._pointers() == self._pointers():
+            self._layouts = before._layouts
+        else:
+            self._layouts = [_layout(p) for p in params]
+
+    def _pointers(self) -> list[int] | None:
+        return None if self._numbers is None else self._numbers[1]
 
     def written(self, params: Sequence[Any]) -> int | None:
         """Return the first parameter that was written since; None where none was, or the group has others now."""
-        if len(params) != len(self._params):
+        if len(params) != len(self._params) or self._numbers is None:
             return None
-        for i, (p, old, before) in enumerate(zip(params, self._params, self._entries, strict=True)):
-            now = _entry(p) if p is old and before is not None else None
+        now = _numbers(params)
+        if now is None or now == self._numbers:
+            return None
+        for i, (p, old, layout) in enumerate(zip(params, self._params, self._layouts, strict=True)):
+            changed = any(kind[i] != before[i] for kind, before in zip(now, self._numbers, strict=True))
             # Another dtype, device or memory format has the same values.
-            if now is not None and before is not None and now[:2] != before[:2] and now[2:] == before[2:]:
+            if p is old and changed and _layout(p) == layout:
                 return i
         return None
 
 
-def _entry(p: Any) -> tuple[Any, ...] | None:
-    if type(p) not in _PLAIN or p.is_meta or p.is_inference() or in_dispatch_mode():
+def _numbers(params: Sequence[Any]) -> tuple[list[int], list[int]] | None:
+    """Return version counters and addresses; None where one has none: subclasses, inference tensors, fake tensors."""
+    if not _PLAIN.issuperset(map(type, params)) or in_dispatch_mode():
         return None
-    return p._version, p.data_ptr(), p.dtype, p.device, p.stride()
+    try:
+        return [p._version for p in params], [p.data_ptr() for p in params]
+    except RuntimeError:  # a tensor made under inference_mode
+        return None
+
+
+def _layout(p: Any) -> tuple[Any, ...]:
+    return p.dtype, p.device, p.stride()
 
 
 def warn_of_written(name: str) -> None:
