@@ -44,7 +44,7 @@ struct View {
 // negative bit costs as much as the rest: `last` is where the object's memory was when the bit was last read.
 std::optional<View> view(PyObject* object, const void* last = nullptr);
 
-// The two halves of `view`: what torch says of a plain tensor, and the view of it. Returns false for other objects.
+// The two halves of `view`: read the DLPack description of a plain tensor (false for other objects), and make its view.
 bool read_tensor(PyObject* object, DLTensor&);
 bool has_negative_bit(PyObject* tensor);
 std::optional<View> view(const DLTensor&, PyObject* object, const void* last);

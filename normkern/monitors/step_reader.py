@@ -103,8 +103,8 @@ class StepReader:
         part_of = self.optimizer._run.part_of
         if part_of is not None:
             warnings.warn(
-                f"normkern: {who} reads the parameters of this process alone: {part_of} has split them, and what it "
-                "says of a param group is of this part",
+                f"normkern: {who} reads the parameters of this process alone: {part_of} has split them, so its "
+                "numbers of a param group cover this part only",
                 UserWarning,
                 stacklevel=4,
             )

@@ -1,4 +1,4 @@
-"""The budgets: what a step of each path may cost, for each build that somebody has counted on."""
+"""The budgets: what a step of each path may cost, for each build that was counted."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def table(now: Counts, then: Counts | None) -> str:
 
 
 def too_much(now: Counts, then: Counts, against: str) -> list[str]:
-    """Return what to say of each path that grew beyond what is allowed."""
+    """Return a message for each path that grew beyond what is allowed."""
     return [
         explain(path, counts, then.paths[path], against)
         for path, counts in now.paths.items()
@@ -79,7 +79,7 @@ def per_tensor(counts: Counts, kind: str) -> dict[str, float] | None:
 
 
 def loops(now: Counts, then: Counts, against: str) -> list[str]:
-    """Return what to say of each kind of step in which Python does more for each tensor.
+    """Return a message for each kind of step in which Python does more per tensor.
 
     Bytecodes repeat exactly, so that a loop is seen here even where its cost is less than what a step may grow by.
     """

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import sample_layout
 from .sample_layout import Mixed, SampleLayout, State
 
-NOBODY = -1  #: in the place of a sample: an entry that no sample made, as a row of zeros
+NO_SAMPLE = -1  #: in the place of a sample: an entry that no sample made, as a row of zeros
 _WHY = "they are in another order, or of different lengths"
 
 
@@ -62,7 +62,7 @@ def described(table: Tensor, shape: Sequence[int], batch: int) -> State:
     for d, size in enumerate(table.shape):
         if size > 1 and bool((table == table.narrow(d, 0, 1)).all()):
             table = table.narrow(d, 0, 1)
-    if table.numel() == 1 and int(table) == NOBODY:
+    if table.numel() == 1 and int(table) == NO_SAMPLE:
         return None
     state = Numbered(_WHY, table.clone())
     dims = state.last()
@@ -83,7 +83,7 @@ def merged(tables: Sequence[Tensor]) -> Tensor | None:
     for table in others:
         if out is table or (out.shape == table.shape and torch.equal(out, table)):
             continue
-        if bool(((out != table) & (out != NOBODY) & (table != NOBODY)).any()):
+        if bool(((out != table) & (out != NO_SAMPLE) & (table != NO_SAMPLE)).any()):
             return None
         out = torch.maximum(out, table)
     return out
@@ -94,7 +94,7 @@ def constant_along(table: Tensor, dims: Sequence[int]) -> Tensor | None:
     for d in dims:
         if table.shape[d] != 1:
             most = table.amax(d, keepdim=True)
-            if bool(((table != most) & (table != NOBODY)).any()):
+            if bool(((table != most) & (table != NO_SAMPLE)).any()):
                 return None
             table = most
     return table
@@ -102,7 +102,7 @@ def constant_along(table: Tensor, dims: Sequence[int]) -> Tensor | None:
 
 def filled(state: State, shape: Sequence[int], declared: Tensor | None, batch: int) -> State:
     """Return a state in which rows of no sample, of a tensor with as many rows as were declared, are as declared."""
-    if declared is None or not isinstance(state, Numbered) or not bool((state.table == NOBODY).any()):
+    if declared is None or not isinstance(state, Numbered) or not bool((state.table == NO_SAMPLE).any()):
         return state
     if shape[0] != len(declared) or len(state.table) != len(declared) or state.last() != 1:
         return state
@@ -135,7 +135,7 @@ def order_along(shape: Sequence[int], state: State, dim: int, batch: int) -> Ord
     """Return the samples of a tensor's entries along a dimension; None: the samples are not along it."""
     if isinstance(state, Numbered):
         others = [d for d in range(len(shape)) if d != dim]
-        is_along = all(state.table.shape[d] == 1 for d in others) and bool((state.table != NOBODY).all())
+        is_along = all(state.table.shape[d] == 1 for d in others) and bool((state.table != NO_SAMPLE).all())
         return state.table.expand([n if d == dim else 1 for d, n in enumerate(shape)]).reshape(-1) if is_along else None
     if not isinstance(state, SampleLayout):
         return None

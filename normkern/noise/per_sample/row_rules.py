@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import propagation
-from .numbered import NOBODY, constant_along, described, merged, table_of, without_last
+from .numbered import NO_SAMPLE, constant_along, described, merged, table_of, without_last
 from .operation import Operation, map_tensors, tensors_in
 from .sample_layout import Mixed, State
 
@@ -91,7 +91,7 @@ def _same_along(op: Operation, table: Tensor, dims: Sequence[int]) -> Tensor:
 
 def _whole(op: Operation, table: Tensor | None, shape: Sequence[int]) -> Tensor:
     """Return a table in full."""
-    return torch.full(tuple(shape), NOBODY) if table is None else table.expand(tuple(shape))
+    return torch.full(tuple(shape), NO_SAMPLE) if table is None else table.expand(tuple(shape))
 
 
 # ---- Element by element ---------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def pad(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | N
         return [None] * len(results)
     if mode != "constant":
         return [_same_along(op, found, [d for d in range(x.dim()) if any(widths[2 * (x.dim() - 1 - d) :][:2])])]
-    return [torch.nn.functional.pad(found.expand(x.shape), widths, value=NOBODY)]
+    return [torch.nn.functional.pad(found.expand(x.shape), widths, value=NO_SAMPLE)]
 
 
 @numbers("pad_sequence")
@@ -280,7 +280,7 @@ def pad_sequence(op: Operation, results: list[Tensor], table: TableOf) -> list[T
     """Pad with entries of no sample."""
     sequences, batch_first, _, side = op.bind("sequences batch_first padding_value padding_side", batch_first=False)
     of = [_whole(op, table(t), t.shape) for t in sequences]
-    return [torch.nn.utils.rnn.pad_sequence(of, batch_first, float(NOBODY), side or "right")]
+    return [torch.nn.utils.rnn.pad_sequence(of, batch_first, float(NO_SAMPLE), side or "right")]
 
 
 @numbers("embedding", "one_hot", "view_as_real")
@@ -433,12 +433,12 @@ def _written(
     """Return the table of a tensor of samples `base` after writing entries of samples `own` at places."""
     out = _whole(op, base, shape).reshape(-1).clone()
     at = places.reshape(-1)
-    new = torch.full(places.shape, NOBODY) if own is None else own.expand(places.shape)
+    new = torch.full(places.shape, NO_SAMPLE) if own is None else own.expand(places.shape)
     new = new.reshape(-1)
     if overwrites:
-        out[at] = NOBODY
+        out[at] = NO_SAMPLE
     highest = out.scatter_reduce(0, at, new, "amax")
-    same = (new == highest[at]) | (new == NOBODY)
-    if not bool(same.all()) or bool(((out != highest) & (out != NOBODY)).any()):
+    same = (new == highest[at]) | (new == NO_SAMPLE)
+    if not bool(same.all()) or bool(((out != highest) & (out != NO_SAMPLE)).any()):
         raise Apart(f"{op.name} of different samples into one place")
     return highest.view(*shape)

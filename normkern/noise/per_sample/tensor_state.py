@@ -14,7 +14,7 @@ from . import sample_layout
 from .accumulator import Accumulator
 from .contributions import Contribution
 from .derived import Derived
-from .numbered import NOBODY, Numbered, described, table_of
+from .numbered import NO_SAMPLE, Numbered, described, table_of
 from .operation import map_tensors
 from .propagation import LayoutRules
 from .record import ParameterRecord, Root, Target
@@ -141,7 +141,7 @@ class TensorState:
             if known is None:
                 is_sure = isinstance(before, Numbered) or (isinstance(before, SampleLayout) and before.certain)
                 table = table_of(x.shape, before, batch) if is_sure else None
-                known = torch.full(x.shape, NOBODY) if table is None else table.expand(x.shape).clone()
+                known = torch.full(x.shape, NO_SAMPLE) if table is None else table.expand(x.shape).clone()
             written = table_of(y.shape, source, batch)
             assert written is not None
             known[map_tensors(index, lambda t: t.cpu())] = written
@@ -173,14 +173,14 @@ class TensorState:
             state = self.state(base)
             is_sure = isinstance(state, Numbered) or (isinstance(state, SampleLayout) and state.certain)
             known = table_of(base.shape, state, batch) if is_sure else None
-            flat = (torch.tensor(NOBODY) if known is None else known).expand(base.shape).reshape(-1).clone()
+            flat = (torch.tensor(NO_SAMPLE) if known is None else known).expand(base.shape).reshape(-1).clone()
             if not base.is_contiguous():
                 self.mark(base, Mixed("they were written into a part of a tensor that is not contiguous"))
                 return
             offset = view.storage_offset() - base.storage_offset()
             places = torch.arange(base.numel()).as_strided(view.shape, view.stride(), offset)
             table = table_of(view.shape, after, batch)
-            flat[places] = torch.tensor(NOBODY) if table is None else table.expand(view.shape)
+            flat[places] = torch.tensor(NO_SAMPLE) if table is None else table.expand(view.shape)
             self.mark(base, described(flat.view(base.shape), base.shape, batch))
 
     # ---- Parameters

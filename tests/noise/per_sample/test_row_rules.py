@@ -8,7 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import normkern
 from normkern.noise.per_sample import row_rules
-from normkern.noise.per_sample.numbered import NOBODY, described, merged, table_of
+from normkern.noise.per_sample.numbered import NO_SAMPLE, described, merged, table_of
 from normkern.noise.per_sample.sample_layout import Mixed, SampleLayout
 
 from .measuring import refuses
@@ -161,7 +161,7 @@ def test_every_entry_is_of_the_sample_on_which_it_depends(name):
     assert bool((on.sum(-1) <= 1).all())
     assert torch.equal(table[on.any(-1)], on.long().argmax(-1)[on.any(-1)])
     if name not in ("masked_fill", "max_pool", "group_norm"):  # whose constants keep the samples of their place
-        assert bool((table[~on.any(-1)] == NOBODY).all())
+        assert bool((table[~on.any(-1)] == NO_SAMPLE).all())
 
 
 @pytest.mark.parametrize("name", MIXES)
@@ -181,11 +181,11 @@ def test_indices_of_one_sample_that_pick_entries_of_another():
 
 
 def test_tables():
-    table = torch.tensor([0, 1, NOBODY, 0])
-    assert torch.equal(merged([table, torch.tensor([0, NOBODY, 2, 0])]), torch.tensor([0, 1, 2, 0]))
+    table = torch.tensor([0, 1, NO_SAMPLE, 0])
+    assert torch.equal(merged([table, torch.tensor([0, NO_SAMPLE, 2, 0])]), torch.tensor([0, 1, 2, 0]))
     assert merged([table, torch.tensor([1, 1, 1, 1])]) is None
     assert described(torch.arange(3)[:, None], (3, 5), 3) == SampleLayout(5)
-    assert described(torch.full((1, 1), NOBODY), (3, 5), 3) is None
+    assert described(torch.full((1, 1), NO_SAMPLE), (3, 5), 3) is None
 
 
 # --- what the user says ----------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from .registry import handles
 
 @contextlib.contextmanager
 def _without_cudnns_warning() -> Iterator[None]:
-    """Silence what cuDNN says of weights of one layer, which it wants side by side in memory with those of all."""
+    """Silence cuDNN's warning that the weights of one layer are not contiguous in memory with those of all layers."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "RNN module weights are not part of single contiguous chunk")
         yield

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import errors, row_rules
 from ..contributions import Contribution, Loop, Matrix
-from ..numbered import NOBODY, Numbered, by_rows, described, table_of, without_last
+from ..numbered import NO_SAMPLE, Numbered, by_rows, described, table_of, without_last
 from ..operation import Operation
 from ..sample_layout import SampleLayout
 from ..tensor_state import TensorState, Use
@@ -146,12 +146,12 @@ class Guard(torch.autograd.Function):
 
 def check(g: Tensor, table: Tensor, error: Callable[[], Exception]) -> None:
     """Raise an error if a gradient of entries that no sample made is not zero."""
-    if bool((table == NOBODY).any()) and bool(g.masked_fill((table != NOBODY).to(g.device), 0).any()):
+    if bool((table == NO_SAMPLE).any()) and bool(g.masked_fill((table != NO_SAMPLE).to(g.device), 0).any()):
         raise error()
 
 
 def _guarded(tensors: TensorState, op: Operation, out: Tensor, table: Tensor) -> Tensor:
-    if not bool((table == NOBODY).any()):
+    if not bool((table == NO_SAMPLE).any()):
         return out
     guarded: Tensor = Guard.apply(out, table, _error(tensors, op))
     return guarded
