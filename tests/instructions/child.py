@@ -78,14 +78,15 @@ def main() -> None:
     if given.tree:
         import_only_from(given.tree)
 
-    import torch
-
     import normkern
-
-    from . import build, paths
 
     if given.tree and Path(given.tree).resolve() not in Path(normkern.__file__).resolve().parents:
         sys.exit(f"expected normkern in {given.tree}, imported {normkern.__file__}")
+
+    import torch
+
+    from . import build, paths
+
     torch.manual_seed(0)
     torch.set_num_threads(1)
     steps = {name: make() for name, make in paths.paths().items() if not given.only or name in given.only}

@@ -286,12 +286,15 @@ def test_clone_without_a_parent_skips_and_says_why(counted, monkeypatch, capsys,
 
 
 def test_package_from_elsewhere_is_refused(tmp_path):
-    command = [sys.executable, "-m", "instructions.child", "python", str(tmp_path / "out"), "--tree", str(tmp_path)]
-    folders = (Path(normkern.__file__).parent.parent, TESTS)
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environ, check=False)
+    tree, elsewhere = tmp_path / "tree", tmp_path / "elsewhere"
+    package = elsewhere / "normkern" / "__init__.py"
+    package.parent.mkdir(parents=True)
+    package.touch()
+    command = [sys.executable, "-m", "instructions.child", "python", str(tmp_path / "out"), "--tree", str(tree)]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (elsewhere, TESTS)))}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environ, check=False)
     assert done.returncode == 1
-    assert f"expected normkern in {tmp_path}, imported {normkern.__file__}" in done.stderr
+    assert f"expected normkern in {tree}, imported {package}" in done.stderr
 
 
 # ---- A planted loop -------------------------------------------------------------------------------------------------

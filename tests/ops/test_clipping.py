@@ -160,7 +160,7 @@ def refusals():
         "coef",
         lambda: ops.sgd_([x], [x.clone()], lr=1.0, clip_coef=x),
         ValueError,
-        r"coefs expected one number of float64, got \(2,\) torch.float32",
+        r"sgd_: clip_coef expected one number of float64, got \(2,\) torch.float32 on cpu",
     )
     yield (
         "kind",

@@ -54,12 +54,9 @@ class Operation:
 
     def written(self) -> Tensor | None:
         """Return the tensor that the operation writes into; None: it works out of place."""
-        name = getattr(self.func, "__name__", "")
-        is_in_place = name not in _NOT_IN_PLACE and name.endswith("_") and not name.endswith("__")
-        is_in_place = is_in_place or (name.startswith("__i") and name not in _NOT_IN_PLACE) or name == "__setitem__"
         target = self.kwargs.get("out")
-        if is_in_place or self.kwargs.get("inplace"):
-            target = self.argument(0, "input")
+        if is_in_place(self.func) or self.kwargs.get("inplace"):
+            target = self.argument(0, "input", self.kwargs.get("tensor"))  # `nn.init` names what it fills "tensor"
         return target if isinstance(target, Tensor) else None
 
     def tensors(self) -> Iterator[Tensor]:
@@ -118,7 +115,7 @@ def is_in_place(func: Any) -> bool:
     """Return whether a function of torch writes into its first argument."""
     name = getattr(func, "__name__", "")
     if name.endswith("__"):
-        return name.startswith("__i") and name not in _NOT_IN_PLACE
+        return name == "__setitem__" or (name.startswith("__i") and name not in _NOT_IN_PLACE)
     return name.endswith("_") and name not in _NOT_IN_PLACE
 
 

@@ -126,7 +126,9 @@ class Tracer(TorchFunctionMode):
                 return out
         if self._can_enter(op) and not (op.parameters or LayoutRules.knows(name)):
             return self._enter(op)
-        view = args[0] if is_in_place(func) and isinstance(args[0], Tensor) and args[0]._is_view() else None
+        view = op.written() if is_in_place(func) else None
+        if view is not None and not view._is_view():
+            view = None
         before = None if view is None else tensors.state(view)
         out = func(*args, **kwargs)
         self._follow(op, operands, out)

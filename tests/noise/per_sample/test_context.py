@@ -228,6 +228,17 @@ class Named(nn.Module):
         return self.head(torch.tanh(self.norm(self.first(x))))
 
 
+def test_tensors_are_filled_inside_by_name(mlp):
+    """`nn.init` hands its tensor on as a keyword alone."""
+    noise = noise_of(mlp)
+    with noise:
+        layer = nn.Linear(4, 3)
+        nn.init.ones_(tensor=layer.weight[:2])
+        mlp.value().backward()
+    assert torch.equal(layer.weight[:2], torch.ones(2, 4))
+    assert noise.result().nsr == measured(problem_of("mlp")).nsr
+
+
 def test_batch_norm_is_named_and_eval_is_offered():
     problem = numbers(Named(), 6, 5).to(F64)
     before = snapshot(problem.model)
