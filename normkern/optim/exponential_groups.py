@@ -80,9 +80,10 @@ def prepare(
         is_right = followers is not None and followers.tensors and group.gauge.step.before[1] == 0
         versions = run.versions.get(group.index)
         if versions is not None and not is_right:
-            i = versions.written(group.params)
-            if i is not None and behind is None:
-                behind = name_of(group.index, i)
+            i = versions.find_written(group.params, group.is_whole)
+            if i is not None:
+                del run.versions[group.index]  # read anew after the step
+                behind = behind or name_of(group.index, i)
     return behind
 
 
@@ -103,11 +104,20 @@ def follow(run: RunState, param_groups: _Groups, state: Any, group: GroupStep) -
                 for p in group.params:
                     if key in state.get(p, {}):
                         state[p][key].mul_(gauge.ratio)
-    if own["decay"] == "exponential":
-        run.versions[group.index] = Versions(group.params, run.versions.get(group.index))
-    else:
-        run.versions.pop(group.index, None)
+    _expect_versions(run, own, group)
     return rescaled
+
+
+def _expect_versions(run: RunState, own: Mapping[str, Any], group: GroupStep) -> None:
+    """Note what the next step will find of the parameters, unless something else writes them."""
+    if own["decay"] != "exponential":
+        run.versions.pop(group.index, None)
+        return
+    versions = run.versions.get(group.index)
+    if versions is not None and group.is_whole and versions.are_of(group.params):
+        versions.stepped()
+    else:
+        run.versions[group.index] = Versions(group.params)
 
 
 def warn_once(run: RunState, param_groups: _Groups, rescaled: Sequence[int], behind: str | None) -> None:

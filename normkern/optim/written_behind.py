@@ -7,6 +7,7 @@ than the optimizer thinks.
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -18,39 +19,54 @@ from ..tracing import in_dispatch_mode
 from .options import caller_level
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
+#: Parameters that a step looks at. To read a version counter costs as much as to step a small tensor.
+_AT_A_TIME = 8
 
 
 class Versions:
-    """What a step has left of a group's parameters: version counters, and where they are in memory."""
+    """What a step has left of a group's parameters: version counters, and where they are in memory.
 
-    __slots__ = ("_layouts", "_numbers", "_params")
+    A step adds one to every counter, so that a write from outside stays visible. Each step looks at some parameters,
+    one after the other: it finds at once what writes all of them, as averages and loading do, and one alone after all
+    have had their turn.
+    """
 
-    def __init__(self, params: Sequence[Any], before: Versions | None = None) -> None:
-        """Read the parameters; `before`, of the last step, has the layouts of those that are where they were."""
+    __slots__ = ("_layouts", "_next", "_numbers", "_params", "_steps")
+
+    def __init__(self, params: Sequence[Any]) -> None:
         self._params = list(params)
         self._numbers = _numbers(params)
-        self._layouts: list[tuple[Any, ...]]
-        if before is not None and len(before._params) == len(params) and before._pointers() == self._pointers():
-            self._layouts = before._layouts
-        else:
-            self._layouts = [_layout(p) for p in params]
+        self._layouts = [] if self._numbers is None else [_layout(p) for p in params]
+        self._steps = self._next = 0
 
-    def _pointers(self) -> list[int] | None:
-        return None if self._numbers is None else self._numbers[1]
+    def stepped(self) -> None:
+        """Expect every counter to be higher by one: the kernel has written all parameters, once."""
+        self._steps += 1
 
-    def written(self, params: Sequence[Any]) -> int | None:
-        """Return the first parameter that was written since; None where none was, or the group has others now."""
-        if len(params) != len(self._params) or self._numbers is None:
+    def find_written(self, params: Sequence[Any], is_whole: bool) -> int | None:
+        """Return a parameter that was written by others; None where none was found, or the group has others now.
+
+        `is_whole`: the kernel takes the whole group, and `stepped` is all that follows; else all parameters have their
+        turn at once, as the next step will not know what this one does to the counters.
+        """
+        count = len(self._params)
+        if len(params) != count or self._numbers is None or in_dispatch_mode():
             return None
-        now = _numbers(params)
-        if now is None or now == self._numbers:
-            return None
-        for i, (p, old, layout) in enumerate(zip(params, self._params, self._layouts, strict=True)):
-            changed = any(kind[i] != before[i] for kind, before in zip(now, self._numbers, strict=True))
-            # Another dtype, device or memory format has the same values.
-            if p is old and changed and _layout(p) == layout:
-                return i
+        turns = range(count) if not is_whole else range(self._next, min(self._next + _AT_A_TIME, count))
+        self._next = turns.stop if turns.stop < count else 0
+        versions, pointers = self._numbers
+        for i in turns:
+            p = params[i]
+            if p is self._params[i] and (p._version != versions[i] + self._steps or p.data_ptr() != pointers[i]):
+                # Another dtype, device or memory format has the same values.
+                if _layout(p) == self._layouts[i]:
+                    return i
+                versions[i], pointers[i], self._layouts[i] = p._version - self._steps, p.data_ptr(), _layout(p)
         return None
+
+    def are_of(self, params: Sequence[Any]) -> bool:
+        """Return whether these are the parameters that were read."""
+        return len(params) == len(self._params) and all(map(operator.is_, params, self._params))
 
 
 def _numbers(params: Sequence[Any]) -> tuple[list[int], list[int]] | None:
@@ -70,7 +86,7 @@ def _layout(p: Any) -> tuple[Any, ...]:
 def warn_of_written(name: str) -> None:
     """Warn of a weight that was written between two steps; the warning points at the caller of the step."""
     warnings.warn(
-        f'normkern: the weight {name} was written since the last step, in a group with decay="exponential", whose '
+        f'normkern: the weight {name} was written between steps, in a group with decay="exponential", whose '
         "weights are stored at a scale of their own: mixed with those of other steps (Lookahead, averaging over "
         "processes) or restored without the optimizer's state they are of another run. Load the optimizer's state "
         "together with the weights; without momentum, name the copies that are mixed in the group's followers; else "

@@ -200,7 +200,7 @@ def test_weights_written_behind_the_back():
         with torch.no_grad():
             write(w)
         before = w.detach().clone()
-        with pytest.warns(UserWarning, match=r"the weight 'w' was written since the last step.*followers") as seen:
+        with pytest.warns(UserWarning, match=r"the weight 'w' was written between steps.*followers") as seen:
             step()
         assert seen[0].filename == __file__
         assert not torch.equal(w, before)
@@ -241,15 +241,45 @@ def test_a_conversion_is_no_write():
     w = nn.Parameter(torch.ones(2, 3, 4, 5))
     versions = Versions([w])
     w.data = w.data.contiguous(memory_format=torch.channels_last)
-    assert versions.written([w]) is None
+    assert versions.find_written([w], True) is None
     w.data = w.data.double()
-    assert versions.written([w]) is None
+    assert versions.find_written([w], True) is None
     versions = Versions([w])
-    assert versions.written([w]) is None
+    assert versions.find_written([w], True) is None
     w.data = w.data.clone()
-    assert versions.written([w]) == 0
-    assert versions.written([w, w]) is None
-    assert versions.written([nn.Parameter(torch.ones(2))]) is None
+    assert versions.find_written([w], True) == 0
+    assert versions.find_written([w, w], True) is None
+    assert versions.find_written([nn.Parameter(torch.ones(2))], True) is None
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 20])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_write_among_many_parameters_is_found(count, alone):
+    """At once where all are written, else after as many steps as it takes to look at all of them."""
+
+    def params_of(n):
+        params = [nn.Parameter(torch.randn(4, 4)) for _ in range(n)]
+        for p in params:
+            p.grad = torch.randn(4, 4)
+            p.grad -= (p.grad * p).sum() / (p * p).sum() * p.detach()
+        return params
+
+    def take(opt, steps):
+        for _ in range(steps):
+            opt.step()
+
+    for k in range(count):
+        params = params_of(count)
+        group = {"params": params, "scale_invariant": True, "norm_buffers": [], "followers": []}
+        opt = normkern.SGD([group], lr=0.01, weight_decay=0.01, momentum=0.9, decay="exponential")
+        take(opt, k % 4 + 1)
+        with torch.no_grad():
+            for i, p in enumerate(params):
+                if i == k or not alone:
+                    p.mul_(1)
+        name = rf"params\[{k}\] of" if alone else "params"
+        with pytest.warns(UserWarning, match=f"the weight {name}.* was written between steps"):
+            take(opt, -(-count // 8) if alone else 1)
 
 
 def test_loading_weights_alone_is_noticed():
