@@ -95,7 +95,7 @@ def follow(run: RunState, param_groups: _Groups, state: Any, group: GroupStep) -
     if gauge.step is None:
         return False
     followers = run.followers.get(group.index)
-    if followers is not None:
+    if followers is not None and (followers.tensors or followers.norms):
         followers.follow(gauge.ratio, gauge.factor)
     first = state.get(group.params[0], {}) if group.params else {}  # every parameter has a gradient: one stands for all
     for key in SLOW_WEIGHTS:

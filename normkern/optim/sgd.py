@@ -496,7 +496,7 @@ class SGD(torch.optim.SGD):
         if table is not None:
             table = self._measure(table, groups, coef)
         self._stepped(table)
-        if gauged:  # last: a warning may be an error
+        if rescaled or behind is not None:  # last: a warning may be an error
             warn_once(run, self.param_groups, rescaled, behind)
         return norm
 

@@ -7,7 +7,6 @@ than the optimizer thinks.
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from .options import caller_level
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 #: Parameters that a step looks at. To read a version counter costs as much as to step a small tensor.
-_AT_A_TIME = 8
+_AT_A_TIME = 4
 
 
 class Versions:
@@ -50,14 +49,17 @@ class Versions:
         turn at once, as the next step will not know what this one does to the counters.
         """
         count = len(self._params)
-        if len(params) != count or self._numbers is None or in_dispatch_mode():
+        if len(params) != count or self._numbers is None or (not is_whole and in_dispatch_mode()):
             return None
         turns = range(count) if not is_whole else range(self._next, min(self._next + _AT_A_TIME, count))
         self._next = turns.stop if turns.stop < count else 0
         versions, pointers = self._numbers
         for i in turns:
             p = params[i]
-            if p is self._params[i] and (p._version != versions[i] + self._steps or p.data_ptr() != pointers[i]):
+            if p is not self._params[i]:
+                self._numbers = None
+                return None
+            if p._version != versions[i] + self._steps or p.data_ptr() != pointers[i]:
                 # Another dtype, device or memory format has the same values.
                 if _layout(p) == self._layouts[i]:
                     return i
@@ -65,8 +67,8 @@ class Versions:
         return None
 
     def are_of(self, params: Sequence[Any]) -> bool:
-        """Return whether these are the parameters that were read."""
-        return len(params) == len(self._params) and all(map(operator.is_, params, self._params))
+        """Return whether these are the parameters that were read, as far as `find_written` has looked."""
+        return self._numbers is not None and len(params) == len(self._params)
 
 
 def _numbers(params: Sequence[Any]) -> tuple[list[int], list[int]] | None:
