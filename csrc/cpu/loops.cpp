@@ -24,13 +24,16 @@ template <int N> struct Sums {
     for (Lanes& x : s) x = Lanes::all(0.0);
   }
 
+  // Every loop over sums is written out: g++ would make copies of memory of them, which cost as much as a short row.
   void flush(double* out, const Hyper& hyper, bool is_gauged) {
     double sums[N];
+#pragma GCC unroll 16
     for (int j = 0; j < N; j++) {
       sums[j] = total(s[j]);
       s[j] = Lanes::all(0.0);
     }
     in_user_units<N>(sums, hyper, is_gauged);
+#pragma GCC unroll 16
     for (int j = 0; j < N; j++) out[j] = sums[j];
   }
 };
@@ -119,15 +122,17 @@ NK_HD void step(const StepNumbers<Rule, kMeasure, Side<R, N>>& c, const At& t, L
 }
 
 template <class Rule, Measure kMeasure, class R, class W, class G, class V, int kItem>
-void run(const StepNumbers<Rule, kMeasure, R>& scalars, const Streams<W, G, V, kItem, kRoom<Rule>>& t, int64_t n,
-         Sums<kSums<kMeasure>>& sums) {
+void run(const StepNumbers<Rule, kMeasure, R>& scalars, const Streams<W, G, V, kItem, kRoom<Rule>> t, int64_t n,
+         Sums<kSums<kMeasure>>* sums) {  // `t` by value: what is stored could change what a reference names
   using At = Streams<W, G, V, kItem, kRoom<Rule>>;
   constexpr Traits kTraits = Rule::traits;
   constexpr int kLine = At::kLine, kAhead = At::kAhead, kWide = kAtATime<R> < kLine ? kAtATime<R> : kLine;
   const auto wide = scalars.template side_by_side<kWide>();
   const auto eight = scalars.template side_by_side<kLanes>();
   Lanes s[kSums<kMeasure>];
-  for (int j = 0; j < kSums<kMeasure>; j++) s[j] = sums.s[j];
+  if constexpr (kMeasure != Measure::nothing)
+#pragma GCC unroll 16
+    for (int j = 0; j < kSums<kMeasure>; j++) s[j] = sums->s[j];
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
     prefetch<kTraits.writes_w>(t.w + (i + kAhead));
@@ -159,16 +164,17 @@ void run(const StepNumbers<Rule, kMeasure, R>& scalars, const Streams<W, G, V, k
       for (int k = 0; k < kTraits.buffers; k++) v[k].out(from.v[k], rest);
     }
   }
-  for (int j = 0; j < kSums<kMeasure>; j++) sums.s[j] = s[j];
+  if constexpr (kMeasure != Measure::nothing)
+#pragma GCC unroll 16
+    for (int j = 0; j < kSums<kMeasure>; j++) sums->s[j] = s[j];
 }
 
 template <class Rule, Measure kMeasure, class R, class At>
 void run_slots(const StepNumbers<Rule, kMeasure, R>& c, const At& t, int64_t n, Slots<kSums<kMeasure>>* slots) {
   if constexpr (kMeasure == Measure::nothing) {
-    Sums<kSums<kMeasure>> none;
-    run(c, t, n, none);
+    run(c, t, n, (Sums<kSums<kMeasure>>*)nullptr);
   } else {
-    slots->each(n, [&](int64_t k, int64_t size, auto& sums) { run(c, t.at(k), size, sums); });
+    slots->each(n, [&](int64_t k, int64_t size, auto& sums) { run(c, t.at(k), size, &sums); });
   }
 }
 

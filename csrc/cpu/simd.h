@@ -132,13 +132,14 @@ NK_HD double total(const Side<float, 16>& x) { return total(eight_doubles(x, 0) 
 
 template <int N> struct Width {};  // how many to load
 
+// Part by part: g++ keeps what is copied as a whole in memory, not in registers.
 template <class R, int N> NK_HD Side<R, N> load(const R* p, Width<N>) {
   Side<R, N> x;
-  __builtin_memcpy(&x, p, sizeof x);
+  for (int i = 0; i < x.kParts; i++) __builtin_memcpy(&x.part[i], p + i * x.kWidth, sizeof x.part[i]);
   return x;
 }
 template <class R, int N> NK_HD Side<R, N> store(R* p, const Side<R, N>& x) {
-  __builtin_memcpy(p, &x, sizeof x);
+  for (int i = 0; i < x.kParts; i++) __builtin_memcpy(p + i * x.kWidth, &x.part[i], sizeof x.part[i]);
   return x;
 }
 
