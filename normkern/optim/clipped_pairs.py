@@ -2,52 +2,83 @@
 
 from __future__ import annotations
 
-import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
-from .. import ops
 from .options import caller_level
 
-#: Steps in a row whose second gradients have one norm up to this relative difference, while the first ones vary more.
-_STEPS, _SAME, _VARIES = 4, 1e-5, 1e-3
+#: Steps with the same number of additional writes that convict: from the first pair on, and later.
+_FROM_THE_FIRST, _LATER = 3, 20
+
+
+def writes(grad: Any) -> int | None:
+    """Return how often a gradient was written in place, by torch's version counter.
+
+    None for no gradient, and for a view, whose counter is that of the whole memory (DDP's buckets).
+    """
+    if type(grad) is not Tensor or grad.is_inference() or grad._is_view():
+        return None
+    return grad._version
 
 
 class ClippedPairs:
-    """Looks at the norms of both gradients, step by step.
+    """Compares, step by step, how often both gradients of each pair were written in place.
 
-    A gradient clipped by its norm has the norm that it was clipped to. The norms of random gradients do not agree to
-    five digits four times in a row, while those of their partners differ.
+    Backwards of the same graph write equally often. ``clip_grad_norm_`` and ``clip_grad_value_`` write every ``.grad``
+    once more, which shows at once if the first gradients were not written after they were made. Where they were
+    (micro-batches, DDP, weights used several times), the number may vary by itself, so several steps must agree.
     """
 
-    __slots__ = ("_norms", "found")
+    __slots__ = ("_before", "_count", "_in_a_row", "found")
 
     def __init__(self) -> None:
-        self._norms: list[tuple[float, float]] = []
+        self._before = self._count = self._in_a_row = 0
         self.found = False
 
-    def add(self, table: Tensor) -> bool:
-        """Add the sums of a step; return True once, when it is found out. Synchronises."""
+    def add(self, count: int, writes_of: Callable[[int], tuple[int | None, int | None]], expected: int) -> bool:
+        """Add the pairs of a step; return True once, when clipping is found.
+
+        Args:
+            count: of parameters.
+            writes_of: `writes` of both gradients of the i-th parameter.
+            expected: how often something that is known has written the second ones.
+        """
         if self.found:
             return False
-        columns = [ops.column(table, name) for name in ("first_sq", "second_sq")]
-        first_sq, second_sq = (float(x.nansum()) for x in columns)
-        self._norms = [*self._norms[1 - _STEPS :], (math.sqrt(max(first_sq, 0)), math.sqrt(max(second_sq, 0)))]
-        if len(self._norms) == _STEPS:
-            first, second = zip(*self._norms, strict=True)
-            is_same = max(second) - min(second) <= _SAME * max(second)
-            self.found = is_same and max(first) - min(first) > _VARIES * max(first)
+        times = self._additional(count, writes_of) - expected
+        self._in_a_row = self._in_a_row + 1 if times == self._before else 1
+        self._before = times
+        self._count += 1
+        if times <= 0:
+            return False
+        needed = _FROM_THE_FIRST if self._in_a_row == self._count else _LATER
+        self.found = self._in_a_row >= needed or not any(writes_of(i)[0] for i in range(count))
         return self.found
+
+    @staticmethod
+    def _additional(count: int, writes_of: Callable[[int], tuple[int | None, int | None]]) -> int:
+        """Return how much more often all second gradients were written; 0 where they do not agree."""
+        more: int | None = None
+        for i in range(count):
+            first, second = writes_of(i)
+            if first is None or second is None:
+                continue
+            if second <= first or more not in (None, second - first):
+                return 0  # at the first parameter, in most steps
+            more = second - first
+        return more or 0
 
 
 def warn_of_clipped_pairs() -> None:
     """Warn of gradients that were clipped between hold() and step(); the warning points at the caller of the step."""
     warnings.warn(
-        "normkern: the second gradients of the last steps all have the same norm and the first ones have not: "
-        "something clips .grad between hold() and step() (clip_grad_norm_, a trainer's max_grad_norm or "
-        "gradient_clip_val), and the two gradients are no pair any more. Switch it off, and construct the optimizer "
-        "with max_norm=, which clips their combination",
+        "normkern: something writes .grad between the second backward and step(), as clip_grad_norm_ or a trainer's "
+        "max_grad_norm or gradient_clip_val does, but not between the first backward and hold(). Then the two "
+        "gradients are no longer a pair, and noise() and the steps are wrong. Switch it off, and construct the "
+        "optimizer with max_norm=, which clips their combination",
         UserWarning,
         stacklevel=caller_level(),
     )
