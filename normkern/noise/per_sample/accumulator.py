@@ -393,8 +393,10 @@ def _is_reached(param: Tensor) -> bool:
     if not param.requires_grad:
         return False
     with torch.enable_grad(), torch._C.DisableTorchFunction():
-        leaf = param.view_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        view = param.view_as(param)
+    assert view.grad_fn is not None
+    leaf = view.grad_fn.next_functions[0][0]
     try:
-        return torch._C._will_engine_execute_node(leaf)  # type: ignore[attr-defined,no-any-return]
+        return leaf is not None and torch._C._will_engine_execute_node(leaf)
     except RuntimeError:  # torch.autograd.grad returns it
         return True
