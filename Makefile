@@ -47,7 +47,7 @@ test-zoo: .venv/zoo-ready ## measure GradientNoise on published models (NEW=1: a
 	  $(abspath $(BIN))/python -m zoo --part $$((i - 1))/$(WORKERS) & done; wait
 	cd tests && $(abspath $(BIN))/python -m zoo --docs
 
-bench: ## measure speed; fill the tables of README and docs (QUICK=1: a minute, into build/; ONLY=noise, ddp)
+bench: ## measure speed; fill the tables of README and docs (QUICK=1: 1 minute, to build/; ONLY=noise, ddp)
 bench: bench-$(or $(ONLY),all)
 
 bench-compare: .venv/bench-ready ## list what became slower between two results (OLD=a.json NEW=b.json)

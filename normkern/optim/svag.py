@@ -16,11 +16,11 @@ from .. import ops
 from ..noise.pairs import Noise, NoiseAverage
 from ..tracing import uncompiled
 from .clip_options import ClipOptions
-from .clipped_pairs import ClippedPairs, warn_of_clipped_pairs, writes
 from .dtensor import is_dtensor, sum_over_shards
 from .group_step import GroupStep, Pair
 from .low_precision import PRECISION
 from .options import number
+from .pair_writes import ClippedPairs, SecondGradient, warn_of_clipped_pairs, writes
 from .run_state import RunState, scaler_attribute
 from .sgd import SGD
 
@@ -32,12 +32,13 @@ _NOISE_DECAY = "noise_decay"
 class SvagState(RunState):
     """The mutable state of an `SVAG`."""
 
-    __slots__ = ("clipped_pairs", "held", "noise", "noise_offsets")
+    __slots__ = ("clipped_pairs", "held", "noise", "noise_offsets", "second")
 
     def __init__(self, optimizer: Any, clip_options: ClipOptions, part_of: str | None) -> None:
         super().__init__(optimizer, clip_options, part_of)
         self.held: _Held | None = None
         self.clipped_pairs = ClippedPairs()
+        self.second: SecondGradient | None = None  # of the last step
         self.begin_noise(0.99)
 
     def begin_noise(self, decay: float) -> None:
@@ -183,7 +184,8 @@ class SVAG(SGD):
         the held gradients alone.
 
         Raises:
-            RuntimeError: there is no gradient. ValueError: scale is not a positive number.
+            RuntimeError: there is no gradient, or the second one of the last step is in it, because nothing cleared it.
+            ValueError: scale is not a positive number.
         """
         if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
             raise ValueError(f"SVAG.hold: scale expected a positive number, got {scale!r}")
@@ -195,6 +197,12 @@ class SVAG(SGD):
         grads = [p.grad for p in params]
         if all(g is None for g in grads):
             raise RuntimeError("SVAG.hold: expected a backward before it, but no parameter has a gradient")
+        if self._run.second is not None and self._run.second.was_added_to():
+            raise RuntimeError(
+                "SVAG.hold: the backward has added to the second gradient of the last step, which was still in .grad; "
+                "expected zero_grad() after each step, before the next backward"
+            )
+        self._run.second = None
         if copy:
             grads = [None if g is None else g.clone() for g in grads]
         self._run.held = _Held(params, grads, scale, copy)
@@ -410,8 +418,10 @@ class SVAG(SGD):
 
         run.noise.add(table[:, len(ops.SUMS) :], seen)
         # scaler.unscale_, which `hold` was told of, has written the second gradients once
-        if held is not None and run.clipped_pairs.add(len(held.params), held.writes_of, held.scale is not None):
-            warn_of_clipped_pairs()
+        if held is not None:
+            run.second = SecondGradient(held.params)
+            if run.clipped_pairs.add(len(held.params), held.writes_of, held.scale is not None):
+                warn_of_clipped_pairs()
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         super()._check_group(group, where)

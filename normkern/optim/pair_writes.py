@@ -1,11 +1,16 @@
-"""`ClippedPairs`: notices that something has clipped the second gradients of pairs and not the first ones."""
+"""What version counters say of the gradients of pairs.
+
+`ClippedPairs` notices that something has clipped the second gradients and not the first ones, `SecondGradient` that
+nothing has cleared the second ones before the next backward.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .options import caller_level
@@ -17,9 +22,10 @@ _FROM_THE_FIRST, _LATER = 3, 20
 def writes(grad: Any) -> int | None:
     """Return how often a gradient was written in place, by torch's version counter.
 
-    None for no gradient, and for a view, whose counter is that of the whole memory (DDP's buckets).
+    None for no gradient, for one without storage (sparse), and for a view, whose counter is that of the whole memory
+    (DDP's buckets).
     """
-    if type(grad) is not Tensor or grad.is_inference() or grad._is_view():
+    if type(grad) is not Tensor or grad.layout != torch.strided or grad.is_inference() or grad._is_view():
         return None
     return grad._version
 
@@ -70,6 +76,32 @@ class ClippedPairs:
                 return 0  # at the first parameter, in most steps
             more = second - first
         return more or 0
+
+
+class SecondGradient:
+    """The second gradient of one parameter, as a step has left it in ``.grad``."""
+
+    __slots__ = ("_id", "_param", "_pointer", "_writes")
+
+    def __init__(self, params: Sequence[Any]) -> None:
+        """Look at the first parameter whose gradient is a plain tensor."""
+        self._param: Any = None
+        for p in params:
+            grad = p.grad
+            count = writes(grad)
+            if count is not None:
+                self._param, self._id, self._pointer, self._writes = p, id(grad), grad.data_ptr(), count
+                return
+
+    def was_added_to(self) -> bool:
+        """Return whether a backward has added to it, as often as one has written it before.
+
+        ``zero_grad()`` makes a new tensor, ``zero_grad(set_to_none=False)`` writes once more.
+        """
+        grad = None if self._param is None else self._param.grad
+        if grad is None or id(grad) != self._id or grad.data_ptr() != self._pointer:
+            return False
+        return writes(grad) == 2 * self._writes + 1
 
 
 def warn_of_clipped_pairs() -> None:
