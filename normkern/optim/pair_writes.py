@@ -1,4 +1,4 @@
-"""What version counters say of the gradients of pairs.
+"""Checks of pairs of gradients by torch's version counters.
 
 `ClippedPairs` notices that something has clipped the second gradients and not the first ones, `SecondGradient` that
 nothing has cleared the second ones before the next backward.
@@ -107,9 +107,9 @@ class SecondGradient:
 def warn_of_clipped_pairs() -> None:
     """Warn of gradients that were clipped between hold() and step(); the warning points at the caller of the step."""
     warnings.warn(
-        "normkern: something writes .grad between the second backward and step(), as clip_grad_norm_ or a trainer's "
-        "max_grad_norm or gradient_clip_val does, but not between the first backward and hold(). Then the two "
-        "gradients are no longer a pair, and noise() and the steps are wrong. Switch it off, and construct the "
+        "normkern: something clips .grad between hold() and step() (clip_grad_norm_, a trainer's max_grad_norm or "
+        "gradient_clip_val): the second gradients are written in place after their backward, and the first ones are "
+        "not. So they are no longer a pair, and noise() and the steps are wrong. Switch it off, and construct the "
         "optimizer with max_norm=, which clips their combination",
         UserWarning,
         stacklevel=caller_level(),

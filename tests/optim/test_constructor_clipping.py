@@ -243,12 +243,12 @@ def unscale(params):
     ],
 )
 def test_clipping_between_hold_and_step_is_warned_of(between, options):
-    with pytest.warns(UserWarning, match=r"something writes .grad between .* construct the optimizer with max_norm="):
+    with pytest.warns(UserWarning, match=r"something clips .grad between hold\(\) and step\(\) .* max_norm="):
         pairs(between, **options)
 
 
 def test_the_warning_comes_once_and_points_at_the_step():
-    with pytest.warns(UserWarning, match="something writes") as seen:
+    with pytest.warns(UserWarning, match="something clips") as seen:
         pairs(by_norm, steps=4)
     assert len(seen) == 1
     assert seen[0].filename == __file__

@@ -1,4 +1,4 @@
-"""Which samples the tensors have that a model is given: along their first dimension, row by row, or one each."""
+"""`Given`: the samples of a model's arguments: along their first dimension, row by row, or one each."""
 
 from __future__ import annotations
 
