@@ -294,7 +294,12 @@ def test_zero_weights():
     give(params[:1])
     params[1].grad = torch.ones_like(params[1])
     opt = exponential([("a", params[0]), ("b", params[1])])
-    with Unchanged(opt), pytest.raises(ValueError, match=r"params\[1\] \('b'\) is all zeros.*invariance.param_groups.*scale_invariant=True"):
+    with (
+        Unchanged(opt),
+        pytest.raises(
+            ValueError, match=r"params\[1\] \('b'\) is all zeros.*invariance.param_groups.*scale_invariant=True"
+        ),
+    ):
         opt.step()
     opt.param_groups[0]["scale_invariant"] = True
     opt.step()
