@@ -47,7 +47,7 @@ test-zoo: .venv/zoo-ready ## measure GradientNoise on published models (NEW=1: a
 	  $(abspath $(BIN))/python -m zoo --part $$((i - 1))/$(WORKERS) & done; wait
 	cd tests && $(abspath $(BIN))/python -m zoo --docs
 
-bench: ## measure speed; fill the tables of README and docs (QUICK=1: short, into build/; ONLY=noise, ddp)
+bench: ## measure speed; fill the tables of README and docs (QUICK=1: 1 minute, to build/; ONLY=noise, ddp)
 bench: bench-$(or $(ONLY),all)
 
 bench-compare: .venv/bench-ready ## list what became slower between two results (OLD=a.json NEW=b.json)
@@ -128,17 +128,19 @@ BENCH_RESULTS := $(if $(QUICK),build,bench/results)
 BENCH = mkdir -p $(BENCH_RESULTS) && \
   $(BIN)/python -m pytest -c bench/pytest.ini bench --benchmark-quiet $(if $(QUICK),--quick)
 README := $(if $(QUICK),,--readme docs/benchmarks.md)
+# A quick run goes without other packages: what it needs itself is in .venv already.
+BENCH_READY := .venv/$(if $(QUICK),,bench-)ready
 
-bench-all: .venv/bench-ready
+bench-all: $(BENCH_READY)
 	$(BENCH) --benchmark-json=$(BENCH_RESULTS)/bench.json
 	$(BIN)/python -m bench.report $(BENCH_RESULTS)/bench.json --plot $(if $(QUICK),build,docs)/bench.png $(README)
 	$(if $(QUICK),,$(BIN)/python docs/tables.py)
 
-bench-noise: .venv/bench-ready
+bench-noise: $(BENCH_READY)
 	$(BENCH) -k "bench_noise or moments" --benchmark-json=$(BENCH_RESULTS)/noise.json
 	$(BIN)/python -m bench.report $(BENCH_RESULTS)/noise.json $(README)
 
-bench-ddp: .venv/bench-ready
+bench-ddp: $(BENCH_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.ddp_noise \
 	  $(if $(QUICK),--quick) --json $(BENCH_RESULTS)/ddp_noise.json $(README)
 
@@ -151,8 +153,8 @@ bench-ddp: .venv/bench-ready
 
 # Large peers are optional: the rows of those that cannot be installed say so.
 .venv/bench-ready: pyproject.toml constraints.txt | .venv/ready
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench]"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[bench-peers]" || echo "bench: going on without some peers"
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
+	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench-peers || echo "bench: going on without some peers"
 	touch $@
 
 # tidy, dist, docs, cmake, backpack, frameworks: the dependency groups of pyproject.toml.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from .conftest import LEFT_OUT
+from .conftest import LEFT_OUT, seconds_of_a_case
 from .measure import interleave
 from .nets import NETS, Net
 from .noise_peers import NOISE_PEERS, PLAIN
@@ -85,8 +85,7 @@ def measure_once(name: str, seconds: float) -> Measured:
 
 
 def test_noise(net: str, peer: str, benchmark, pytestconfig: pytest.Config) -> None:
-    seconds = pytestconfig.getoption("seconds") or (4.0 if pytestconfig.getoption("quick") else 14.0)
-    measured = measure_once(net, seconds)
+    measured = measure_once(net, seconds_of_a_case(pytestconfig))
     pytestconfig.stash[LEFT_OUT][net] = measured.left_out
     if peer in measured.left_out:
         pytest.skip(measured.left_out[peer])

@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from .cases import CASES
-from .conftest import LEFT_OUT
+from .conftest import LEFT_OUT, seconds_of_a_case
 from .limits import LIMITS, compiler
 from .measure import Measured, competitors, measure
 from .tape import Tape
@@ -39,8 +39,7 @@ def measure_once(case: str, seconds: float, quick: bool) -> Measured:
 
 @pytest.fixture
 def measured(case: str, pytestconfig: pytest.Config) -> Measured:
-    quick = pytestconfig.getoption("quick")
-    result = measure_once(case, pytestconfig.getoption("seconds") or (4.0 if quick else 14.0), quick)
+    result = measure_once(case, seconds_of_a_case(pytestconfig), pytestconfig.getoption("quick"))
     pytestconfig.stash[LEFT_OUT][case] = result.left_out
     return result
 

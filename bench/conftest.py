@@ -17,8 +17,13 @@ LEFT_OUT = pytest.StashKey[dict[str, dict[str, str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="few cases, a few seconds each, no build")
+    parser.addoption("--quick", action="store_true", help="few cases, two seconds each, no build")
     parser.addoption("--seconds", type=float, help="of interleaved turns per case")
+
+
+def seconds_of_a_case(config: pytest.Config) -> float:
+    """Return how long the turns of one case are to take."""
+    return config.getoption("seconds") or (2.0 if config.getoption("quick") else 14.0)
 
 
 def pytest_configure(config: pytest.Config) -> None:

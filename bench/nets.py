@@ -138,7 +138,7 @@ NETS: dict[str, Net] = {
     for net in (
         Net("MLP, B=128", lambda: mlp(128, 784, 1024, 1024, 10), lambda: mlp(6, 20, 33, 17, 10), QUICK),
         Net("Linear stack, B=32, T=128", lambda: stack(32, 128, *WIDTHS), lambda: stack(5, 19, *NARROW)),
-        Net("Linear stack, B=32, T=16", lambda: stack(32, 16, *WIDTHS), lambda: stack(5, 16, *NARROW), QUICK),
+        Net("Linear stack, B=32, T=16", lambda: stack(32, 16, *WIDTHS), lambda: stack(5, 16, *NARROW)),
         Net("GPT blocks, B=8, T=128", lambda: gpt(8, 128, 1000, 256, 4, 2), lambda: gpt(4, 9, 30, 24, 2, 2)),
         Net("GroupNorm ResNet, B=32", lambda: resnet(32, 32, 32, 64, 128), lambda: resnet(5, 8, 8, 16, 24)),
     )

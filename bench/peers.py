@@ -442,7 +442,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("normkern at random", "step", part(normkern_stored, stochastic_rounding=True), in_bfloat16),
     Peer("normkern float32 momentum", "step", part(normkern_stored, state_dtype=torch.float32), in_bfloat16),
     Peer("normkern master", "step", part(normkern_stored, master_weights=True), in_bfloat16),
-    Peer("reference", "step", reference_step, quick=up_to(32 * M)),
+    Peer("reference", "step", reference_step, quick=up_to(M)),
     Peer("torch default", "step", torch_step),
     Peer("torch foreach", "step", part(torch_step, foreach=True)),
     Peer("torch fused", "step", part(torch_step, fused=True)),

@@ -37,6 +37,7 @@ def plot(results: Results, file: Path) -> None:
     figure, axes = pyplot.subplots(
         len(panels), 1, figsize=(8, sum(heights) + 0.8), squeeze=False, layout="constrained", height_ratios=heights
     )
+    figure.get_layout_engine().set(w_pad=0.12)
     for (_, title, jobs, limit), (rows, out), axis in zip(panels, contents, axes.flat, strict=True):
         panel(axis, title, rows, out, jobs, limit)
     m = results.machine
@@ -79,7 +80,7 @@ def panel(
     axis.spines[["top", "right"]].set_visible(False)
     if limit is not None:
         far = "" if limit.rate <= edge else ", far to the right"
-        text = f"dashed: limit, {limit_name}" if not far else f"limit, {limit_name}"
+        text = f"{'limit' if far else 'dashed'}: {limit_name}"
         axis.set_title(f"{text}, {digits(limit.rate)} GB/s{far}", color=LIMIT, loc="right", fontsize=9)
     axis.set_xlim(0, edge)
 

@@ -50,8 +50,9 @@ def run(
         before = [w.clone() for w in exact]
         reference.sgd_(exact, grads, buffers, **rule)
         for p, g in zip(given.params, grads, strict=True):
-            # Anew at each step: some peers add the decay to the user's gradients.
-            p.grad.copy_(g * step.true_scale())  # type: ignore[union-attr]  # arrays always have one
+            # Anew at each step: some peers add the decay to the user's gradients. Through .data, which leaves the
+            # version counter alone: SVAG takes writes to the second half of pairs for clipping.
+            p.grad.data.copy_(g * step.true_scale())  # type: ignore[union-attr]  # arrays always have one
         step.run()
     step.write_back()
     with torch.no_grad():

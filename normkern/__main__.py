@@ -184,7 +184,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 
 def _lacks(packages: Mapping[str, str], parser: argparse.ArgumentParser) -> bool:
-    """Whether any of `packages` (module -> package) cannot be imported; prints how to install them."""
+    """Return whether any of `packages` (module -> package) cannot be imported; print how to install them."""
     missing = [package for module, package in packages.items() if not _importable(module)]
     if missing:
         names = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'}"

@@ -176,13 +176,13 @@ bool Pass::take(const View* w, const Given& given, const Group& group, int i, in
                             t.op == &group.op && t.group == group.index && t.index == i &&
                             t.buffers == traits.buffers && t.has_h == (given.held != nullptr) &&
                             t.master.has_value() == (given.master != nullptr);
-  if (!is_as_before && !fit(views, traits, given)) return false;
+  if (!is_as_before) {
+    t.param = nullptr;  // the views are read anew; the operands are those of another time until they are made anew
+    if (!fit(views, traits, given)) return false;
+  }
   if (group.device_of_numbers && *group.device_of_numbers != w->device) return false;
   if (slot_count > 0 && !measures_on(w->device, given.param)) return false;
-  if (!is_as_before) {
-    t.param = nullptr;
-    t = operands_of(views, group, traits, given, i);
-  }
+  if (!is_as_before) t = operands_of(views, group, traits, given, i);
   taken_++;
 
   Job& job = jobs_.emplace_back();
@@ -287,6 +287,7 @@ bool Pass::add_whole(const std::string& op, const py::list& params, const py::ob
       for (int k = 0; k < operands_[taken_ - 1].buffers; k++)
         fits = fits && operands_[taken_ - 1].v[k].dtype == *state_dtype;
     if (!fits) {
+      if (taken_ < operands_.size()) operands_[taken_].param = nullptr;  // some of its views may be read anew
       taken_ = taken;
       has_pairs_ = had_pairs;
       jobs_.resize(jobs);

@@ -1,4 +1,4 @@
-"""What the demo derives from the statistics of the steps, and what theory predicts for them."""
+"""Derives the demo's numbers from the statistics of the steps, and what theory predicts for them."""
 
 from __future__ import annotations
 

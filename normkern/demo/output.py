@@ -77,7 +77,7 @@ def epoch_line(row: dict[str, Any]) -> str:
 
 
 def is_unknown(row: dict[str, Any], key: str) -> bool:
-    """Whether the ratio `key` ("nsr", "gns") was measured and is unknown, because noise hides the gradient."""
+    """Return whether the ratio `key` ("nsr", "gns") was measured and is unknown, because noise hides the gradient."""
     return row.get(key, 0.0) is None and row["trace_sigma"] is not None
 
 

@@ -1,4 +1,4 @@
-"""How long a step takes that also returns its norms, with normkern and with torch."""
+"""Measures the time of a step that also returns its norms, with normkern and with torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether normkern works correctly on this machine: `python -m normkern doctor`."""
+"""`python -m normkern doctor`: checks that normkern works correctly on this machine."""
 
 from .examination import checks, examine, import_modules
 from .finding import Check, Finding

@@ -19,7 +19,7 @@ SUMS_OFF = 1e-13  # sums in float64 of products that float64 holds, relative to 
 
 @dataclass(frozen=True)
 class Written:
-    """What an op wrote: the tensors, flat and one after the other; its table of sums; any `trespass`."""
+    """The output of an op: the tensors, flat and one after the other; its table of sums; any `trespass`."""
 
     tensors: dict[str, Tensor]
     sums: Tensor

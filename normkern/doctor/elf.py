@@ -1,4 +1,4 @@
-"""What a shared library needs on the machine that loads it, read from its ELF dynamic section."""
+"""Reads from the ELF dynamic section what a shared library needs on the machine that loads it."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def binary() -> Finding:
 
 
 def _is_editable() -> bool:
-    """Whether pip installed normkern in editable mode, so that the Python files and the binary lie apart."""
+    """Return whether pip installed normkern in editable mode, so that the Python files and the binary lie apart."""
     origin = metadata.distribution("normkern").read_text("direct_url.json")
     return bool(origin and json.loads(origin).get("dir_info", {}).get("editable"))
 

@@ -57,7 +57,7 @@ def _listed(architectures: list[int]) -> str:
 
 
 def _may_run(capability: str, built: list[int]) -> bool:
-    """Whether kernels for one of the architectures may run: older ones do on a GPU of the same generation.
+    """Return whether kernels for one of the architectures may run: older ones do on a GPU of the same generation.
 
     Those of an older generation run where the build kept their PTX, and that is found by a launch.
     """

@@ -58,7 +58,7 @@ class Laid:
             start = end + _FENCE
 
     def is_fenced(self) -> bool:
-        """Whether the memory between the tensors is unchanged. Overwrites the tensors."""
+        """Return whether the memory between the tensors is unchanged. Overwrites the tensors."""
         for x in self.tensors:
             x.fill_(math.nan)
         return bool(self.block.isnan().all())

@@ -1,4 +1,4 @@
-"""What the fused SGD of the installed torch computes on this CPU, in the cases that torch 2.13 has wrong."""
+"""Checks the fused SGD of the installed torch on this CPU, in the cases that torch 2.13 computes wrongly."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def torchs_own() -> Finding:
 
 
 def _is_true(is_right: Callable[[], bool]) -> bool:
-    """Whether the case is right; a step that raises is not."""
+    """Return whether the case is right; a step that raises is not."""
     try:
         return is_right()
     except Exception:

@@ -49,15 +49,16 @@ def find(
 ) -> Invariances:
     r"""Find the rows, tensors and sets of tensors in which a loss is scale-invariant, up to the eps of norms.
 
-    Where :math:`L(cw) = L(w)` for all c, :math:`\langle w, \nabla_w L\rangle = 0`, for every batch and wherever w is.
-    It is tested at random parameters around the model's own, because at initialisation it also holds by symmetry; a set
-    of tensors with a common scale is a vector of zeros and ones in the null space of the matrix of all inner products.
+    If :math:`L(cw) = L(w)` for all c, then :math:`\langle w, \nabla_w L\rangle = 0` for every batch and at every w. The
+    function tests this product at random parameters around the model's own, because at initialisation it can be zero by
+    symmetry. A set of tensors with a common scale is a vector of zeros and ones in the null space of the matrix of all
+    inner products.
 
-    A copy of the model is tried, in the mode (training or eval) that the model is in; the model, its gradients, buffers
-    and torch's generators stay as they are. Without eps: that of torch's norms, that which modules keep under such a
-    name, and any number up to 1e-3 that is added to a tensor, is next to nothing meanwhile, and is otherwise no reason
-    to see a scale. The loss is computed in float64 (meanwhile torch's default dtype), also where the model casts to
-    less, and in the model's dtype where that fails (a note reports it). A scripted model keeps its eps and its casts.
+    The function tests a copy of the model, in the model's mode (training or eval). The model, its gradients, buffers
+    and torch's generators stay as they are. The copy has almost no eps: the eps of torch's norms, numbers that modules
+    keep under such a name, and any number up to 1e-3 that is added to a tensor are made tiny, since they would hide a
+    scale invariance. The loss is computed in float64, also where the model casts to less; if that fails, in the model's
+    dtype, and a note reports it. A scripted model keeps its eps and its casts.
 
     Args:
         model: with trainable parameters.
@@ -65,8 +66,8 @@ def find(
             that are pairs (inputs, targets), then called with ``model(inputs), targets``. A ``torch.nn.Module`` or a
             function of ``torch.nn.functional`` is taken for the second, any other for the first unless that raises.
             Returns one number.
-        batches: of which the first 8 are used, in turns, on the model's device. Small ones will do: what counts is how
-            many of the model's paths they take.
+        batches: the first 8 are used, in turns, on the model's device. Small batches are enough, if together they use
+            all parts of the model.
         granularity: "row", or "tensor" to leave out rows.
         draws: random parameters to try. None: 6, or as many as there are batches, with two forward and backward passes
             each; and where several parameters are left that are not invariant on their own, 4 more than there are

@@ -1,4 +1,4 @@
-"""Where the binary is: beside the Python files or, in a source tree without one, where pip installed it."""
+"""Finds the binary: beside the Python files or, in a source tree without one, where pip installed it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def provide_binary() -> None:
 
 
 def is_source_tree(folder: Path) -> bool:
-    """Whether the package folder lies in normkern's sources, where pip builds from."""
+    """Return whether the package folder lies in normkern's sources, where pip builds from."""
     return (folder.parent / "pyproject.toml").is_file() and (folder.parent / "csrc").is_dir()
 
 

@@ -113,14 +113,14 @@ class GroupGauge:
 
     @property
     def ratio(self) -> float:
-        """What copies of the weights are multiplied with to follow the step: the scale before over that after it."""
+        """The factor for copies of the weights that follow the step: scale before the step over scale after it."""
         if self.step is None:
             return 1.0
         return self.step.scale if self._leaves else self.step.before[0] / self.step.next[0]
 
     @property
     def factor(self) -> float:
-        """What the stored weights are multiplied with, besides stepping."""
+        """The factor for the stored weights, apart from the step."""
         return self._factor
 
     def commit(self, group: dict[str, Any]) -> bool:

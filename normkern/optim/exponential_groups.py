@@ -1,4 +1,4 @@
-"""What goes with groups of ``decay="exponential"`` from step to step: copies that follow, writes from outside.
+"""Companions of groups with ``decay="exponential"``: copies of weights that follow, and writes from outside.
 
 The step of one such group is in `exponential_decay`.
 """

@@ -79,6 +79,20 @@ def check_gauge(gauge: Any, where: str) -> None:
         raise ValueError(f"{where}: gauge expected (scale, z, exponent) as a step leaves them, got {gauge!r}")
 
 
+#: Options of torch's other optimizers, each set of which SGD does not have.
+_OPTIONS_OF_OTHERS = {
+    ("betas",): "Adam and its variants have",
+    ("alpha", "centered"): "RMSprop has",
+    ("lr_decay", "initial_accumulator_value"): "Adagrad has",
+    ("rho", "eps"): "Adadelta has",
+    ("lambd", "t0"): "ASGD has",
+    ("etas", "step_sizes"): "Rprop has",
+    ("max_iter", "history_size"): "LBFGS has",
+    ("beta2_decay",): "Adafactor has",
+    ("ns_steps",): "Muon has",
+}
+
+
 def check_checkpoint(loaded: Mapping[str, Any]) -> None:
     """Check the form of a state dict, such that torch's own loading only finds which entries are missing."""
 
@@ -93,11 +107,12 @@ def check_checkpoint(loaded: Mapping[str, Any]) -> None:
     for i, group in enumerate(groups):
         if not isinstance(group, Mapping):
             refuse(f"param_groups[{i}]", "a dict", group)
-        if "betas" in group:
-            raise ValueError(
-                f"SGD.load_state_dict: param_groups[{i}] expected the options of SGD, got betas, which Adam and its "
-                "variants have: this checkpoint is of another optimizer, so load the model's only"
-            )
+        for options, owner in _OPTIONS_OF_OTHERS.items():
+            if all(option in group for option in options):
+                raise ValueError(
+                    f"SGD.load_state_dict: param_groups[{i}] expected the options of SGD, got {' and '.join(options)}, "
+                    f"which {owner}: this checkpoint is of another optimizer, so load the model's only"
+                )
         ids = group.get("params", [])
         if not isinstance(ids, (list, tuple)):
             refuse(f"param_groups[{i}]['params']", "a list", ids)

@@ -42,14 +42,14 @@ def check_whole(params: Iterable[Any], part_of: str | None, group: Any, measured
     """Check that what is summed over the parameters is of whole ones, or is added over the ranks.
 
     Args:
-        params: of all groups that have a gradient or not.
-        part_of: see `RunState`.
+        params: the parameters of all groups, with and without gradients.
+        part_of: as in `RunState`.
         group: the process group that the user has named, or None.
         measured: sums of each parameter are wanted.
         clipped: the norm of all gradients is wanted.
 
     Raises:
-        RuntimeError: it is not so.
+        RuntimeError: sums over the parameters would be of one rank.
     """
     if clipped and part_of is not None and group is None:
         raise RuntimeError(
@@ -68,9 +68,9 @@ def check_whole(params: Iterable[Any], part_of: str | None, group: Any, measured
         return
     if measured:
         raise RuntimeError(
-            "SGD.step: the parameters are shards of FullyShardedDataParallel, of which no rank can measure whole "
-            "parameters (stats, SVAG's noise); use torch.distributed.fsdp.fully_shard, whose DTensors are summed over "
-            "the ranks, or stats=None"
+            "SGD.step: the parameters are shards of FullyShardedDataParallel, and no rank can measure whole parameters "
+            "(stats, SVAG's noise); use torch.distributed.fsdp.fully_shard, whose DTensors are summed over the ranks, "
+            "or stats=None"
         )
     if clipped and group is None:
         raise RuntimeError(

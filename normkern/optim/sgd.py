@@ -281,7 +281,7 @@ class SGD(torch.optim.SGD):
 
     @property
     def max_norm(self) -> float | None:
-        """What every step clips the global norm of the gradients to; None: a step clips only where it is told to."""
+        """The limit of the global gradient norm in every step; None: a step clips only with ``step(max_norm=...)``."""
         return self._run.clip_options.max_norm
 
     @max_norm.setter
@@ -298,7 +298,7 @@ class SGD(torch.optim.SGD):
 
     @property
     def found_inf(self) -> Tensor:
-        """Infinities or NaN that a GradScaler has found; set only during its step."""
+        """Whether a GradScaler has found infinities or NaN; set only during its step."""
         return scaler_attribute(self._run.found_inf, "found_inf")
 
     @found_inf.setter
@@ -311,7 +311,7 @@ class SGD(torch.optim.SGD):
 
     @property
     def grad_scale(self) -> Tensor:
-        """What a GradScaler has multiplied the loss with; set only during its step."""
+        """The factor of the loss in a GradScaler; set only during its step."""
         return scaler_attribute(self._run.grad_scale, "grad_scale")
 
     @grad_scale.setter

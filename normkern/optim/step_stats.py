@@ -207,7 +207,7 @@ class StepStats:
 
 
 class Measured:
-    """What a step leaves for `stats()`; names are made when the caller asks for them."""
+    """The sums of a step, from which `stats()` makes its result; names are made when the caller asks for them."""
 
     __slots__ = ("_stats", "clip_coef", "groups", "multipliers", "offsets", "part_of", "table", "totals")
 

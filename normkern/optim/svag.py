@@ -16,11 +16,11 @@ from .. import ops
 from ..noise.pairs import Noise, NoiseAverage
 from ..tracing import uncompiled
 from .clip_options import ClipOptions
-from .clipped_pairs import ClippedPairs, warn_of_clipped_pairs
 from .dtensor import is_dtensor, sum_over_shards
 from .group_step import GroupStep, Pair
 from .low_precision import PRECISION
 from .options import number
+from .pair_writes import ClippedPairs, SecondGradient, warn_of_clipped_pairs, writes
 from .run_state import RunState, scaler_attribute
 from .sgd import SGD
 
@@ -32,18 +32,19 @@ _NOISE_DECAY = "noise_decay"
 class SvagState(RunState):
     """The mutable state of an `SVAG`."""
 
-    __slots__ = ("clipped_pairs", "held", "noise", "noise_offsets")
+    __slots__ = ("clipped_pairs", "held", "noise", "noise_offsets", "second")
 
     def __init__(self, optimizer: Any, clip_options: ClipOptions, part_of: str | None) -> None:
         super().__init__(optimizer, clip_options, part_of)
         self.held: _Held | None = None
+        self.clipped_pairs = ClippedPairs()
+        self.second: SecondGradient | None = None  # of the last step
         self.begin_noise(0.99)
 
     def begin_noise(self, decay: float) -> None:
         """Begin the averages of signal and noise anew."""
         self.noise = NoiseAverage(decay)
         self.noise_offsets: tuple[int, ...] = ()
-        self.clipped_pairs = ClippedPairs()
 
 
 class SVAG(SGD):
@@ -71,8 +72,8 @@ class SVAG(SGD):
         noise_decay: decay per step of the averages that `noise` returns.
 
     Do not clip between `hold` and `step` (``clip_grad_norm_``, the default of some trainers): that sees ``.grad``, the
-    second gradient alone, and the two are no pair any more. `max_norm` clips their combination. A warning is given
-    where the second gradients all have one norm.
+    second gradient alone, and the two are no longer a pair. `max_norm` clips their combination. A warning is given
+    where something writes the second gradients in place and not the first ones (not after ``hold(copy=True)``).
 
     Weight decay is not scaled: a step decays by lr/l times it. `stats()` is of the combined gradient and of lr as the
     kernel has it. With l = 1 one backward is enough, held or not, and the step is SGD's to the bit; of two gradients
@@ -183,7 +184,8 @@ class SVAG(SGD):
         the held gradients alone.
 
         Raises:
-            RuntimeError: there is no gradient. ValueError: scale is not a positive number.
+            RuntimeError: there is no gradient, or the second one of the last step is in it, because nothing cleared it.
+            ValueError: scale is not a positive number.
         """
         if scale is not None and not (isinstance(scale, (int, float)) and 0 < scale < float("inf")):
             raise ValueError(f"SVAG.hold: scale expected a positive number, got {scale!r}")
@@ -195,9 +197,15 @@ class SVAG(SGD):
         grads = [p.grad for p in params]
         if all(g is None for g in grads):
             raise RuntimeError("SVAG.hold: expected a backward before it, but no parameter has a gradient")
+        if self._run.second is not None and self._run.second.was_added_to():
+            raise RuntimeError(
+                "SVAG.hold: the backward has added to the second gradient of the last step, which was still in .grad; "
+                "expected zero_grad() after each step, before the next backward"
+            )
+        self._run.second = None
         if copy:
             grads = [None if g is None else g.clone() for g in grads]
-        self._run.held = _Held(params, grads, scale)
+        self._run.held = _Held(params, grads, scale, copy)
         for p in params:
             p.grad = None
 
@@ -395,7 +403,7 @@ class SVAG(SGD):
 
     def _stepped(self, table: Tensor | None) -> None:
         run = self._run
-        run.held = None
+        held, run.held = run.held, None
         if table is None or table.shape[1] == len(ops.SUMS):
             return
         if not run.noise.fits(len(table)):
@@ -409,8 +417,11 @@ class SVAG(SGD):
             return ~pair_dot.isnan() | (grad_sq.isnan() & ~weight_sq.isnan())
 
         run.noise.add(table[:, len(ops.SUMS) :], seen)
-        if run.clipped_pairs.add(table):
-            warn_of_clipped_pairs()
+        # scaler.unscale_, which `hold` was told of, has written the second gradients once
+        if held is not None:
+            run.second = SecondGradient(held.params)
+            if run.clipped_pairs.add(len(held.params), held.writes_of, held.scale is not None):
+                warn_of_clipped_pairs()
 
     def _check_group(self, group: dict[str, Any], where: str) -> None:
         super()._check_group(group, where)
@@ -430,12 +441,17 @@ class SVAG(SGD):
 class _Held:
     """The first gradients of a step's pairs."""
 
-    __slots__ = ("grads", "params", "scale", "twice")
+    __slots__ = ("are_copies", "grads", "params", "scale", "twice")
 
-    def __init__(self, params: list[Tensor], grads: list[Any], scale: float | None) -> None:
+    def __init__(self, params: list[Tensor], grads: list[Any], scale: float | None, are_copies: bool) -> None:
         # By id: hashing a tensor calls Python code. The list keeps the ids from being used again.
         self.params, self.grads = params, dict(zip(map(id, params), grads, strict=True))
-        self.scale, self.twice = scale, False
+        self.scale, self.are_copies, self.twice = scale, are_copies, False
+
+    def writes_of(self, i: int) -> tuple[int | None, int | None]:
+        """Return how often both gradients of the i-th parameter were written in place, for `ClippedPairs`."""
+        p = self.params[i]
+        return (None if self.are_copies else writes(self.grads[id(p)])), writes(p.grad)
 
     def grads_of(self, params: list[Tensor]) -> list[Any]:
         """Return the held gradient of each parameter; None for one without."""

@@ -49,9 +49,16 @@ def expect_sgd(optimizer: Any, who: str) -> SGD:
     module = "torch.optim" if kind.__module__.startswith("torch.optim.") else kind.__module__
     got = f"{module}.{kind.__name__}" if path or module == "torch.optim" else kind.__name__
     inside = f" as {type(optimizer).__name__}{path}" if path else ""
+    cure = next((f"; pass its .{name}" for name, x in _attributes(innermost) if isinstance(x, SGD)), "")
     raise TypeError(
         f'{who}: optimizer expected a normkern.SGD or SVAG, constructed with stats="tensor" or "row", got {got}{inside}'
+        f"{cure}"
     )
+
+
+def _attributes(x: Any) -> list[tuple[str, Any]]:
+    """Return the attributes of an object, such as a wrapper that keeps its optimizer under a name of its own."""
+    return list(getattr(x, "__dict__", {}).items())
 
 
 def _is_or_wraps_optimizer(x: Any) -> bool:

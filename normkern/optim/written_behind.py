@@ -23,7 +23,7 @@ _AT_A_TIME = 4
 
 
 class Versions:
-    """What a step has left of a group's parameters: version counters, and where they are in memory.
+    """The version counters and addresses of a group's parameters after a step.
 
     A step adds one to every counter, so that a write from outside stays visible. Each step looks at some parameters,
     one after the other: it finds at once what writes all of them, as averages and loading do, and one alone after all
@@ -88,11 +88,11 @@ def _layout(p: Any) -> tuple[Any, ...]:
 def warn_of_written(name: str) -> None:
     """Warn of a weight that was written between two steps; the warning points at the caller of the step."""
     warnings.warn(
-        f'normkern: the weight {name} was written between steps, in a group with decay="exponential", whose '
-        "weights are stored at a scale of their own: mixed with those of other steps (Lookahead, averaging over "
-        "processes) or restored without the optimizer's state they are of another run. Load the optimizer's state "
-        "together with the weights; without momentum, name the copies that are mixed in the group's followers; else "
-        'use decay="coupled"',
+        f'normkern: the weight {name} was written between steps, in a group with decay="exponential". The scale '
+        "of its stored weights changes from step to step, so weights that are mixed with earlier ones (Lookahead, "
+        "averaging over processes) or restored without the optimizer's state have a wrong scale. Load the optimizer's "
+        "state together with the weights; without momentum, name the copies that are mixed in the group's followers; "
+        'else use decay="coupled"',
         UserWarning,
         stacklevel=caller_level(),
     )

@@ -1,4 +1,4 @@
-"""What arguments of formulas must be, and the sentences for what they may not."""
+"""Checks of the arguments of formulas, and their error messages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
-    """Which numbers are welcome: in words, and as a test that NaN fails."""
+    """A set of allowed numbers: in words, and as a test that NaN fails."""
 
     words: str
     holds: Callable[[float], bool]
@@ -61,7 +61,7 @@ def flag(function: str, name: str, value: Any) -> bool:
 
 
 def batch_ratio(function: str, batch_size: Any, new_batch_size: Any) -> Fraction:
-    """How many times the batch grows."""
+    """The factor by which the batch grows."""
     old = integer(function, "batch_size", batch_size, 1)
     return Fraction(integer(function, "new_batch_size", new_batch_size, 1), old)
 

@@ -42,7 +42,7 @@ def unit_grad_sq_from_growth(*, weight_sq: float, next_weight_sq: float, lr: flo
 
 
 def least_unit_grad_bound(*, first_weight_sq: float, last_weight_sq: float, lr_sq_sum: float) -> float:
-    r"""What the smallest unit gradient of a run cannot exceed: convergence, told by the growth of the norm.
+    r"""Return an upper bound of the smallest unit gradient of a run, from the growth of the norm.
 
     .. math::
         \min_{t<T} |g_{v,t}| \le \sqrt{\frac{N_T (N_T - N_0)}{\sum_{t<T} \eta_t^2}}, \qquad N = |w|^2
@@ -97,7 +97,7 @@ def power_decay_weight_sq(*, weight_sq: float, steps: int, lr: float, exponent: 
 
 
 def power_decay_effective_lr(*, steps: int, exponent: float, unit_grad_sq: float) -> float:
-    r"""What the effective learning rate tends to with :math:`\eta_t = \eta (t+1)^{-a}`, without decay and momentum.
+    r"""Return the limit of the effective learning rate with :math:`\eta_t = \eta (t+1)^{-a}`, no decay, no momentum.
 
     .. math::
         \frac{\eta_t}{|w_t|^2} \to \sqrt{\frac{1-2a}{2 |g_v|^2 t}}, \quad a < \frac12; \qquad

@@ -55,7 +55,7 @@ def nsr_condition(C: float = math.sqrt(2), *, lr: float | None = None, weight_de
 
 
 def max_linear_scaling(*, nsr_batch: float, C: float = math.sqrt(2)) -> float:
-    r"""How many times the batch may grow under the linear scaling rule: the largest k that can stay C-close.
+    r"""Return the largest factor k of batch and learning rate whose run can stay C-close (linear scaling rule).
 
     .. math::
         k \le C^2 + (C^2 - 1) \frac{N}{G} = C^2 \left(1 + \frac{N}{G}\right) - \frac{N}{G}

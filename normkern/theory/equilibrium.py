@@ -1,4 +1,4 @@
-r"""Where weight decay and gradient noise balance: lengths, angles and learning rates of scale-invariant weights.
+r"""The equilibrium of weight decay and gradient noise: norms, angles, learning rates of scale-invariant weights.
 
 A scale-invariant loss has :math:`\langle w,g\rangle = 0` and :math:`|g| \propto 1/|w|`: updates lengthen w, decay
 shortens it, and :math:`|w|` settles. `unit_grad_sq` is :math:`|g_v|^2 = |w|^2|g|^2`, of the batch gradient at w/|w|.
@@ -117,7 +117,7 @@ def equilibrium_residual(
     nesterov: bool = False,
     correlation: float = 0.0,
 ) -> float:
-    r"""How far from equilibrium: 0 there, above 0 where the norm has yet to grow, below 0 where it has yet to shrink.
+    r"""Return the distance to equilibrium: 0 there, positive if the norm will grow, negative if it will shrink.
 
     .. math::
         \frac{\eta |g|^2}{\lambda (1-\mu)\left(2 - \frac{\eta\lambda}{1+\mu}\right) |w|^2} - 1

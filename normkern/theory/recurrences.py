@@ -13,7 +13,7 @@ from .arguments import ANY, BETA, NOT_NEGATIVE, POSITIVE, flag, integer, number
 
 
 class Norms(NamedTuple):
-    """What the recurrence with momentum follows: ``next_norms(**norms._asdict(), ...)``."""
+    """The numbers of the recurrence with momentum: ``next_norms(**norms._asdict(), ...)``."""
 
     weight_sq: float
     weight_buffer_dot: float

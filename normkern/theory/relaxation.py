@@ -1,4 +1,4 @@
-r"""How scale-invariant weights get to their equilibrium, how long they take, and what they do without one.
+r"""The way of scale-invariant weights to equilibrium, how long it takes, and their growth without one.
 
 The fourth power of the norm, or :math:`\gamma = (|w|^2/\eta)^2`, one over the square of the effective learning rate,
 obeys a linear equation (Li, Lyu, Arora 2020, arXiv 2010.02916, theorem 5.1; momentum and discrete steps ours). With a
@@ -24,7 +24,7 @@ _TOLERANCE = Range("a number in (0, 1)", lambda x: 0 < x < 1)
 
 
 def steps_to_equilibrium(*, lr: float, weight_decay: float, momentum: float) -> float:
-    r"""How many steps bring :math:`|w|^4` closer to its equilibrium by a factor of e.
+    r"""Return the number of steps in which the distance of :math:`|w|^4` to equilibrium falls by a factor of e.
 
     .. math::
         \frac{1-\mu}{4\eta\lambda}
@@ -171,7 +171,7 @@ def lr_drop_recovery(*, factor: float, steps: int, lr: float, weight_decay: floa
 
 
 def steps_after_lr_drop(*, factor: float, tolerance: float, lr: float, weight_decay: float, momentum: float) -> float:
-    r"""How many steps after the lr was divided the effective learning rate is at its new equilibrium again.
+    r"""Return the number of steps from a drop of lr until the effective learning rate is at its new equilibrium.
 
     .. math::
         \frac{k (1-\mu)}{4\eta\lambda} \ln\frac{k - 1}{(1-\epsilon)^{-2} - 1}
@@ -200,7 +200,7 @@ def steps_after_lr_drop(*, factor: float, tolerance: float, lr: float, weight_de
 
 
 def lr_drop_rescaling(*, factor: float) -> float:
-    r"""What to multiply scale-invariant weights with where lr is divided by `factor`: :math:`k^{-1/4}`.
+    r"""Return the factor for scale-invariant weights if lr is divided by `factor`: :math:`k^{-1/4}`.
 
     :math:`|w|_*^4 \propto \eta`: they are at their new equilibrium without waiting for it. Momentum buffers are then to
     be divided by it, as gradients are.

@@ -48,7 +48,7 @@ def svag_coefficients(l: float) -> SvagCoefficients:
 
 
 def svag_steps(*, steps: int, l: float | Fraction) -> int:
-    r"""How many steps of SVAG a run of `steps` steps becomes: :math:`\lceil l \cdot steps \rceil`.
+    r"""Return the number of SVAG steps for a run of `steps` steps: :math:`\lceil l \cdot steps \rceil`.
 
     Exact: no product is formed in floating point. Each of these steps, counted from 0, stands at
     `svag_effective_steps` < `steps` of the original run's schedule.
@@ -67,7 +67,7 @@ def svag_steps(*, steps: int, l: float | Fraction) -> int:
 
 
 def svag_effective_steps(*, steps: int, l: float | Fraction) -> int:
-    r"""Where in the original run SVAG stands after `steps` steps: :math:`\lfloor steps / l \rfloor`, exactly.
+    r"""Return the steps of the original run that `steps` SVAG steps cover: :math:`\lfloor steps / l \rfloor`, exactly.
 
     SVAG step k, counted from 0, uses the hyperparameters of the original run's step ``svag_effective_steps(steps=k,
     l=l)``; `normkern.schedules.SvagSchedule` does so.

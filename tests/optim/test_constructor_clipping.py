@@ -203,26 +203,80 @@ def test_a_scaler_that_skips_is_no_error():
     assert opt.last_grad_norm.isnan()
 
 
-def clipped_by_a_framework(clip, steps=8, vary=True):
+def pairs(between=None, steps=1, micro=(1, 1), copy=False, zero=False, scale=None, model=None):
+    """SVAG steps of as many micro-batches per half as `micro`; `between` sees the parameters before each step."""
     torch.manual_seed(0)
-    model = nn.Linear(16, 4)
+    model = model or nn.Linear(16, 4)
     opt = normkern.SVAG(model.parameters(), lr=0.05, l=4)
-    for t in range(steps):
-        give(model, t if vary else 0)
-        opt.hold()
-        give(model, (100 + t) if vary else 0)
-        if clip:
-            clip_grad_norm_(model.parameters(), 1.0)
+    for _ in range(steps):
+        opt.zero_grad(set_to_none=not zero)
+        for half, count in enumerate(micro):
+            for _ in range(count):
+                model(torch.randn(8, 16)).square().sum().backward()
+            if half == 0:
+                opt.hold(copy=copy, scale=scale)
+        if between:
+            between(list(model.parameters()))
         opt.step()
 
 
-def test_clipping_between_hold_and_step_is_warned_of_once():
-    with pytest.warns(UserWarning, match=r"something clips .grad between hold\(\) and step\(\) .* max_norm=") as seen:
-        clipped_by_a_framework(True)
+def by_norm(params):
+    clip_grad_norm_(params, 1.0)
+
+
+def by_value(params):
+    nn.utils.clip_grad_value_(params, 1e-3)
+
+
+def unscale(params):
+    for p in params:
+        p.grad.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("between", "options"),
+    [
+        (by_norm, {}),
+        (by_value, {}),
+        (by_norm, {"micro": (3, 3), "steps": 3}),
+        (lambda params: (unscale(params), by_norm(params)), {"scale": 2.0}),
+    ],
+)
+def test_clipping_between_hold_and_step_is_warned_of(between, options):
+    with pytest.warns(UserWarning, match=r"something clips .grad between hold\(\) and step\(\) .* max_norm="):
+        pairs(between, **options)
+
+
+def test_the_warning_comes_once_and_points_at_the_step():
+    with pytest.warns(UserWarning, match="something clips") as seen:
+        pairs(by_norm, steps=4)
     assert len(seen) == 1
     assert seen[0].filename == __file__
 
 
-def test_pairs_that_nothing_clips_are_not_warned_of():
-    clipped_by_a_framework(False)
-    clipped_by_a_framework(True, vary=False)  # both of one norm: nothing was found out
+class Loops(nn.Module):
+    """The whole model is run a number of times that varies, so that backwards write gradients in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.Linear(16, 16)
+
+    def forward(self, x):
+        for _ in range(int(torch.randint(3, 6, ()))):
+            x = torch.tanh(self.cell(x))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("between", "options"),
+    [
+        (None, {}),
+        (None, {"zero": True}),
+        (None, {"copy": True}),
+        (None, {"micro": (3, 3)}),
+        (unscale, {"scale": 2.0}),
+        (None, {"model": Loops()}),
+    ],
+)
+def test_pairs_that_nothing_clips_are_not_warned_of(between, options):
+    pairs(between, steps=12, **options)

@@ -137,3 +137,12 @@ def test_checkpoint_of_adamw_is_refused():
         assert opt.param_groups[0]["lr"] == 0.1
         assert not opt.state
         other.step()
+
+
+@pytest.mark.parametrize("name", ["RMSprop", "Adagrad", "Adadelta", "ASGD", "Rprop", "LBFGS", "Adafactor", "NAdam"])
+def test_checkpoints_of_other_optimizers_are_refused(name):
+    p = nn.Parameter(torch.ones(2, 2))
+    other, opt = getattr(torch.optim, name)([p]), normkern.SGD([p], lr=0.1)
+    with pytest.raises(ValueError, match="expected the options of SGD, got .* this checkpoint is of another optimizer"):
+        opt.load_state_dict(other.state_dict())
+    assert opt.param_groups[0]["lr"] == 0.1

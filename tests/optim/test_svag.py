@@ -504,6 +504,48 @@ def test_refuses_a_step_without_hold():
     check()
 
 
+def pair(opt, model, micro):
+    for half in range(2):
+        for _ in range(micro):
+            model(torch.randn(4, 3)).square().mean().backward()
+        if half == 0:
+            opt.hold()
+    opt.step()
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_refuses_to_hold_what_was_added_to_the_second_gradient_of_the_last_step(micro):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    opt = normkern.SVAG(model.parameters(), lr=0.1, l=2)
+    pair(opt, model, micro)
+    check = untouched(opt, list(model.parameters()))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"SVAG.hold: .* expected zero_grad\(\) after each step"):
+            pair(opt, model, micro)
+        check()
+        opt.zero_grad()
+        pair(opt, model, micro)
+        check = untouched(opt, list(model.parameters()))
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("by", ["optimizer", "model", "in place", "hand"])
+def test_every_way_to_clear_the_second_gradient_is_one(by, micro):
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    opt = normkern.SVAG(model.parameters(), lr=0.1, l=2)
+    for _ in range(5):
+        pair(opt, model, micro)
+        if by == "hand":
+            for p in model.parameters():
+                p.grad = None
+        elif by == "in place":
+            opt.zero_grad(set_to_none=False)
+        else:
+            (opt if by == "optimizer" else model).zero_grad()
+
+
 def test_refuses_to_hold_twice():
     """The second call takes nothing; the step says what is wrong, as often as it is asked; release() is the way out."""
     params = two()

@@ -28,3 +28,28 @@ def test_modules_convert_by_swapping_after_steps(cls, keep):
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
     assert all(p.dtype == p.grad.dtype == torch.float64 for p in model.parameters())
+
+
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize("size", [3, 300])
+def test_parameters_that_a_conversion_moved_are_stepped_where_they_are(swap, size):
+    """No kernel takes a float64 parameter with its momentum in float32; the parameter's old memory is freed."""
+    runs = []
+    for cls in (normkern.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, size), nn.Tanh(), nn.Linear(size, 2))
+        opt = cls(model.parameters(), lr=0.05, momentum=0.9)
+        for t in range(6):
+            if t == 3:
+                torch.__future__.set_swap_module_params_on_conversion(swap)
+                try:
+                    model.double()
+                finally:
+                    torch.__future__.set_swap_module_params_on_conversion(False)
+            opt.zero_grad()
+            x = torch.randn(6, 4, generator=torch.Generator().manual_seed(t)).to(model[0].weight.dtype)
+            model(x).square().mean().backward()
+            opt.step()
+        runs.append(model)
+    for p, q in zip(*(m.parameters() for m in runs), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

@@ -228,6 +228,16 @@ def test_a_wrapper_of_another_optimizer_is_named():
         normkern.InvarianceMonitor(Proxy(torch.optim.SGD(net().parameters(), lr=0.1)))
 
 
+def test_a_wrapper_that_is_not_known_is_named_with_its_attribute():
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.inner = optimizer
+
+    optimizer = normkern.SGD(nn.Linear(2, 2).parameters(), lr=0.1, stats="tensor")
+    with pytest.raises(TypeError, match=r"^EquilibriumMonitor: .* got Wrapper; pass its \.inner$"):
+        normkern.EquilibriumMonitor(Wrapper(optimizer))
+
+
 def test_wrappers_in_a_cycle_are_left():
     class Wrapper:
         param_groups = ()

@@ -68,6 +68,7 @@ class Accumulator:
         self.in_model = False  # a forward of the model runs
         self.tainted = False  # the backward came to samples of which it is not known whether they are coupled
         self.warned = False
+        self._backward, self._reaches = -1, False  # what `reaches_parameters` has found, and of which backward
         self._claimed: set[int] = set()  # calls that had their backward
         self._claiming: set[int] = set()
         self._batch_of_backward: int | None = None
@@ -132,15 +133,27 @@ class Accumulator:
 
     def taint(self, _: Tensor | None = None) -> None:
         """Leave out all parameters whose gradients come after this one in the backward."""
-        self.tainted = not self.estimating or self.tainted
+        if not self.estimating and self.reaches_parameters():
+            self.tainted = True
 
     # ---- Backward
+
+    def reaches_parameters(self) -> bool:
+        """Return whether the backward that runs computes a gradient of a parameter.
+
+        It need not: ``torch.autograd.grad(loss, x)`` and ``loss.backward(inputs=[x])`` of adversarial attacks and
+        saliency maps pass through the layers for the gradient of their input alone. Nothing is measured then.
+        """
+        backward = torch._C._current_graph_task_id()
+        if backward != self._backward:
+            self._backward, self._reaches = backward, any(_is_reached(r.param) for r in self.records)
+        return self._reaches
 
     def backward_of(self, use: OperationUse) -> None:
         """Check that the backward of a use may run."""
         if not self.open:
             raise errors.backward_outside()
-        if self.estimating:
+        if self.estimating or not self.reaches_parameters():
             return
         if use.done or use.call in self._claimed:
             raise errors.second_backward(use.name)
@@ -158,6 +171,8 @@ class Accumulator:
 
     def measure(self, target: Target, contribution: Callable[[], Contribution]) -> Tensor | None:
         """Return the gradient of a target, and take its contributions into account."""
+        if not self.reaches_parameters():
+            return None
         if self.tainted and not self.estimating:
             self.exclude([root.record for root in target.roots])
         measured = [root for root in target.roots if root.record.status == "exact"]
@@ -279,6 +294,11 @@ class Accumulator:
         self._claiming, self._batch_of_backward, self.contrast = set(), None, None
         self._origin_of_backward, self.tainted = None, False
 
+    @property
+    def measures(self) -> bool:
+        """Whether the current backward has measured a use of a parameter."""
+        return self._batch_of_backward is not None
+
     def backward_ended(self) -> None:
         """Merge the sums of the outermost backward, which has ended, with those of the backwards before."""
         batch = self._batch_of_backward
@@ -366,3 +386,17 @@ class Accumulator:
             if t is not None:
                 shift += t
         return shift
+
+
+def _is_reached(param: Tensor) -> bool:
+    """Return whether the backward that runs will add to the gradient of a parameter, or return it."""
+    if not param.requires_grad:
+        return False
+    with torch.enable_grad(), torch._C.DisableTorchFunction():
+        view = param.view_as(param)
+    assert view.grad_fn is not None
+    leaf = view.grad_fn.next_functions[0][0]
+    try:
+        return leaf is not None and torch._C._will_engine_execute_node(leaf)
+    except RuntimeError:  # torch.autograd.grad returns it
+        return True

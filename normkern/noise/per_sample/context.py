@@ -112,7 +112,7 @@ class GradientNoise:
         where = "GradientNoise"
         if not isinstance(model, nn.Module):
             raise TypeError(f"{where}: model expected a torch.nn.Module, got {type(model).__name__}")
-        tiers = (stats,) if isinstance(stats, str) else tuple(stats)
+        tiers = tuple(stats) if isinstance(stats, Iterable) and not isinstance(stats, str) else (stats,)
         if not tiers or not all(isinstance(t, str) and t in TIERS for t in tiers):
             raise ValueError(
                 f"{where}: stats expected some of {', '.join(TIERS)}, got {stats!r}{did_you_mean(tiers, TIERS)}"

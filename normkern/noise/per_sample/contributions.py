@@ -1,4 +1,4 @@
-"""What one use of a tensor contributes to its gradient, sample by sample.
+"""Contributions of one use of a tensor to its gradient, sample by sample.
 
 A `Contribution` computes its sums over the samples (fast, by the layer's own kernel), one sample's contribution (little
 memory, any combination), and the inner products of all contributions with one tensor. The classes here serve several

@@ -1,4 +1,4 @@
-"""Whether what is computed from mixed samples couples them: a sum over samples does not, a function of a sum does.
+"""Decides whether a result of mixed samples couples them: a sum over samples does not, a function of a sum does.
 
 `Mixed.kind` says what is known. "summed": a linear function of sums over samples, as a loss is. "moved": each entry
 is of one sample, but of which one is not known. "unknown": an operation without a rule made it. "coupled": anything

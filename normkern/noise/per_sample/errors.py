@@ -83,8 +83,9 @@ def tensor_parallel(name: str) -> NotImplementedError:
 def fsdp_mesh(name: str) -> NotImplementedError:
     """Data-parallel meshes that are not all of one process group."""
     return NotImplementedError(
-        f"GradientNoise: {name!r} is sharded over another mesh than the parameters before it, or over one that is "
-        "neither one-dimensional nor of all processes; expected one mesh for all parameters"
+        f"GradientNoise: {name!r} is sharded over another mesh than the parameters before it, or over one of several "
+        "dimensions (HSDP) that has not all processes; expected fully_shard() with one mesh for all parameters, of "
+        "one dimension or of all processes"
     )
 
 

@@ -1,9 +1,9 @@
-"""Which samples the tensors have that a model is given: along their first dimension, row by row, or one each."""
+"""`Given`: the samples of a model's arguments: along their first dimension, row by row, or one each."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,10 +52,11 @@ class Given:
         if any(isinstance(x, Tensor) and x.is_nested for x in found):
             raise errors.nested_tensor()
         rows = None if samples is None else _rows(module, args, kwargs, samples)
-        first = args[0] if args else next(iter(kwargs.values()), None)
-        if samples is not None or not isinstance(first, list) or not _one_each(first, batch_size):
+        values = list(_values((*args, *kwargs.values())))
+        first = values[0] if values else None
+        if samples is not None or not isinstance(first, (list, tuple)) or not _one_each(first, batch_size):
             return cls(found, rows, {}, 0)
-        numbers = {id(t): i for x in (*args, *kwargs.values()) for t, i in _elements(x, len(first))}
+        numbers = {id(t): i for x in values for t, i in _elements(x, len(first))}
         return cls(found, rows, numbers, len(first))
 
     @property
@@ -97,10 +98,21 @@ def _rows(module: nn.Module, args: Any, kwargs: Any, name: str) -> Tensor:
     return rows.detach().cpu().long()
 
 
-def _one_each(given: list[Any], batch_size: int | None) -> bool:
-    """Return whether each element of a list is a sample."""
+def _values(arguments: Iterable[Any]) -> Iterator[Any]:
+    """Yield the arguments; of a dict, its values."""
+    for x in arguments:
+        if isinstance(x, Mapping):
+            yield from _values(x.values())
+        else:
+            yield x
+
+
+def _one_each(given: Sequence[Any], batch_size: int | None) -> bool:
+    """Return whether each element of a list is a sample; of a tuple, if it cannot be several inputs."""
     if len(given) < 2 or not all(isinstance(x, Tensor) and x.dim() for x in given):
         return False
+    if isinstance(given, tuple):
+        return batch_size == len(given) and len(given[0]) != batch_size
     sizes = {len(x) for x in given}
     if batch_size is not None and (len(given) != batch_size or sizes != {batch_size}):
         return len(given) == batch_size
@@ -110,7 +122,7 @@ def _one_each(given: list[Any], batch_size: int | None) -> bool:
 
 
 def _elements(x: Any, count: int) -> Iterator[tuple[Tensor, int]]:
-    if isinstance(x, list) and len(x) == count:
+    if isinstance(x, (list, tuple)) and len(x) == count:
         for i, element in enumerate(x):
             for t in tree_leaves(element):
                 if isinstance(t, Tensor) and t.dim():

@@ -1,4 +1,4 @@
-"""What `GradientNoise.measure` does around its forward and backward: checks, and everything as it was before."""
+"""Helpers of `GradientNoise.measure`: checks of its arguments, and contexts that restore the state of training."""
 
 from __future__ import annotations
 

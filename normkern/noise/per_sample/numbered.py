@@ -24,7 +24,7 @@ _WHY = "they are in another order, or of different lengths"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Numbered(Mixed):
-    """Of a tensor whose entries are of the samples `table`; operations that do not know it see mixed samples."""
+    """The state of a tensor whose entries belong to the samples in `table`. Other operations see mixed samples."""
 
     table: Tensor  #: int64, on the CPU; of the tensor's dimensions, of size 1 where the sample is the same along one
 

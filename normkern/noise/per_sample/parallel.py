@@ -1,4 +1,4 @@
-"""Which processes share a model, and what each of them has of its parameters.
+"""Finds the processes that share a model, and the part of its parameters that each process has.
 
 A `DistributedDataParallel` model has whole parameters in every process. FSDP2 (`fully_shard`) keeps shards and puts
 whole parameters into the modules for the forward and the backward: these are measured. Every other way of sharding

@@ -1,4 +1,4 @@
-"""Where the samples are after an operation of torch: a rule for each operation, registered by `@propagates`.
+"""Rules for the place of the samples after an operation of torch; `@propagates` registers one.
 
 What moves elements is applied to the sample numbers. Operations that work element by element, with broadcasting, keep
 the layout. A reduction over the samples mixes them. Any other operation with a rule keeps the samples in their

@@ -28,6 +28,8 @@ class SignedBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         accumulator: Accumulator = ctx.accumulator
+        if not accumulator.reaches_parameters():
+            return None, None, g, None
         out = ctx.held[0]
         estimated = [r for r in accumulator.records if r.status == "estimated"]
         unseen = [r for r in accumulator.records if r.status == "exact" and not r.is_seen]

@@ -23,7 +23,7 @@ ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torc
 
 
 class GradientMark(NamedTuple):
-    """Which tensor `.grad` was, and its version.
+    """The tensor that `.grad` was, and its version.
 
     The reference is to the storage: a weak reference to the tensor would forbid torch.utils.swap_tensors.
     """
@@ -99,7 +99,7 @@ class ParameterRecord:
 
     @property
     def used(self) -> bool:
-        """Whether a gradient came."""
+        """Whether a gradient has arrived."""
         return self.total is not None or self.in_grad is not None
 
     def square(self) -> Tensor:
@@ -110,7 +110,7 @@ class ParameterRecord:
 
     @property
     def about_zero(self) -> bool:
-        """Whether `moment` is about zero: the spread is then what it has more than the mean's part."""
+        """Whether `moment` is about zero: to get the spread, subtract the part of the mean."""
         return self.centred is None and self.used and self.status == "exact"
 
     def moment(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Where samples in any order are after an operation: a rule for each operation, registered by `@numbers`.
+"""Rules for the place of samples in any order after an operation; `@numbers` registers one.
 
 A rule is a function ``rule(op, results, table)``. ``table(t)`` returns the sample of each entry of an operand, in a
 table that broadcasts to its shape; None where it has no samples. The rule returns the table of each result, None where

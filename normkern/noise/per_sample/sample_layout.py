@@ -1,4 +1,4 @@
-"""Which elements of a tensor belong to which sample: `SampleLayout` says it with one number, the block.
+"""`SampleLayout`: which elements of a tensor belong to which sample, as one number, the block.
 
 The samples' elements lie in blocks: element i, counted in row-major order of the tensor's shape, belongs to sample
 ``i // block % B``. A batch in the first dimension is one round of B blocks. Time in front of the batch gives several
@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class SampleLayout:
-    """Where a tensor's samples are.
+    """The place of the samples in a tensor.
 
     A layout that is not `certain` was guessed from a first dimension of size B, and yields to one that is certain.
     """

@@ -1,4 +1,4 @@
-"""What is known of the tensors of one context: where their samples are, and which parameters they were made of."""
+"""`TensorState`: for each tensor of a context, the place of its samples, and the parameters it was made of."""
 
 from __future__ import annotations
 

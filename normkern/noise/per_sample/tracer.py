@@ -162,8 +162,6 @@ class Tracer(TorchFunctionMode):
         """Run a backward with the mode on, because activation checkpointing runs the forward again inside it."""
         outermost = self._entered == 0 and torch._C._current_graph_task_id() == -1
         outermost = outermost and func is not torch.autograd.grad
-        if outermost and self.accumulator.reduction == "mean":
-            self._warn_of_sums(tensors_in((*args, *kwargs.values())))
         self._entered += 1
         try:
             with self:
@@ -177,6 +175,8 @@ class Tracer(TorchFunctionMode):
         finally:
             self._entered -= 1
         if outermost:
+            if self.accumulator.reduction == "mean" and self.accumulator.measures:
+                self._warn_of_sums(tensors_in((*args, *kwargs.values())))
             self.accumulator.backward_ended()
             self.tensors.sweep()
         return out

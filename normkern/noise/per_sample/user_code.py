@@ -1,4 +1,4 @@
-"""Where the user's program is: for errors, which come up deep inside torch and this package."""
+"""Finds the user's line of code for errors that are raised deep inside torch and this package."""
 
 from __future__ import annotations
 

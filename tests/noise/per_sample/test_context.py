@@ -21,6 +21,7 @@ from .measuring import assert_right, measured, noise_of, problem_of, refuses, to
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"stats": 5}, "stats expected some of nsr, norms, variance, projections, got 5"),
         ({"stats": ("nsr", "kurtosis")}, "stats expected some of nsr, norms, variance, projections.*kurtosis"),
         ({"stats": ()}, "stats expected"),
         ({"stats": "variances"}, "stats expected.*variances"),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -286,3 +287,52 @@ def test_dropout():
     rows = [torch.autograd.grad(term, list(named.values()), retain_graph=True) for term in terms]
     told = expected({name: torch.stack([row[i] for row in rows]) for i, name in enumerate(named)})
     assert_says(result, told, TIERS, 1e-11)
+
+
+#: Ways to get the gradient of a loss by the model's input alone, as attacks and saliency maps do.
+OF_INPUT = {
+    "torch.autograd.grad": lambda loss, x: torch.autograd.grad(loss, x)[0],
+    "create_graph": lambda loss, x: torch.autograd.grad(loss, x, create_graph=True)[0].detach(),
+    "backward(inputs=)": lambda loss, x: (loss.backward(inputs=[x]), x.grad.clone())[1],
+}
+
+
+def of_input(problem, x):
+    return problem.loss(problem.model(x, *problem.inputs[1:], **problem.keywords, **problem.common), problem.target)
+
+
+@pytest.mark.parametrize("uncovered", ["raise", "estimate"])
+@pytest.mark.parametrize("way", OF_INPUT)
+@pytest.mark.parametrize("name", ["mlp", "resnet", "lstm", "frozen_convolutions"])
+def test_backwards_to_the_input_alone_are_not_measured(name, way, uncovered):
+    """An adversarial attack inside of the context: the numbers are those of the batch that comes after."""
+    problem = problem_of(name)
+    noise = noise_of(problem, WITHOUT_PROJECTIONS, uncovered=uncovered)
+    with noise:
+        x = problem.inputs[0].detach().requires_grad_()
+        for _ in range(2):
+            assert OF_INPUT[way](of_input(problem, x), x).abs().max() > 0
+        problem.value().backward()
+    assert_right(problem, noise.result(), WITHOUT_PROJECTIONS)
+
+
+@pytest.mark.parametrize("uncovered", ["raise", "estimate"])
+def test_a_saliency_map_before_the_backward_of_the_same_forward(mlp, uncovered):
+    noise = noise_of(mlp, WITHOUT_PROJECTIONS, uncovered=uncovered)
+    with noise:
+        x = mlp.inputs[0].detach().requires_grad_()
+        loss = of_input(mlp, x)
+        torch.autograd.grad(loss, x, retain_graph=True)
+        loss.backward()
+    assert_right(mlp, noise.result(), WITHOUT_PROJECTIONS)
+
+
+def test_the_sum_that_an_attack_takes_is_no_loss(mlp):
+    noise = noise_of(mlp, WITHOUT_PROJECTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with noise:
+            x = mlp.inputs[0].detach().requires_grad_()
+            mlp.model(x).sum().backward(inputs=[x])
+            mlp.value().backward()
+    assert_right(mlp, noise.result(), WITHOUT_PROJECTIONS)

@@ -1,6 +1,8 @@
 """DistributedDataParallel in two gloo processes: the result of one process that has the whole batch."""
 
+import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from support.gloo import leave, start
 from torch import nn
 
 import normkern
+from normkern.noise.per_sample.parallel import Shards
 
 from .budgets import BUDGET, assert_says
 from .measuring import problem_of, told_of
@@ -53,3 +56,32 @@ def parallel(rank, world, rendezvous, name, options):
 )
 def test_parallel(name, options, tmp_path):
     mp.spawn(parallel, (2, str(tmp_path / "rendezvous"), name, options), nprocs=2)
+
+
+class Mesh:
+    """A device mesh as far as `Shards.group` looks at it."""
+
+    def __init__(self, *shape):
+        self.shape, self.ndim = shape, len(shape)
+
+    def size(self):
+        return math.prod(self.shape)
+
+    def get_group(self):
+        return self.shape
+
+
+@pytest.mark.parametrize(
+    ("shapes", "group"),
+    [([(4,)], (4,)), ([(2,)], (2,)), ([(2, 2)], None), ([(2, 1)], "refused"), ([(4,), (2, 2)], "refused")],
+)
+def test_meshes_that_are_one_process_group(shapes, group, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
+    params = [nn.Parameter(torch.ones(1)) for _ in shapes]
+    of = {id(p): SimpleNamespace(mesh_info=SimpleNamespace(mesh=Mesh(*s))) for p, s in zip(params, shapes, strict=True)}
+    named = [(str(i), p) for i, p in enumerate(params)]
+    if group == "refused":
+        with pytest.raises(NotImplementedError, match=r"expected fully_shard\(\) with one mesh for all parameters"):
+            Shards(of).group(named)
+    else:
+        assert Shards(of).group(named) == group

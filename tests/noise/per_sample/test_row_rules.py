@@ -329,6 +329,56 @@ def test_a_list_of_sets_of_different_sizes():
     torch.testing.assert_close(noise.result().sq_norms, told)
 
 
+class OfDict(nn.Module):
+    """Takes a dict whose entry is a list of images."""
+
+    def __init__(self):
+        super().__init__()
+        self.detector = Detector()
+
+    def forward(self, batch):
+        return self.detector(list(batch["images"]))
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict of a list", "dict of a tuple"])
+def test_a_tuple_of_images_and_a_dict_that_has_one(kind):
+    images = tuple(torch.randn(3, 8, 8, dtype=torch.float64) for _ in range(6))
+    model = (Detector() if kind == "tuple" else OfDict()).double()
+    give = {"tuple": lambda x: x, "dict of a list": lambda x: {"images": list(x)}}.get(kind, lambda x: {"images": x})
+    noise = normkern.GradientNoise(model, ("norms",), batch_size=6)
+    with noise:
+        model(give(images)).square().sum(1).mean().backward()
+    told = norms(model, [model(give((x,))).square().sum() for x in images])
+    torch.testing.assert_close(noise.result().sq_norms, told)
+
+
+def test_a_dict_of_a_list_that_may_be_samples_or_batches():
+    model = OfDict()
+    with normkern.GradientNoise(model), refuses("list of 6 tensors.*batch_size=6 if each is a sample"):
+        model({"images": [torch.randn(3, 8, 8) for _ in range(6)]})
+
+
+class TwoInputs(nn.Module):
+    """Takes a tuple of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(5, 4)
+
+    def forward(self, pair):
+        return self.a(pair[0]) + self.b(pair[1])
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_a_tuple_of_inputs_is_no_list_of_samples(batch_size):
+    model, x, y = TwoInputs().double(), torch.randn(2, 3).double(), torch.randn(2, 5).double()
+    noise = normkern.GradientNoise(model, ("norms",), batch_size=batch_size)
+    with noise:
+        model((x, y)).square().sum(1).mean().backward()
+    told = norms(model, [model((x[b], y[b])).square().sum() for b in range(2)])
+    torch.testing.assert_close(noise.result().sq_norms, told)
+
+
 @pytest.mark.parametrize(
     ("count", "match"),
     [(6, "batch_size=6 if each is a sample, batch_size=3 if each begins"), (3, "torch.stack of them")],

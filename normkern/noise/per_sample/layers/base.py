@@ -1,4 +1,4 @@
-"""What layer kinds share: an autograd function whose backward hands every parameter's contributions to its `Use`.
+"""The base of layer kinds: an autograd function whose backward gives every parameter's contributions to its `Use`.
 
 The forward computes what torch computes. The backward computes the input's gradient by torch's own kernels, and returns
 as parameters' gradients what the contributions sum up to, because both come out of one pass.

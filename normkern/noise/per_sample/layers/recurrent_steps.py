@@ -60,7 +60,7 @@ class Weights(NamedTuple):
 
 @dataclass
 class Gradients:
-    """Of one direction: dL/d of its pre-activations, to which all other gradients are products."""
+    """The gradients of one direction: dL/d of its pre-activations; all other gradients are products with them."""
 
     of_x: Tensor  #: (rows, gates) of W_x x + b_x
     of_h: Tensor  #: (rows, gates) of W_h h + b_h; of_x itself, unless a gate comes between

@@ -1,4 +1,4 @@
-"""Which function measures an operation of torch: `@handles` registers it, `find` returns it.
+"""The functions that measure operations of torch: `@handles` registers one, `find` returns it.
 
 A handler runs in place of an operation that joins parameters with samples. It gets the `TensorState` of the context and
 the `Operation`, and returns what the operation returns, or NotImplemented where it does not know these arguments; then
