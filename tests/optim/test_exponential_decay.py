@@ -1,14 +1,11 @@
 """SGD(decay="exponential") is torch.optim.SGD with weight decay, on networks that do not see the scale of their weights."""
 
 import math
-import os
-import time
 import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.gloo import leave, run, start
 from support.invariant_nets import KINDS, Net, backward, batch, gradient_of_direction, groups
 from support.memory import same_bits
 from torch import nn
@@ -610,8 +607,7 @@ def test_invariance_cannot_be_judged_of_traced_tensors():
 
 
 def sharded(rank, world, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    start(rank, world, rendezvous)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -639,11 +635,9 @@ def sharded(rank, world, rendezvous):
     a.param_groups[0]["scale_invariant"] = None
     with pytest.raises(ValueError, match=r"params\[1\] is not scale-invariant.*got 1\."):
         a.step()
-    dist.barrier()
-    time.sleep(0.5)
-    os._exit(0)  # see test_dtensor.py
+    leave()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_shards_follow(tmp_path):
-    mp.spawn(sharded, (2, str(tmp_path / "rendezvous")), nprocs=2)
+    run(sharded, str(tmp_path / "rendezvous"))

@@ -1,10 +1,26 @@
 """Processes of a test that talk to each other through gloo."""
 
+import multiprocessing
 import os
 import time
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
+
+#: What the processes have imported when they begin: each is a fork of one process that has imported it.
+IMPORTED = ["torch.distributed.tensor", "torch.nn.parallel"]
+
+
+def run(worker, *arguments, processes=2):
+    """Call ``worker(rank, processes, *arguments)`` in each process; wait for all.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: one has raised; the text is its traceback.
+        torch.multiprocessing.ProcessExitedException: one has died.
+    """
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    torch.multiprocessing.start_processes(worker, (processes, *arguments), nprocs=processes, start_method="forkserver")
 
 
 def start(rank, world, rendezvous):
