@@ -18,7 +18,7 @@ BINARY = Path(ops.binary.__file__)
 
 def copy_package(folder, with_binary):
     """Copy the Python files into `folder`, and the binary if asked for."""
-    shutil.copytree(PACKAGE, folder / "normkern", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    shutil.copytree(PACKAGE, folder / "normkern", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
     if with_binary:
         shutil.copy(BINARY, folder / "normkern" / BINARY.name)
 

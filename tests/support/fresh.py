@@ -6,6 +6,7 @@ server.
 
 import atexit
 import functools
+import gc
 import json
 import os
 import runpy
@@ -60,6 +61,7 @@ def _end(server):
 
 def _serve():
     """Read a job from each line of stdin, fork for it, and print its exit code; return the job in the fork."""
+    gc.freeze()  # at its end a fork then need not look at torch's objects, which takes longer than most programs
     for line in sys.stdin:
         job = json.loads(line)
         if not (child := os.fork()):

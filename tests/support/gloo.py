@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 #: What the processes have imported when they begin: each is a fork of one process that has imported it.
-IMPORTED = ["torch.distributed.tensor", "torch.nn.parallel"]
+IMPORTED = ["torch.distributed.tensor", "torch._dynamo", "normkern"]
 
 
 def run(worker, *arguments, processes=2):
