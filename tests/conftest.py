@@ -7,6 +7,7 @@ import torch
 from simt import build
 from simt.backend import Backend
 from simt.needs import need
+from support.covering import leave_rest_to_slow
 
 from normkern import ops
 
@@ -25,6 +26,10 @@ def emulated():
     """The CUDA kernels in the emulator, without the checks of every access: see tests/simt."""
     need(build.missing())
     return Backend(checked=False)
+
+
+def pytest_collection_modifyitems(items):
+    leave_rest_to_slow(items)
 
 
 def no_gpu():

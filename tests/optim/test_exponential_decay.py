@@ -267,6 +267,7 @@ def growing_rate(group):
     return math.ldexp(group["lr"] / (f * f * q), 2 * exponent)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("dtype", "stats"), [(torch.float64, "row"), (torch.float32, None)], ids=str)
 @pytest.mark.parametrize("kind", ["batch", "layer", "weight norm"])
 def test_rescaling_is_invisible_to_the_bit(isa, kind, dtype, stats):
@@ -512,6 +513,7 @@ def unusual(kind):
     return p, q, give
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stats", [None, "row"])
 @pytest.mark.parametrize(
     "options", [{"momentum": 0.0}, {"momentum": 0.5}, {"momentum": 0.5, "nesterov": True}], ids=str
