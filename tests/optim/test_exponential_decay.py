@@ -117,8 +117,16 @@ class Runs:
 # ---- Float64: the run with weight decay, for 500 steps --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", [step_decay, cosine])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        pytest.param(
+            kind, schedule, marks=[pytest.mark.slow] * (schedule is cosine and kind not in ("batch", "weight norm"))
+        )
+        for kind in KINDS
+        for schedule in (step_decay, cosine)
+    ],
+)
 def test_every_norm_follows_step_decay_and_cosine(kind, schedule):
     """T5.1: outputs at every step, then weights and momentum buffers."""
     runs = Runs(kind, {})
@@ -143,7 +151,7 @@ def test_every_variant_follows(variant):
 
 
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.3}, {"nesterov": True}, {"maximize": True}], ids=str)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_everything_may_change_at_every_step(seed, options):
     """Momentum goes to 0 and comes back to buffers that rested; decay and learning rate are 0 for a while."""
     runs, anything = Runs("layer", options), Anything(seed)

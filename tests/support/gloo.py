@@ -16,6 +16,12 @@ import torch.multiprocessing
 IMPORTED = ["torch.distributed.tensor", "torch._dynamo", "normkern"]
 
 
+def forked():
+    """Return a context of multiprocessing whose processes are such forks."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    return multiprocessing.get_context("forkserver")
+
+
 def run(worker, *arguments, processes=2):
     """Call ``worker(rank, processes, *arguments)`` in each process; wait for all.
 
@@ -23,7 +29,7 @@ def run(worker, *arguments, processes=2):
         torch.multiprocessing.ProcessRaisedException: one has raised; the text is its traceback.
         torch.multiprocessing.ProcessExitedException: one has died.
     """
-    multiprocessing.set_forkserver_preload(IMPORTED)
+    forked()
     torch.multiprocessing.start_processes(worker, (processes, *arguments), nprocs=processes, start_method="forkserver")
 
 
