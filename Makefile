@@ -3,8 +3,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 SECONDS ?= 60
 BIN := .venv/bin
-# Idle OpenMP threads of one test process must not spin on the cores of the other.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Idle OpenMP threads of one test process must not spin on the cores of the other. tests/conftest.py orders the files.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.*)) CMakeLists.txt pyproject.toml constraints.txt
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/simt/*.* tests/fuzz/*.cpp bench/*.cpp))
 # The files for clang-tidy.

@@ -1,6 +1,8 @@
 """Covering choices hold every pair, and are small."""
 
+import re
 from itertools import combinations, product
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +64,14 @@ def test_what_is_left_out_is_slow():
     assert pairs(quick) == pairs(product(range(2), (0, 2), range(2)))
     assert len(quick) == 4
     assert not any(item.marks for item in whole)
+
+
+def test_the_longest_files_exist():
+    folder = Path(__file__).parents[1]
+    listed = re.search(r"^LONGEST = \((.*?)\n\)", (folder / "conftest.py").read_text(), re.MULTILINE | re.DOTALL)[1]
+    names = re.findall(r'"(.*?)"', listed)
+    assert len(names) > 5
+    assert [name for name in names if not (folder / name).exists()] == []
 
 
 def test_two_parameters_are_no_case_for_it():
