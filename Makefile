@@ -3,8 +3,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 SECONDS ?= 60
 BIN := .venv/bin
-# Idle OpenMP threads of one test process must not spin on the cores of the other.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# Idle OpenMP threads of one test process must not spin on the cores of the other. tests/conftest.py orders the files.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := $(filter-out %.py,$(wildcard csrc/*.* csrc/*/*.*)) CMakeLists.txt pyproject.toml constraints.txt
 FORMATTED := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/simt/*.* tests/fuzz/*.cpp bench/*.cpp))
 # The files for clang-tidy.
@@ -77,7 +77,7 @@ dist: .venv/dist-ready ## build what a release uploads, into dist/, and test it 
 	.ci/dist
 
 cuda: build/cuda/ready ## compile kernels for every GPU and check their machine code (SWEEP=1: every type and mutant)
-	$(CUDA_PYTEST) tests/test_cuda_build.py $(if $(SWEEP),tests/simt,tests/simt/test_sass.py)
+	$(CUDA_PYTEST) tests/test_cuda_build.py $(if $(SWEEP),tests/simt,-m "not slow" tests/simt/test_sass.py tests/simt/test_ptx.py)
 	$(if $(SWEEP),$(CUDA_PYTEST) -k simt tests/ops tests/noise/test_moments.py)
 	$(if $(SWEEP),cd tests && \
 	  $(abspath $(BIN))/python -m simt.sass_check $(CURDIR)/build/cuda/_C*.so --docs ../docs/cuda.md)

@@ -1,12 +1,14 @@
 """What every test may ask for."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 import torch
 from simt import build
 from simt.backend import Backend
 from simt.needs import need
+from support.covering import leave_rest_to_slow
 
 from normkern import ops
 
@@ -25,6 +27,20 @@ def emulated():
     """The CUDA kernels in the emulator, without the checks of every access: see tests/simt."""
     need(build.missing())
     return Backend(checked=False)
+
+
+#: The longest files, which begin first, so that the processes of `make test` end at about the same time.
+LONGEST = (
+    "simt/test_launches.py", "test_examples.py", "demo/test_demo.py", "optim/test_exponential_decay.py",
+    "doctor/test_doctor.py", "ranks/test_ranks.py", "simt/test_mutants.py", "integrations/test_examples.py",
+    "simt/test_products.py", "monitors/test_equilibrium.py", "simt/test_simt.py", "test_experiments.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    leave_rest_to_slow(items)
+    place = {Path(__file__).parent / name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 def no_gpu():

@@ -1,13 +1,11 @@
 """Check the rules of the architecture by reading the files: docs/architecture.md has them in words."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import import_graph
+from support import fresh, import_graph
 
 import normkern
 from normkern import ops
@@ -116,61 +114,50 @@ def test_version_stands_in_one_place():
     assert version("normkern") == normkern.__version__
 
 
-def python(code, **env):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, **env},
-        check=False,
-    )
-
-
 def test_import_brings_no_compiler_and_no_plots():
     heavy = ("torch._dynamo", "torch._inductor", "matplotlib", "sklearn", "rich", "numpy.testing")
-    done = python(f"import sys, torch; before = set(sys.modules); import normkern; "
-                  f"print([m for m in {heavy!r} if m in set(sys.modules) - before])")  # fmt: skip
+    code = (
+        "import sys, torch; before = set(sys.modules); import normkern; "
+        f"print([m for m in {heavy!r} if m in set(sys.modules) - before])"
+    )
+    done = fresh.python("-c", code)
     assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.parametrize("version", ["2.9.1", "1.13.0", "2.9.0+cu128"])
 def test_old_torch_is_refused_with_a_sentence(version):
-    done = python(f"import torch; torch.__version__ = {version!r}; import normkern")
+    done = fresh.python("-c", f"import torch; torch.__version__ = {version!r}; import normkern")
     assert done.returncode != 0
     assert f"needs torch >= 2.10, whose DLPack exchange API it is built on; found torch {version}" in done.stderr
 
 
 @pytest.mark.parametrize("version", ["2.10.0", "2.13.0+cpu", "2.14.1+cu130", "3.0.0a0+git1234"])
 def test_newer_torch_is_welcome(version):
-    done = python(f"import torch; torch.__version__ = {version!r}; import normkern; print('in')")
+    done = fresh.python("-c", f"import torch; torch.__version__ = {version!r}; import normkern; print('in')")
     assert done.stdout.strip() == "in", done.stderr
 
 
 def test_missing_binary_is_explained():
-    done = python("import sys, torch; sys.modules['normkern._C'] = None; import normkern")
+    done = fresh.python("-c", "import sys, torch; sys.modules['normkern._C'] = None; import normkern")
     assert "normkern's binary could not be loaded" in done.stderr
     assert "`pip install -e .`" in done.stderr
 
 
 @pytest.mark.parametrize("name", ops.supported_isas())
 def test_environment_forces_an_isa(name):
-    done = python("from normkern import ops; print(ops.isa())", NORMKERN_ISA=name)
+    done = fresh.python("-c", "from normkern import ops; print(ops.isa())", env={"NORMKERN_ISA": name})
     assert done.stdout.strip() == name, done.stderr
 
 
 def test_unknown_isa_in_the_environment_is_refused():
-    done = python("import normkern", NORMKERN_ISA="v9")
+    done = fresh.python("-c", "import normkern", env={"NORMKERN_ISA": "v9"})
     assert "ImportError: NORMKERN_ISA: select_isa: expected one of" in done.stderr
     assert "got 'v9'" in done.stderr
 
 
 def test_best_isa_is_the_default():
-    environment = {k: v for k, v in os.environ.items() if k != "NORMKERN_ISA"}
-    done = subprocess.run(
-        [sys.executable, "-c", "from normkern import ops; print(ops.isa(), *ops.supported_isas())"],
-        capture_output=True, text=True, timeout=120, env=environment, check=True,
-    )  # fmt: skip
+    code = "from normkern import ops; print(ops.isa(), *ops.supported_isas())"
+    done = fresh.python("-c", code, env={"NORMKERN_ISA": None})
     chosen, best, *_ = done.stdout.split()
     assert chosen == best
 

@@ -1,12 +1,11 @@
 """torch.compile of what uses normkern: the same numbers, no hard error, no graph for each step."""
 
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
 import torch._dynamo
+from support import fresh
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.nn.functional import cross_entropy
@@ -330,5 +329,5 @@ def test_ops_are_registered_without_a_compiler():
         "print([m for m in sys.modules if m.startswith(('torch._dynamo', 'torch._inductor', 'torch._functorch'))"
         " and m not in before])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.strip() == "[]"
+    done = fresh.python("-c", code)
+    assert done.stdout.strip() == "[]", done.stderr

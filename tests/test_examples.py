@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import fresh
 
 import normkern
 
+ROOT = Path(normkern.__file__).parent.parent  # of the normkern of this test
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS, NOTEBOOKS = sorted(EXAMPLES.glob("*.py")), sorted((EXAMPLES / "notebooks").glob("*.py"))
 #: torch's gloo sometimes aborts with this message while a process ends, also in programs without normkern.
@@ -21,20 +23,18 @@ def words(text):
     return [re.findall(r"[A-Za-z_]{2,}", line) for line in text.strip().splitlines()]
 
 
-def path_to_package():
-    """Return a PYTHONPATH with which a script in any folder finds the normkern of this test."""
-    here = str(Path(normkern.__file__).parent.parent)
-    return os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-
-
 def run(path, folder):
+    if "multiprocessing" not in path.read_text():  # its processes would begin with the program that the fork began with
+        code = f"import runpy, torch; torch.set_num_threads(1); runpy.run_path({str(path)!r}, run_name='__main__')"
+        return fresh.python("-c", code, cwd=folder, path=[ROOT], flags=("-W", "error"), timeout=300)
+    path_to_package = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-W", "error", str(path)],
         capture_output=True,
         text=True,
         timeout=300,
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_to_package()},  # too small for two threads
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path_to_package},  # too small for two threads
         check=False,
     )
 

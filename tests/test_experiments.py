@@ -23,6 +23,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
 from rich.console import Console
+from support import fresh
 
 import normkern
 from experiments import low_precision
@@ -247,9 +248,9 @@ def digest_of(folder, package, value):
         f"import sys; sys.path.insert(0, {str(folder)!r}); from experiments.papers import runs; "
         f"runs.PACKAGE = {package!r}; import {package} as m; print(runs.source_digest(m.run))"
     )
-    return subprocess.run(
-        [sys.executable, "-B", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    ).stdout
+    done = fresh.python("-c", f"import sys; sys.dont_write_bytecode = True; {code}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_results_of_other_source_are_not_reused(tmp_path):

@@ -1,7 +1,10 @@
 """The demo does what it says: its data, its results, its errors."""
 
+import contextlib
 import copy
 import dataclasses
+import functools
+import io
 import json
 import math
 import sys
@@ -16,15 +19,33 @@ from normkern.demo.model import ResNet
 from normkern.demo.noise import NOISE, SampleNoise, pair_noise
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _short():
+    """One thread, for layers that are too small for two; optimizers are timed for fewer rounds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timing, "time_steps", functools.partial(timing.time_steps, rounds=20))
+        yield
+    torch.set_num_threads(threads)
+
+
 def run(folder, *options):
     assert main(["train", "--epochs", "1", "--out", str(folder), *options]) == 0
     return json.loads((folder / "train.json").read_text())
 
 
+def run_and_listen(folder, *options):
+    """The results and what was printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        result = run(folder, *options)
+    return result, printed.getvalue()
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first")
-    return run(folder), folder
+    return *run_and_listen(folder), folder
 
 
 def test_split_is_stratified_shuffled_disjoint_and_reproducible():
@@ -61,7 +82,7 @@ def test_groups_are_found(first):
 
 
 def test_results(first):
-    result, folder = first
+    result, _, folder = first
     assert result["epochs"] == 1
     assert result["seed"] == 0
     assert 0.2 < result["test_accuracy"] <= 1
@@ -77,9 +98,8 @@ def test_same_seed_same_run_and_another_seed_another(first, tmp_path):
     assert other["curves"] != first[0]["curves"]
 
 
-def test_printed_lines(first, capsys, tmp_path):
-    run(tmp_path / "out")
-    printed = capsys.readouterr().out
+def test_printed_lines(first):
+    printed = first[1]
     assert "predicted: sqrt(2 * lr * weight_decay / (1 + momentum))" in printed
     row = first[0]["curves"][0]
     assert f"{row['loss']:7.4f}" in printed
@@ -162,10 +182,15 @@ def test_svag_prints_a_column_more(of_pairs, capsys, tmp_path):
     assert again["curves"][0] == of_pairs[0]["curves"][0], "the same seed, the same run"
 
 
+@pytest.fixture(scope="module")
+def exponential(tmp_path_factory):
+    return run_and_listen(tmp_path_factory.mktemp("exponential"), "--decay", "exponential")
+
+
 @pytest.mark.parametrize("optimizer", settings.EXPONENTIAL)
-def test_exponential_decay_is_the_same_run(optimizer, first, of_pairs, tmp_path):
+def test_exponential_decay_is_the_same_run(optimizer, first, of_pairs, exponential, tmp_path):
     options = SVAG if optimizer == "svag" else ()
-    result = run(tmp_path, *options, "--decay", "exponential")
+    result = run(tmp_path, *options, "--decay", "exponential") if options else exponential[0]
     row, other = result["curves"][0], (of_pairs if options else first)[0]["curves"][0]
     assert result["hyperparameters"]["decay"] == "exponential"
     for key in ("loss", "effective_lr", "angular_update"):
@@ -177,9 +202,9 @@ def test_exponential_decay_is_the_same_run(optimizer, first, of_pairs, tmp_path)
     assert 0.6 * grown < math.log(row["exponential_lr"] / settings.LR) < grown
 
 
-def test_exponential_decay_prints_its_learning_rate(capsys, tmp_path):
-    result = run(tmp_path, "--decay", "exponential")
-    lines = capsys.readouterr().out.splitlines()
+def test_exponential_decay_prints_its_learning_rate(exponential):
+    result, printed = exponential
+    lines = printed.splitlines()
     head = next(line for line in lines if line.startswith("epoch"))
     assert head.endswith("   exponential LR")
     line = lines[lines.index(head) + 1]

@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from support import fresh
 
 import normkern
 from normkern import ops
@@ -77,7 +77,8 @@ def test_table_has_a_line_each_and_cuts_nothing(monkeypatch, capsys):
 
 def test_import_of_normkern_brings_neither_info_nor_doctor():
     code = "import sys, normkern; print([m for m in sys.modules if m.startswith('normkern.')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = fresh.python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert not re.search("info|doctor|machine|elf|__main__", done.stdout)
 
 

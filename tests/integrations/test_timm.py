@@ -1,10 +1,10 @@
 """register_with_timm, and the optimizers inside wrappers."""
 
 import importlib.util
-import sys
 
 import pytest
 import torch
+from support import fresh
 from torch import nn
 
 import normkern
@@ -114,13 +114,11 @@ def test_wrappers_in_a_cycle_end(net):
 
 
 def test_the_package_loads_no_framework_until_it_is_used():
-    import subprocess
-
     code = (
         "import sys, normkern; assert 'normkern.integrations' not in sys.modules; import normkern.integrations as i; "
         "print(sorted({'lightning', 'transformers', 'timm', 'accelerate', 'tensorboard'} & set(sys.modules)), dir(i))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = fresh.python("-c", code)
     assert done.stdout.strip() == (
         "[] ['HuggingFaceCallback', 'LightningCallback', 'register_with_timm', 'unwrap_optimizer']"
     )

@@ -3,11 +3,10 @@
 import dataclasses
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from support import fresh
 from torch import nn
 
 import normkern
@@ -162,7 +161,8 @@ import sys, torch, normkern
 w = torch.nn.Parameter(torch.ones(3)); w.grad = torch.tensor([1.0, -1.0, 0.0])
 opt = normkern.SGD([w], lr=0.1, weight_decay=0.1, stats="tensor"); monitor = normkern.EquilibriumMonitor(opt)
 opt.step(); monitor.update(); print(monitor.report()); print("matplotlib" in sys.modules)"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = fresh.python("-c", code)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "False"
 
 

@@ -276,6 +276,7 @@ def test_small_and_large_side_by_side(backend):
     )
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [4, 200])
 def test_infinities_and_nan_stay_where_they_are(backend, dtype, rows):
@@ -474,6 +475,7 @@ def test_sums_of_rows_refuse_what_is_no_matrix(name):
         op(torch.ones(2, 3, dtype=torch.int32))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["row_sums", "row_sq_norms"])
 def test_sums_of_rows(backend, dtype, name):
@@ -502,6 +504,7 @@ def test_row_sq_norms_of_what_float32_cannot_square():
     torch.testing.assert_close(ops.row_sq_norms(x), reference.row_sq_norms(x), rtol=1e-14, atol=0, equal_nan=True)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", [(0,), (1,), (17,), (33, 40), (5, 70001)], ids=str)
 def test_recentre_is_the_reference(backend, dtype, shape):

@@ -84,6 +84,7 @@ def no_eager_path(monkeypatch):
 # ---- Against torch ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("m", range(2, 8))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_field(isa, dtype, m):

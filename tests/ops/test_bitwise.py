@@ -57,6 +57,7 @@ def test_isa_levels_agree(dtype, nesterov, stats):
         assert_same(results[0], other)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stats", ["tensor", "row"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_thread_counts_agree(isa, dtype, stats):

@@ -50,6 +50,7 @@ def test_squares_of_norms(backend, dtype):
     torch.testing.assert_close(ops.grad_sq_norms(grads, held=held, **pair), exact, rtol=eps, atol=0)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("how", ["slice", "off", "transposed", "expanded"])
 def test_squares_of_norms_of_any_layout(backend, dtype, how):
@@ -77,6 +78,7 @@ def test_a_norm_of_parts_is_the_norm_of_all(sizes, scale, seed):
     torch.testing.assert_close(norm, (whole / scale).norm(), rtol=1e-13, atol=0)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("max_norm", [0, 1e-3, 2.5, 10.0, 1e30, math.inf])
 @pytest.mark.parametrize(
     "squares", [[], [0.0], [9.0, 16.0], [4e300, 1.0], [math.inf, 1.0], [math.nan, 1.0], [1.0] * 600]
@@ -89,6 +91,7 @@ def test_coefficient_is_torchs(backend, max_norm, squares):
     assert norm.shape == coef.shape == ()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "maximize": True}], ids=str

@@ -284,6 +284,7 @@ def test_conv_with_constant_and_tiny_noise(backend):
     torch.testing.assert_close(centred.double(), exact, rtol=0.02, atol=0)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("name", ["3x3", "few outputs", "depthwise", "large", "large, depthwise", "large, few outputs"])
 @pytest.mark.parametrize("size", [1e-30, 1e-21, 1e21, 1e30])
 def test_conv_norms_outside_the_range_of_float32_squares(backend, name, size):
@@ -311,6 +312,7 @@ def test_a_bad_number_stays_in_its_sample_and_its_channel(backend, name):
     assert same_bits(sq_norms[0], expected[2][0])
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("shape", "g"),
     [

@@ -112,6 +112,7 @@ def assert_sums(table, before, grad, after, step, what):
     assert ((table[:, :5] - sums).abs() / size).max() < 1e-13, what
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gauged_step_against_reference(backend, name, dtype):
@@ -152,6 +153,7 @@ def test_gauged_step_against_reference(backend, name, dtype):
             assert_sums(table, w, g.double() / options.get("grad_scale", 1.0), fw, step, what)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "name", ["plain shift", "first", "kept shift", "resting shift", "nesterov shift", "leave kept"]
 )
@@ -178,6 +180,7 @@ def test_gauged_pairs_against_reference(backend, name, l, dtype):
         torch.testing.assert_close(table[:, :2], sums[:, :2], rtol=1e-5, atol=0)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("name", ["kept shift", "leave nesterov"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gauged_rows_are_tensor_sums_of_each_row(backend, name, dtype):
@@ -199,6 +202,7 @@ def test_gauged_rows_are_tensor_sums_of_each_row(backend, name, dtype):
     torch.testing.assert_close(table, torch.cat(sums), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     "name", ["plain shift", "first shift", "kept shift", "resting shift", "nesterov shift", "leave kept"]
 )
@@ -273,6 +277,7 @@ def test_threads_and_measuring_change_nothing(backend, dtype):
         assert_same(results[0], other)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stats", [None, "tensor"])
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

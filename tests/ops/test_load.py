@@ -1,14 +1,12 @@
 """Where the binary comes from: the package's folder, or in a source tree without one the installed normkern."""
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-import torch
+from support import fresh
 
 import normkern
 from normkern import ops
@@ -20,7 +18,7 @@ BINARY = Path(ops.binary.__file__)
 
 def copy_package(folder, with_binary):
     """Copy the Python files into `folder`, and the binary if asked for."""
-    shutil.copytree(PACKAGE, folder / "normkern", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    shutil.copytree(PACKAGE, folder / "normkern", ignore=shutil.ignore_patterns("*.so", "*.pyd"))
     if with_binary:
         shutil.copy(BINARY, folder / "normkern" / BINARY.name)
 
@@ -48,12 +46,7 @@ def site(tmp_path):
 
 def python(*arguments, cwd, path=()):
     """Start Python in `cwd`; torch is installed beside what lies in `path`, and nothing else."""
-    folders = [*path, Path(torch.__file__).parent.parent]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))}
-    return subprocess.run(
-        [sys.executable, "-S", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+    return fresh.python(*arguments, cwd=cwd, path=path, flags=("-S",))
 
 
 WHERE = (

@@ -43,6 +43,7 @@ def assert_near(got, g, x, mean, rstd, channels):
         assert ((a.double() - b).abs() <= 12 * eps * s).all()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("channels", ["last", "first"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel(backend, dtype, channels):
@@ -55,6 +56,7 @@ def test_kernel(backend, dtype, channels):
         assert all(map(same_bits, before, (g, x, mean, rstd)))
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("channels", ["last", "first"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_outputs_stay_inside(backend, dtype, channels, monkeypatch):

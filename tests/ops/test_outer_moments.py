@@ -186,6 +186,7 @@ def test_equal_samples_have_no_spread(backend):
     assert centred.tolist() == torch.zeros(20, 33).tolist()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("steps", [1, 5, 1100])
 @pytest.mark.parametrize("size", [1e-30, 1e-21, 1e-18, 1e-12, 1e12, 1e18, 1e21, 1e30])
 def test_norms_outside_the_range_of_float32_squares(backend, size, steps):
@@ -225,6 +226,7 @@ def test_an_infinite_gradient_is_an_infinite_norm(backend):
     assert total[torch.arange(45) != 7].isfinite().all()
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (3, 0, 4, 5), (3, 2, 0, 5), (3, 2, 4, 0), (0, 0, 0, 0)])
 @pytest.mark.parametrize("squares", [False, True])
 def test_outer_of_nothing_is_zero(backend, shape, squares):

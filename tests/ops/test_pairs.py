@@ -88,6 +88,7 @@ def test_welford(backend, dtype):
         assert all(f.is_intact() for f in fenced)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -52,6 +52,7 @@ def test_the_bits_of_the_eager_twin(backend, rule, buffer_dtype):
         assert same_bits(a, b)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("buffer_dtype", [None, F32, BF16], ids=str)
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("rule", EXACT)
@@ -153,6 +154,7 @@ def rounded(x, seed=0, step=0, first=0):
     return w
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("position", [0.5, 1 / 65536, 0.1, 0.999])
 @pytest.mark.parametrize("low", [1.0, -3.140625, 2.0**-130])
 def test_the_mean_of_what_is_stored_is_what_was_to_be_stored(backend, low, position):
@@ -237,6 +239,7 @@ GAUGED = {
 PAIRS = {"pair": {"l": 3.0}, "pair momentum": {"l": 3.0, "momentum": 0.9, "weight_decay": 0.01, "held_scale": 2.0}}
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stored", STORED)
 @pytest.mark.parametrize("first", [False, True])
 def test_every_rule_against_float64(backend, stored, first):

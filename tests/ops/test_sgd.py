@@ -58,6 +58,7 @@ def random_case(size, dtype, seed=0):
     return [here((x * torch.exp2(o)).to(dtype)) for x, o in zip((w, g, v), octaves, strict=True)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(
     ("rule", "first"), [(r, f) for r in RULES for f in (False, True) if "momentum" in RULES[r] or not f]
 )
@@ -132,6 +133,7 @@ def strided_versions(x):
         yield "channels_last", x.contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stats", ["tensor", "row"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides_give_the_same_bits(backend, dtype, stats):

@@ -1,7 +1,6 @@
 """Three small trainings that save themselves every few steps and go on where they were, if they are started again."""
 
 import os
-import sys
 from pathlib import Path
 
 import torch
@@ -79,6 +78,7 @@ def train(folder, steps=STEPS):
     return torch.load(path)
 
 
-if __name__ == "__main__":
+def train_alone(folder):
+    """In a process of its own."""
     torch.set_num_threads(1)
-    train(sys.argv[1])
+    train(folder)

@@ -1,20 +1,15 @@
 """DTensor parameters step through their local shards: equal to torch's for-loop, in 1 and 2 gloo processes."""
 
-import os
-import time
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.gloo import leave, run, start
 from torch import nn
 
 import normkern
 
 
 def worker(rank, world, rendezvous, stats):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    start(rank, world, rendezvous)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -44,15 +39,11 @@ def worker(rank, world, rendezvous, stats):
         rows = before[0].double().square().sum(1)  # of all ranks; tests/ranks/sums.py has the rest
         torch.testing.assert_close(s.weight_sq[s.slots["0.0"]], rows if stats == "row" else rows.sum(0, keepdim=True))
         torch.testing.assert_close(s.weight_sq[s.slots["0.1"]], before[1].double().square().sum(0, keepdim=True))
-    # Out, without torch's teardown: in it a gloo process aborts now and then ("terminate called without an active
-    # exception"), in a program without normkern too.
-    dist.barrier()
-    time.sleep(0.5)
-    os._exit(0)
+    leave()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("stats", [None, "row"])  # tests/ranks/sums.py has "tensor" too
 @pytest.mark.parametrize("world", [1, 2])
 def test_shards(world, stats, tmp_path):
-    mp.spawn(worker, (world, str(tmp_path / "rendezvous"), stats), nprocs=world)
+    run(worker, str(tmp_path / "rendezvous"), stats, processes=world)

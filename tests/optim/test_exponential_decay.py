@@ -1,14 +1,11 @@
 """SGD(decay="exponential") is torch.optim.SGD with weight decay, on networks that do not see the scale of their weights."""
 
 import math
-import os
-import time
 import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.gloo import leave, run, start
 from support.invariant_nets import KINDS, Net, backward, batch, gradient_of_direction, groups
 from support.memory import same_bits
 from torch import nn
@@ -120,8 +117,16 @@ class Runs:
 # ---- Float64: the run with weight decay, for 500 steps --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("schedule", [step_decay, cosine])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [
+        pytest.param(
+            kind, schedule, marks=[pytest.mark.slow] * (schedule is cosine and kind not in ("batch", "weight norm"))
+        )
+        for kind in KINDS
+        for schedule in (step_decay, cosine)
+    ],
+)
 def test_every_norm_follows_step_decay_and_cosine(kind, schedule):
     """T5.1: outputs at every step, then weights and momentum buffers."""
     runs = Runs(kind, {})
@@ -146,7 +151,7 @@ def test_every_variant_follows(variant):
 
 
 @pytest.mark.parametrize("options", [{}, {"dampening": 0.3}, {"nesterov": True}, {"maximize": True}], ids=str)
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_everything_may_change_at_every_step(seed, options):
     """Momentum goes to 0 and comes back to buffers that rested; decay and learning rate are 0 for a while."""
     runs, anything = Runs("layer", options), Anything(seed)
@@ -270,6 +275,7 @@ def growing_rate(group):
     return math.ldexp(group["lr"] / (f * f * q), 2 * exponent)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize(("dtype", "stats"), [(torch.float64, "row"), (torch.float32, None)], ids=str)
 @pytest.mark.parametrize("kind", ["batch", "layer", "weight norm"])
 def test_rescaling_is_invisible_to_the_bit(isa, kind, dtype, stats):
@@ -515,6 +521,7 @@ def unusual(kind):
     return p, q, give
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stats", [None, "row"])
 @pytest.mark.parametrize(
     "options", [{"momentum": 0.0}, {"momentum": 0.5}, {"momentum": 0.5, "nesterov": True}], ids=str
@@ -610,8 +617,7 @@ def test_invariance_cannot_be_judged_of_traced_tensors():
 
 
 def sharded(rank, world, rendezvous):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    start(rank, world, rendezvous)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -639,11 +645,9 @@ def sharded(rank, world, rendezvous):
     a.param_groups[0]["scale_invariant"] = None
     with pytest.raises(ValueError, match=r"params\[1\] is not scale-invariant.*got 1\."):
         a.step()
-    dist.barrier()
-    time.sleep(0.5)
-    os._exit(0)  # see test_dtensor.py
+    leave()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_shards_follow(tmp_path):
-    mp.spawn(sharded, (2, str(tmp_path / "rendezvous")), nprocs=2)
+    run(sharded, str(tmp_path / "rendezvous"))

@@ -38,6 +38,7 @@ def unusual(kind, seed):
     raise AssertionError(kind)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stats", [None, "tensor", "row"])
 @pytest.mark.parametrize("momentum", [0, 0.9])
 @pytest.mark.parametrize(

@@ -2,18 +2,15 @@
 
 import random
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from support.gloo import forked
 from support.memory import same_bits
 
-from .interrupted import STEPS, train
-
-CHILD = Path(__file__).parent / "interrupted.py"
+from .interrupted import STEPS, train, train_alone
 
 
 def all_tensors(x):
@@ -36,17 +33,18 @@ def run_and_kill(folder, kills, seed):
     moment, done, path = random.Random(seed), 0, folder / "checkpoint.pt"
     while True:
         before = path.stat().st_mtime_ns if path.exists() else None
-        child = subprocess.Popen([sys.executable, CHILD, folder], stderr=subprocess.PIPE, text=True)
-        while done < kills and child.poll() is None:
+        child = forked().Process(target=train_alone, args=(folder,))
+        child.start()
+        while done < kills and child.exitcode is None:
             if path.exists() and path.stat().st_mtime_ns != before:
                 time.sleep(moment.uniform(0, 0.05))
-                child.send_signal(signal.SIGKILL)
+                child.kill()
                 break
             time.sleep(0.001)
-        _, words = child.communicate(timeout=120)
-        if child.returncode == 0:
+        child.join(timeout=120)
+        if child.exitcode == 0:
             return done
-        assert child.returncode == -signal.SIGKILL, words
+        assert child.exitcode == -signal.SIGKILL
         done += 1
 
 

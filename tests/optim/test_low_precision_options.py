@@ -74,6 +74,7 @@ def assert_same(params, opt, twins, other):
         assert all(same_bits(x, other.state[q][key]) for key, x in opt.state[p].items())
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("way", ["load_state_dict", "deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

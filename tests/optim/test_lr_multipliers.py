@@ -17,6 +17,7 @@ def single_groups(params, multipliers=MULTIPLIERS):
     return [{"params": [p], "lr": 0.1 * m} for p, m in zip(params, multipliers, strict=True)]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("given", [list, tuple, torch.tensor])
 @pytest.mark.parametrize("max_norm", [None, 3.0])

@@ -30,6 +30,7 @@ def rows(x, stats):
     return x.detach().double().reshape(x.shape[0] if stats == "row" and x.ndim >= 2 else 1, -1)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stats", ["tensor", "row"])
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

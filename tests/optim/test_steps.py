@@ -85,6 +85,7 @@ def layouts(x):
     yield "slice", torch.stack([x, x], dim=-1)[..., 0]
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("of_weight", ["contiguous", "transposed", "channels_last", "slice"])
 @pytest.mark.parametrize("of_grad", ["contiguous", "transposed", "channels_last", "slice", "expanded"])
 @pytest.mark.parametrize("stats", [None, "row"])

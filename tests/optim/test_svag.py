@@ -49,6 +49,7 @@ def paired_step(opt, params, a, b):
 # ---- The step ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("scaling", ["fixed", "continuous"])
 @pytest.mark.parametrize("l", [1, 1.5, 4.0, 33])

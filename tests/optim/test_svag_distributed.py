@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from support.gloo import leave, start
+from support.gloo import leave, run, start
 from torch import nn
 
 import normkern
@@ -49,4 +48,4 @@ def ddp(rank, world, rendezvous, bucket_view, copy):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(("bucket_view", "copy"), [(False, False), (True, True), (True, False)])
 def test_ddp(bucket_view, copy, tmp_path):
-    mp.spawn(ddp, (2, str(tmp_path / "rendezvous"), bucket_view, copy), nprocs=2)
+    run(ddp, str(tmp_path / "rendezvous"), bucket_view, copy)

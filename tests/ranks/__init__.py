@@ -1,1 +1,1 @@
-"""What each process of a test does: scripts that torchrun starts, as users do."""
+"""What each process of a test does: scripts, as torchrun starts those of users."""

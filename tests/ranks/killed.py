@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
+from support.gloo import meet
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import DeviceMesh
@@ -65,8 +66,8 @@ def in_a_result(dies, group):
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun ends all as soon as one has died: let them speak
-    dist.init_process_group("gloo")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends all as soon as one has died: let them speak
+    meet()
     rank = dist.get_rank()
     groups = [dist.new_group([2 * i, 2 * i + 1]) for i in range(dist.get_world_size() // 2)]
     check = (in_a_step, in_a_hook, in_a_result)[rank // 2]

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import torch.distributed as dist
-from support.gloo import leave
+from support.gloo import leave, meet
 
 
 def run(*checks):
@@ -17,7 +17,7 @@ def run(*checks):
     faulthandler.dump_traceback_later(150, exit=True)  # who waits for whom
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    meet()
     rank, world = dist.get_rank(), dist.get_world_size()
     for check in checks:
         torch.manual_seed(0)

@@ -1,11 +1,12 @@
-"""The scripts of tests/ranks/, in several gloo processes that torchrun starts, as users do."""
+"""The scripts of tests/ranks/, in several gloo processes."""
 
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+from support import fresh
+from support.gloo import run_script
 
-from . import torchrun
+HERE = Path(__file__).parent
 
 slow = pytest.mark.slow
 
@@ -25,28 +26,31 @@ slow = pytest.mark.slow
         pytest.param("single_gradients.py", 4, marks=slow),
     ],
 )
-def test_script(script, processes):
-    status, told = torchrun.run(script, processes)
-    assert status == 0, told[-6000:]
+def test_script(script, processes, tmp_path):
+    well, told = run_script(HERE / script, processes=processes, folder=tmp_path)
+    assert well, told[-6000:]
     assert "holds: " in told
 
 
 @pytest.mark.parametrize("others", [1, pytest.param(4, marks=slow)])
 def test_checkpoints_go_to_other_worlds(others, tmp_path):
-    status, told = torchrun.run("checkpoints.py", 2, "save", tmp_path)
-    assert status == 0, told[-6000:]
+    folders = [tmp_path / name for name in ("saved", "saving", "loading")]
+    for folder in folders:
+        folder.mkdir()
+    saved, saving, loading = folders
+    well, told = run_script(HERE / "checkpoints.py", "save", saved, processes=2, folder=saving)
+    assert well, told[-6000:]
     if others == 1:
-        command = [sys.executable, str(torchrun.HERE / "checkpoints.py"), "alone", str(tmp_path)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        done = fresh.python("-m", "ranks.checkpoints", "alone", str(saved), cwd=HERE.parent, path=[HERE])
         assert "holds: alone" in done.stdout, done.stderr
     else:
-        status, told = torchrun.run("checkpoints.py", others, "load", tmp_path)
-        assert status == 0, told[-6000:]
+        well, told = run_script(HERE / "checkpoints.py", "load", saved, processes=others, folder=loading)
+        assert well, told[-6000:]
 
 
-def test_a_killed_rank_is_an_error_and_no_hang():
-    status, told = torchrun.run("killed.py", 6, seconds=90)
-    assert status != 0
+def test_a_killed_rank_is_an_error_and_no_hang(tmp_path):
+    well, told = run_script(HERE / "killed.py", processes=6, folder=tmp_path)
+    assert not well
     assert "nothing happened" not in told
     for where in ("in_a_step", "in_a_hook", "in_a_result"):
         assert f"{where}: True RuntimeError" in told, told[-6000:]

@@ -18,6 +18,7 @@ from normkern.theory import exponential_factor
 from .exponential_runs import DECAY, SCHEDULES, advance, apart, both, cosine, patient, with_decay
 
 
+@pytest.mark.pairwise
 @both
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("momentum", [0, 0.5, 0.9])

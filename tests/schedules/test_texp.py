@@ -235,6 +235,7 @@ def trace(scheduler, loss):
     return out
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("plus_plus", [False, True])
 @pytest.mark.parametrize("stop", [0, 1, 6, 7, 8, 13])
 @pytest.mark.parametrize("optimizer_first", [True, False])

@@ -19,7 +19,6 @@ EDITS = [
         "no barrier between stretches of steps", "tile.cuh",
         "    __syncthreads();\n    if ((int)threadIdx.x < n - before) {", "    if ((int)threadIdx.x < n - before) {",
         "race with another",
-        True,
     ),
     (
         "squares of every lane", "tile.cuh",
@@ -81,7 +80,6 @@ EDITS = [
         "one column of a tile too many", "outer.cuh",
         "if (e < left) values[e]", "if (e <= left) values[e]",
         "access past the end",
-        True,
     ),
     (
         "a pack past the row", "outer.cuh",

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from . import build
-from .mutants import MUTANTS
+from .mutants import FAMILIES, KINDS, MUTANTS
 from .needs import need
 
 
@@ -28,6 +28,12 @@ def test_mutants_are_caught():
 @pytest.mark.slow
 def test_the_other_mutants_are_caught():
     judge([m for m in MUTANTS if not m.always])
+
+
+def test_make_test_has_each_family_and_each_kind():
+    chosen = [m for m in MUTANTS if m.always]
+    assert {m.family for m in chosen} == FAMILIES.keys()
+    assert [kind for kind in KINDS if not any(kind in m.says for m in chosen)] == []
 
 
 def test_every_mutant_has_a_name_of_its_own():

@@ -44,7 +44,7 @@ def test_calls_have_one_part_and_several():
         assert max(of_kind) >= 2
 
 
-def test_a_context_runs_the_kernels_of_its_device(emulated):
+def test_a_context_runs_the_kernels_of_its_device(checked):
     """Convolution, norms, an embedding and linear layers with one step and with many: the CPU's numbers."""
     torch.manual_seed(0)
     layers = {
@@ -60,10 +60,10 @@ def test_a_context_runs_the_kernels_of_its_device(emulated):
             return noise.result()
 
         expected = result()
-        with emulated.in_place():
-            before = emulated.launches()
+        with checked.in_place():
+            before = checked.launches()
             got = result()
-            assert emulated.launches() > before + 5
+            assert checked.launches() > before + 5
         torch.testing.assert_close(got.variance, expected.variance, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(got.trace_sigma, expected.trace_sigma, rtol=1e-4, atol=1e-9)
 

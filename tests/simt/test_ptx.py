@@ -12,6 +12,7 @@ from .check_results import DTYPES, lay_out
 from .needs import need
 from .sample_calls import CALLS, Near
 
+pytestmark = pytest.mark.nvcc
 SHAPES = [(0,), (7,), (33,), (257,), (8195,), (40, 51), (161, 51), (5, 2047), (2, 9000), (12, 5, 7), (12, 5, 8)]
 SOURCES = sorted((build.CSRC / "cuda").glob("*.cu"))
 

@@ -1,6 +1,6 @@
 """The machine code of every kernel, of every architecture, without a GPU: see sass_check.py.
 
-NORMKERN_CUDA_BINARY names a binary of all architectures, as CI builds it; else the kernels are compiled for one.
+NORMKERN_CUDA_BINARY names a binary of all architectures, which `make cuda` builds; else the kernels are compiled for one.
 """
 
 import dataclasses
@@ -26,11 +26,13 @@ def verdicts():
     return [sass_check.judge(kernel) for path in paths for kernel in sass.read_binary(path)]
 
 
+@pytest.mark.nvcc
 def test_no_fault_in_any_kernel(verdicts):
     faults = [f"{v.kernel.arch} {v.kernel.name}: {fault}" for v in verdicts for fault in v.faults]
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.nvcc
 def test_every_architecture_has_every_kernel(verdicts):
     by_name = {}
     for v in verdicts:
@@ -75,6 +77,7 @@ def changed(kernel, old, new):
     return dataclasses.replace(kernel, instructions=new)
 
 
+@pytest.mark.nvcc
 def test_the_judge_of_products_is_judged(verdicts):
     kernel = next(v.kernel for v in verdicts if v.kernel.name == "outer_products<float>" and v.kernel.arch == "sm_90")
     assert not sass_check.judge(kernel).faults

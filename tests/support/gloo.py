@@ -1,10 +1,69 @@
 """Processes of a test that talk to each other through gloo."""
 
+import faulthandler
+import multiprocessing
 import os
+import runpy
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
+
+#: What the processes have imported when they begin: each is a fork of one process that has imported it.
+IMPORTED = ["torch.distributed.tensor", "torch._dynamo", "normkern"]
+
+
+def forked():
+    """Return a context of multiprocessing whose processes are such forks."""
+    multiprocessing.set_forkserver_preload(IMPORTED)
+    return multiprocessing.get_context("forkserver")
+
+
+def run(worker, *arguments, processes=2):
+    """Call ``worker(rank, processes, *arguments)`` in each process; wait for all.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: one has raised; the text is its traceback.
+        torch.multiprocessing.ProcessExitedException: one has died.
+    """
+    forked()
+    torch.multiprocessing.start_processes(worker, (processes, *arguments), nprocs=processes, start_method="forkserver")
+
+
+def run_script(script, *arguments, processes, folder):
+    """Run a script in each process, as torchrun does; return whether all have ended well, and what they have said.
+
+    Args:
+        script: a path.
+        arguments: of the script.
+        processes: how many.
+        folder: an empty one, for the processes to meet in.
+    """
+    told = Path(folder) / "told"
+    try:
+        run(_script, Path(folder), str(script), list(map(str, arguments)), processes=processes)
+    except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
+        return False, f"{told.read_text()}{error}"
+    return True, told.read_text()
+
+
+def _script(rank, world, folder, script, arguments):
+    faulthandler.dump_traceback_later(120, exit=True)  # who waits for whom
+    told = os.open(folder / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(told, number)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "RENDEZVOUS": f"file://{folder / 'rendezvous'}"}
+    sys.argv, sys.path[:0] = [script, *arguments], [str(Path(script).parent)]
+    runpy.run_path(script, run_name="__main__")
+
+
+def meet():
+    """In a script: find the other processes, under torchrun or `run_script`."""
+    rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    dist.init_process_group("gloo", init_method=os.environ.get("RENDEZVOUS"), rank=rank, world_size=world)
 
 
 def start(rank, world, rendezvous):

@@ -1,5 +1,7 @@
 """Small networks that do not see the scale of some of their weights, and a run of one with any optimizer."""
 
+import functools
+
 import torch
 from torch import nn
 
@@ -59,9 +61,12 @@ class Net(nn.Module):
 
 def batch(net, step, size=_BATCH):
     """The same inputs and labels for every net of a kind."""
-    make = torch.Generator().manual_seed(1000 + step % 20)
-    shape = (size, 3, 7, 7) if net.is_image else (size, 8)
-    dtype = net.classifier.weight.dtype
+    return _batch((size, 3, 7, 7) if net.is_image else (size, 8), net.classifier.weight.dtype, step % 20)
+
+
+@functools.cache
+def _batch(shape, dtype, seed):
+    make = torch.Generator().manual_seed(1000 + seed)
     x = torch.randn(shape, generator=make, dtype=torch.float64)
     return x.to(dtype), x.flatten(1)[:, :_CLASSES].argmax(1)
 

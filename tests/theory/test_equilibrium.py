@@ -90,6 +90,7 @@ def test_only_the_product_of_lr_and_decay_counts():
         assert lr / told.weight_sq == pytest.approx(e, rel=PERCENT)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("nesterov", [False, True])
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.9])
 @pytest.mark.parametrize("decay", [0.01, 0.3])

@@ -6,8 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from support.gloo import leave, start
+from support.gloo import leave, run, start
 from torch import nn
 
 import normkern
@@ -55,7 +54,7 @@ def parallel(rank, world, rendezvous, name, options):
     ],
 )
 def test_parallel(name, options, tmp_path):
-    mp.spawn(parallel, (2, str(tmp_path / "rendezvous"), name, options), nprocs=2)
+    run(parallel, str(tmp_path / "rendezvous"), name, options)
 
 
 class Mesh:
