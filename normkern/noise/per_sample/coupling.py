@@ -36,6 +36,16 @@ def is_sum(op: Operation) -> bool:
     return op.name in ("sum", "nansum") or op.kwargs.get("reduction") == "sum"
 
 
+def is_linear(op: Operation, state: Mixed) -> bool:
+    """Return whether an operation adds parameters to a sum over samples, or scales it, as a penalty on weights does."""
+    return state.kind == "summed" and (adds(op) or op.name in ("mul", "multiply", "__mul__", "__rmul__"))
+
+
+def adds(op: Operation) -> bool:
+    """Return whether an operation adds its operands, or subtracts them."""
+    return op.name in _ADDS
+
+
 def may_couple(op: Operation, result: Tensor, states: Sequence[tuple[Tensor, State]]) -> bool:
     """Return whether an operation on samples of unknown places may couple them; one element by element does not."""
     has_samples = [t for t, s in states if s is not None]
@@ -82,8 +92,10 @@ def after(op: Operation, result: Tensor, states: Sequence[tuple[Tensor, State]])
         return replace(together, kind="summed" if result.dim() == 0 and name in _LOSSES else "unknown")
     if kinds == {"moved"} and not has_samples and name in MOVES:
         return replace(together, kind="moved")
+    are_losses = kinds == {"summed"} and all(s.are_losses or t.numel() == 1 for t, s in mixed) and not has_samples
+    together = replace(together, are_losses=are_losses)
     if name in _SUMS or name in _ADDS or name in _KEEPS:
         return replace(together, kind="summed")
     if name in _SCALES and len(mixed) == 1 and not has_samples and (op.args[0] is mixed[0][0] or "mul" in name):
         return replace(together, kind="summed", is_sum=False)
-    return together
+    return replace(together, are_losses=False)

@@ -90,13 +90,13 @@ ON_LAST: dict[str, int] = {
     **{f"{kind}_pool{n}d_with_indices": n for n in (1, 2, 3) for kind in ("max", "adaptive_max")},
     **{f"fractional_max_pool{n}d": n for n in (2, 3)},
     **dict.fromkeys(("linear", "bilinear", "pairwise_distance"), 1),
-    **dict.fromkeys(("scaled_dot_product_attention", "cdist"), 2),
+    "scaled_dot_product_attention": 2,
     **dict.fromkeys(("linalg_inv", "inverse", "linalg_cholesky", "linalg_matrix_exp", "linalg_det"), 2),
     **dict.fromkeys(("linalg_solve", "linalg_solve_triangular"), 2),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), 3),
 }
 #: Of these, the ones that broadcast the dimensions before: an operand with fewer has them elsewhere in the result.
-BROADCAST_BATCHES = frozenset("scaled_dot_product_attention cdist linalg_solve linalg_solve_triangular".split())
+BROADCAST_BATCHES = frozenset("scaled_dot_product_attention linalg_solve linalg_solve_triangular".split())
 #: Expect the samples in the first dimension.
 ON_FIRST = frozenset(
     """group_norm instance_norm batch_norm local_response_norm grid_sample affine_grid fold im2col embedding_bag
@@ -142,9 +142,19 @@ class LayoutRules:
 
     def created(self, name: str, result: Tensor) -> State:
         """Return the state of a result of an operation whose operands have no samples: perhaps a guess."""
-        if (name in MAKES or name in WIDENS) and result.dim() > 1 and result.shape[0] == self.batch:
-            return sample_layout.leading(result.shape, self.batch, certain=False)
-        return None
+        return _guess(result, self.batch) if name in MAKES or name in WIDENS else None
+
+
+def _guess(made: Tensor, batch: int) -> State:
+    """Return the state of a tensor that was made: perhaps an entry of its first dimension is for each sample."""
+    is_likely = made.dim() > 1 and made.shape[0] == batch
+    return sample_layout.leading(made.shape, batch, certain=False) if is_likely else None
+
+
+@propagates(*(name for name in MAKES if name.startswith("new_")))
+def makes(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Make a tensor of numbers, with the dtype of one that has samples."""
+    return [_guess(y, batch) for y in results]
 
 
 def dims_of(op: Operation, ndim: int, at: int = 1) -> list[int] | None:
@@ -372,12 +382,11 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     key: Any = None
     if not any(isinstance(a, Tensor) for a in (*_values(args[1:]), *kwargs.values())):
         key = (name, batch, tuple((tuple(t.shape), r.block) for t, r in op.samples), _key(args), _key(kwargs))
+        if name == "as_strided":
+            key = (*key, x.stride(), x.storage_offset())
         known = _moved.get(key)
         if known is not None:
             return _states(known, certain, name)
-    if name == "as_strided" and not x.is_contiguous():
-        return [Mixed("as_strided of a tensor that is not contiguous")]
-
     def numbers_of(t: Tensor) -> Tensor:
         if id(t) in of:
             return sample_layout.numbers(t.shape, of[id(t)], batch)
@@ -390,6 +399,8 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     others = {k: v for k, v in kwargs.items() if k not in ("tensors", "input", "out")}
     try:
         with torch.no_grad():
+            if name == "as_strided":
+                numbers = in_memory_of(x, numbers)
             out = op.func(numbers, *args[1:], **others)
     except (RuntimeError, TypeError, NotImplementedError):  # torch.nn.functional.unfold, for one
         return RULES["im2col"](op, results, batch) if name == "unfold" else _unknown(op, results, batch)
@@ -399,6 +410,13 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
             _moved.clear()
         _moved[key] = blocks
     return _states(blocks, certain, name)
+
+
+def in_memory_of(x: Tensor, numbers: Tensor) -> Tensor:
+    """Return sample numbers that lie in memory as the entries of x do, as `as_strided` reads them; elsewhere -1."""
+    size = x.untyped_storage().nbytes() // x.element_size()
+    memory = torch.full((size,), -1, dtype=numbers.dtype)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(numbers)
 
 
 def _states(blocks: list[int | None], certain: bool, name: str) -> list[State]:
@@ -520,6 +538,26 @@ def _product(name: str, pair: list[Tensor], samples: Samples, out: Tensor, batch
             at = d if other.dim() == 1 else d - t.dim() + max(t.dim(), other.dim())
         states.append(SampleLayout(sample_layout.block_on(out.shape, at, inner), layout.certain))
     return _agree(states, name)
+
+
+@propagates("cdist")
+def distances(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Return the distances of the rows of two tensors, which may not both be of samples."""
+    pair = [op.argument(0, "x1"), op.argument(1, "x2")]
+    of, out = {id(t): layout for t, layout in op.samples}, results[0]
+    states: list[State] = []
+    for i, t in enumerate(pair):
+        if id(t) not in of:
+            continue
+        found = sample_layout.axis(t.shape, of[id(t)].block, batch)
+        from_last = 0 if found is None else t.dim() - 1 - found[0]
+        if found is None or not from_last:
+            return [Mixed("cdist goes over the samples")]
+        if from_last == 1 and id(pair[1 - i]) in of:
+            return [Mixed("cdist of every sample with every other")]
+        at = out.dim() - 1 - (1 - i if from_last == 1 else from_last)
+        states.append(SampleLayout(sample_layout.block_on(out.shape, at, found[1]), of[id(t)].certain))
+    return [_agree(states, op.name)]
 
 
 @propagates("tensordot")

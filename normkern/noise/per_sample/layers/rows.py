@@ -46,7 +46,7 @@ def join(tensors: TensorState, op: Operation) -> Any:
         return NotImplemented
     if op.name in BROADCASTS:
         return _spread(tensors, op, table)
-    return _masked(tensors, op, table)
+    return masked(tensors, op, table)
 
 
 class NoRows(torch.autograd.Function):
@@ -207,10 +207,15 @@ def _spread(tensors: TensorState, op: Operation, table: Tensor) -> Any:
     instead: dict[int, Tensor] = {}
     for q in op.parameters:
         if id(q) not in instead:
-            use = tensors.use(op.name, [q])
-            instead[id(q)] = SpreadRows.apply(use, q, shape, table, _error(tensors, op))
+            instead[id(q)] = spread_rows(tensors, op, q, shape, table)
             tensors.mark(instead[id(q)], described(table, shape, batch))
     return tensors.run(lambda: op.run_with(lambda t: instead.get(id(t), t)))
+
+
+def spread_rows(tensors: TensorState, op: Operation, q: Tensor, shape: torch.Size, table: Tensor) -> Tensor:
+    """Return a parameter repeated for every entry of a shape, whose samples are in a table."""
+    out: Tensor = SpreadRows.apply(tensors.use(op.name, [q]), q, shape, table, _error(tensors, op))
+    return out
 
 
 # ---- Any other operation --------------------------------------------------------------------------------------------
@@ -258,7 +263,8 @@ class MaskedSamples(torch.autograd.Function):
             return (None, None, None, None, *grads)
 
 
-def _masked(tensors: TensorState, op: Operation, table: Tensor) -> Any:
+def masked(tensors: TensorState, op: Operation, table: Tensor) -> Any:
+    """Run an operation whose result has entries of the samples in a table, the backward sample by sample."""
     params = list({id(t): t for t in op.parameters}.values())
     data = list({id(t): t for t in op.tensors() if not any(t is p for p in params)}.values())
     order = {id(t): i for i, t in enumerate([*data, *params])}
