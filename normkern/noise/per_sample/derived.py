@@ -104,9 +104,7 @@ def derive(
         if writes and op.name == "__setitem__":
             twin = written
     picks = _selects(op) and not writes
-    return [
-        Derived(value, leaves, are_selected and picks, transposed, coarsest) for value in tensors_in((twin,))
-    ]
+    return [Derived(value, leaves, are_selected and picks, transposed, coarsest) for value in tensors_in((twin,))]
 
 
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:

@@ -154,7 +154,9 @@ def uncovered(parameter: str, operation: str, why: str | None) -> NotImplemented
     )
 
 
-def mixed(parameter: str, operation: str, why: str, has_way_out: bool = False, is_penalty: bool = False) -> RuntimeError:
+def mixed(
+    parameter: str, operation: str, why: str, has_way_out: bool = False, is_penalty: bool = False
+) -> RuntimeError:
     """A layer gets a tensor whose samples cannot be told apart."""
     start = (
         f"GradientNoise: {operation} uses {parameter} on samples that cannot be told apart any more: {why}; at "

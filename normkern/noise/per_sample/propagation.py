@@ -387,6 +387,7 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
         known = _moved.get(key)
         if known is not None:
             return _states(known, certain, name)
+
     def numbers_of(t: Tensor) -> Tensor:
         if id(t) in of:
             return sample_layout.numbers(t.shape, of[id(t)], batch)

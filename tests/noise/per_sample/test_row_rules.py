@@ -239,6 +239,20 @@ def test_graphs_by_the_vector_that_has_the_graph_of_each_node():
     torch.testing.assert_close(noise.result().sq_norms, told)
 
 
+def test_measure_takes_the_vector_of_graphs():
+    model = Graphs().double()
+    told = norms(model, [model(*graphs([i])).square().sum() for i in range(4)])
+
+    def loss(model, batch):
+        return model(*batch).square().sum(1).mean()
+
+    result = normkern.GradientNoise.measure(model, loss, graphs(), stats="norms", samples="batch")
+    torch.testing.assert_close(result.sq_norms, told)
+    assert result.batch_size == 4
+    with refuses("samples='nodes' expected"):
+        normkern.GradientNoise.measure(model, loss, graphs(), samples="nodes")
+
+
 def test_edges_between_graphs_are_refused():
     model = Graphs().double()
     x, edges, batch = graphs()

@@ -45,7 +45,11 @@ def written(tensors: TensorState, op: Operation) -> Any:
     """x[index] = parameter: a mask's token comes into the places of several samples."""
     x, index, q = op.args
     state = tensors.state(x)
-    if not isinstance(state, (SampleLayout, Numbered)) or not any(q is p for p in op.parameters) or len(op.parameters) > 1:
+    if (
+        not isinstance(state, (SampleLayout, Numbered))
+        or not any(q is p for p in op.parameters)
+        or len(op.parameters) > 1
+    ):
         return NotImplemented
     table = table_of(x.shape, state, tensors.rules.batch)
     assert table is not None
