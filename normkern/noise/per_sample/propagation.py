@@ -400,7 +400,7 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     others = {k: v for k, v in kwargs.items() if k not in ("tensors", "input", "out")}
     try:
         with torch.no_grad():
-            if name == "as_strided":
+            if name == "as_strided" and isinstance(numbers, Tensor):
                 numbers = in_memory_of(x, numbers)
             out = op.func(numbers, *args[1:], **others)
     except (RuntimeError, TypeError, NotImplementedError):  # torch.nn.functional.unfold, for one
