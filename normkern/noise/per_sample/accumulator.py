@@ -62,6 +62,7 @@ class Accumulator:
         self._origin_of_backward: int | None = None
         self.open = True
         self.estimating = False  # the signed backward runs
+        self.is_aside = False  # a backward to other tensors than parameters runs, as for an attack on the inputs
         self.contrast: Contrast | None = None
         self.batches: list[int] = []  # of the backwards
         self._calls = 0
@@ -88,6 +89,11 @@ class Accumulator:
     def record(self, root: int) -> ParameterRecord:
         """Return the record of the parameter with this id."""
         return self.parameters[root]
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether a backward that runs is one whose contributions count."""
+        return not (self.estimating or self.is_aside)
 
     # ---- Forward
 
@@ -132,7 +138,7 @@ class Accumulator:
 
     def taint(self, _: Tensor | None = None) -> None:
         """Leave out all parameters whose gradients come after this one in the backward."""
-        self.tainted = not self.estimating or self.tainted
+        self.tainted = self.is_measuring or self.tainted
 
     # ---- Backward
 
@@ -140,7 +146,7 @@ class Accumulator:
         """Check that the backward of a use may run."""
         if not self.open:
             raise errors.backward_outside()
-        if self.estimating:
+        if not self.is_measuring:
             return
         if use.done or use.call in self._claimed:
             raise errors.second_backward(use.name)
@@ -158,6 +164,8 @@ class Accumulator:
 
     def measure(self, target: Target, contribution: Callable[[], Contribution]) -> Tensor | None:
         """Return the gradient of a target, and take its contributions into account."""
+        if self.is_aside:
+            return None
         if self.tainted and not self.estimating:
             self.exclude([root.record for root in target.roots])
         measured = [root for root in target.roots if root.record.status == "exact"]

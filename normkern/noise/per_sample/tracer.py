@@ -171,6 +171,8 @@ class Tracer(TorchFunctionMode):
         if outermost and self.accumulator.reduction == "mean":
             self._warn_of_sums(tensors_in((*args, *kwargs.values())))
         self._entered += 1
+        was_aside = self.accumulator.is_aside
+        self.accumulator.is_aside = was_aside or (func is torch.autograd.grad and self._is_aside(args, kwargs))
         try:
             with self:
                 out = body(func)(*args, **kwargs)
@@ -182,10 +184,18 @@ class Tracer(TorchFunctionMode):
             raise
         finally:
             self._entered -= 1
+            self.accumulator.is_aside = was_aside
         if outermost:
             self.accumulator.backward_ended()
             self.tensors.sweep()
         return out
+
+    def _is_aside(self, args: Any, kwargs: Any) -> bool:
+        """Return whether gradients are of other tensors than parameters, and are not differentiated themselves."""
+        inputs = args[1] if len(args) > 1 else kwargs.get("inputs")
+        create_graph = args[4] if len(args) > 4 else kwargs.get("create_graph", False)
+        inputs = [inputs] if isinstance(inputs, Tensor) else inputs
+        return not create_graph and not any(self.tensors.is_parameter(t) for t in tensors_in((inputs,)))
 
     def _warn_of_sums(self, losses: Iterator[Tensor]) -> None:
         """Warn, once in a context, if a loss is seen to be a sum over samples."""
