@@ -146,7 +146,7 @@ class Accumulator:
         """Check that the backward of a use may run."""
         if not self.open:
             raise errors.backward_outside()
-        if not self.is_measuring:
+        if self.estimating or self.is_aside:
             return
         if use.done or use.call in self._claimed:
             raise errors.second_backward(use.name)

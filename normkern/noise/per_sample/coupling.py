@@ -92,10 +92,13 @@ def after(op: Operation, result: Tensor, states: Sequence[tuple[Tensor, State]])
         return replace(together, kind="summed" if result.dim() == 0 and name in _LOSSES else "unknown")
     if kinds == {"moved"} and not has_samples and name in MOVES:
         return replace(together, kind="moved")
-    are_losses = kinds == {"summed"} and all(s.are_losses or t.numel() == 1 for t, s in mixed) and not has_samples
-    together = replace(together, are_losses=are_losses)
     if name in _SUMS or name in _ADDS or name in _KEEPS:
-        return replace(together, kind="summed")
+        return Mixed(first.why, kind="summed", is_sum=together.is_sum, are_losses=_are_losses(mixed, has_samples))
     if name in _SCALES and len(mixed) == 1 and not has_samples and (op.args[0] is mixed[0][0] or "mul" in name):
-        return replace(together, kind="summed", is_sum=False)
-    return replace(together, are_losses=False)
+        return Mixed(first.why, kind="summed", are_losses=_are_losses(mixed, has_samples))
+    return together
+
+
+def _are_losses(mixed: Sequence[tuple[Tensor, Mixed]], has_samples: bool) -> bool:
+    """Return whether all operands are sums over samples that were numbers by themselves."""
+    return not has_samples and all(s.kind == "summed" and (s.are_losses or t.numel() == 1) for t, s in mixed)

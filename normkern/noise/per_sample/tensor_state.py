@@ -196,12 +196,14 @@ class TensorState:
         key = id(t)
         if key in self._parameters:
             return True
+        marked = self._states.get(key)
+        if marked is None or marked[1] is not None:  # what is made of parameters is marked as without samples
+            return False
         for table in (self._derived, self._opaque):
             entry = table.get(key)
             if entry is not None and entry[0]() is t:
                 return True
-        entry = self._states.get(key)
-        return entry is not None and entry[1] is None and t.requires_grad and self._is_replayed(t)
+        return t.requires_grad and self._is_replayed(t)
 
     def _is_replayed(self, t: Tensor) -> bool:
         """Return whether an autograd function made a tensor of parameters alone, and remember the way back."""
