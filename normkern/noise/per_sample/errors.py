@@ -196,7 +196,7 @@ def rows_of_no_sample(parameter: str, operation: str) -> RuntimeError:
     return RuntimeError(
         f"GradientNoise: {operation} uses {parameter} on entries that no sample made (zeros into which nothing was "
         "added, padding), and they reach the loss, so it is not known to which sample their gradient belongs. Expected "
-        "them to be dropped before the loss, or made from the samples"
+        'them to be dropped before the loss, or made from the samples, or uncovered="exclude"'
     )
 
 

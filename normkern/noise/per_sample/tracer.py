@@ -421,8 +421,11 @@ class Tracer(TorchFunctionMode):
         if out is not NotImplemented:
             return out
         state = op.numbered[0][1]
-        if any(t.requires_grad for t, _ in op.numbered):
-            raise errors.mixed(self.tensors.records(op.parameters)[0].described, op.name, op.why or state.why)
+        has_way_out = not LayoutRules.knows(op.name)  # whether samples meet is not known
+        must_raise = self.accumulator.uncovered_is == "raise" or not has_way_out
+        if must_raise and any(t.requires_grad for t, _ in op.numbered):
+            described = self.tensors.records(op.parameters)[0].described
+            raise errors.mixed(described, op.name, op.why or state.why, has_way_out)
         return self._leave_out(op, operands, op.why or state.why)
 
     def _derive(self, op: Operation) -> Any:

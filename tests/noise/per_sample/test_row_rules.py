@@ -404,3 +404,12 @@ def test_rows_that_no_sample_made(layer):
     model.kept = True
     with normkern.GradientNoise(model), refuses("on entries that no sample made"):
         (model(x) + 1).square().sum().div(5).backward()
+    model.zero_grad()
+    noise = normkern.GradientNoise(model, ("norms",), uncovered="exclude")
+    with noise:
+        (model(x) + 1).square().sum().div(5).backward()
+    assert noise.result().coverage.exact == ("a.weight", "a.bias")
+    wanted = torch.autograd.grad((model(x) + 1).square().sum().div(5), list(model.parameters()))
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(wanted))
+    told = norms(model.a, [(model(row[None]) + 1).square().sum() for row in x])
+    torch.testing.assert_close(noise.result().sq_norms, told)
