@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
 from .derived import Derived, coarser
+from .operation import tensors_in
 
 #: Of a node of autograd's graph and the number of its result: what that result was derived from; None: not known.
 Find = Callable[[Any, int], Derived | None]
@@ -58,14 +59,15 @@ def replayed(made: Tensor, find: Find, has_samples: Callable[[Tensor], bool]) ->
     Args:
         made: a tensor with a gradient, of which no operation was seen to make it.
         find: returns what an input was derived from.
-        has_samples: returns whether a tensor that the function saved has samples.
+        has_samples: returns whether a tensor that the function keeps has samples.
     """
     node = made.grad_fn
     if not isinstance(node, BackwardCFunction) or node._forward_cls.__module__.startswith(__package__):
         return None
     saved = Saved(node)
-    if any(t is not None and has_samples(t) for t in saved.saved_tensors):
-        return None
+    kept = [*saved.saved_tensors, *vars(node).values()]
+    if any(map(has_samples, tensors_in(kept))) or any(hasattr(x, "__array_interface__") for x in kept):
+        return None  # what numpy computed may be of samples
     inputs = [find(*edge) for edge in node.next_functions if edge[0] is not None]
     known = [d for d in inputs if d is not None]
     if not known or len(known) < len(inputs):

@@ -85,6 +85,40 @@ def test_coupled_samples_are_refused(way):
         model(torch.randn(6, 4)).square().mean().backward()
 
 
+class Unseen(torch.autograd.Function):
+    """The same by numpy, whose operations no mode sees; `keep`: how its backward knows the inputs."""
+
+    @staticmethod
+    def forward(ctx, x, w, keep):
+        if keep == "saved":
+            ctx.save_for_backward(x)
+        else:
+            ctx.kept = {"tensor": x, "list": [x], "array": x.detach().numpy()}[keep]
+        return torch.tensor((x.detach().numpy() @ w.detach().numpy()).mean(0))
+
+    @staticmethod
+    def backward(ctx, grad):
+        kept = ctx.saved_tensors[0] if ctx.saved_tensors else ctx.kept
+        x = torch.as_tensor(kept[0] if isinstance(kept, list) else kept)
+        return None, x.mean(0)[:, None] * grad, None
+
+
+class Hidden(nn.Module):
+    def __init__(self, keep):
+        super().__init__()
+        self.keep, self.w, self.out = keep, nn.Parameter(torch.randn(4, 3)), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.out(x) + Unseen.apply(x, self.w, self.keep)
+
+
+@pytest.mark.parametrize("keep", ["saved", "tensor", "list", "array"])
+def test_samples_that_a_function_hides_are_refused(keep):
+    model = Hidden(keep)
+    with refuses("'w' of the model .*no use was seen"), normkern.GradientNoise(model):
+        model(torch.randn(6, 4)).square().mean().backward()
+
+
 def test_wrong_gradient_of_a_functions_weight_is_found():
     problem = PLACED["rounded_kernels"].problem()
     problem.model[0].weight.register_hook(lambda g: g * 1.01)
