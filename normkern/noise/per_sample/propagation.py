@@ -95,6 +95,7 @@ ON_LAST: dict[str, int] = {
     **dict.fromkeys(("linalg_solve", "linalg_solve_triangular"), 2),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), 3),
 }
+_CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for n in (1, 2, 3) for kind in ("", "_transpose"))
 #: Of these, the ones that broadcast the dimensions before: an operand with fewer has them elsewhere in the result.
 BROADCAST_BATCHES = frozenset("scaled_dot_product_attention linalg_solve linalg_solve_triangular".split())
 #: Expect the samples in the first dimension.
@@ -253,8 +254,10 @@ def is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
     if op.name in ("layer_norm", "rms_norm"):
         shape = op.kwargs.get("normalized_shape", op.args[1] if len(op.args) > 1 else ())
         return dim < x.dim() - (1 if isinstance(shape, int) else len(shape))
+    if op.name == "renorm":  # changes each entry of its dimension by itself
+        return dims_of(op, x.dim(), 2) == [dim]
     fft = op.name.startswith("fft_")
-    at = 2 if fft else {"topk": 2, "gumbel_softmax": 4, "normalize": 2, "renorm": 2, "diff": 2}.get(op.name, 1)
+    at = 2 if fft else {"topk": 2, "gumbel_softmax": 4, "normalize": 2, "diff": 2}.get(op.name, 1)
     dims = dims_of(op, x.dim(), at)
     if dims is None and fft and op.name[-1] in "2n":
         dims = _dims_of_fft(op, x.dim())
@@ -271,7 +274,28 @@ def _dims_of_fft(op: Operation, ndim: int) -> list[int]:
     return list(range(ndim - count, ndim))
 
 
+#: Of these, the ones whose first operands alone may have samples: weights that have some couple them.
+_INPUTS = {
+    **dict.fromkeys(
+        ("linear", "group_norm", "instance_norm", "batch_norm", "native_group_norm", *_CONVOLUTIONS), ("input",)
+    ),
+    "bilinear": ("input1", "input2"),
+}
+
+
+def has_weights_of_samples(op: Operation, samples: Sequence[Tensor]) -> bool:
+    """Return whether weights of an operation have samples, which are then multiplied with those of others."""
+    if op.name in ("embedding", "embedding_bag"):
+        table = op.argument(0 if op.func in (torch.embedding, torch.embedding_bag) else 1, "weight")
+        return any(t is table for t in samples)
+    names = _INPUTS.get(op.name)
+    inputs = [] if names is None else [op.argument(at, name) for at, name in enumerate(names)]
+    return names is not None and any(all(t is not x for x in inputs) for t in samples)
+
+
 def _is_before_last(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
+    if has_weights_of_samples(op, [x]):
+        return False
     aligned = op.name not in BROADCAST_BATCHES or out.dim() == x.dim()
     return aligned and dim < x.dim() - ON_LAST[op.name]
 
@@ -282,14 +306,30 @@ def _is_not_padded(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
 
 
 stays(*MIXES, where=is_not_mixed)
-stays(*ON_LAST, where=_is_before_last)
-stays(*ON_FIRST, where=lambda op, x, dim, out: dim == 0)
+stays(*(name for name in ON_LAST if name not in _CONVOLUTIONS), where=_is_before_last)
+stays(*ON_FIRST, where=lambda op, x, dim, out: dim == 0 and not has_weights_of_samples(op, [x]))
 stays("pad", where=_is_not_padded)
+
+
+@propagates(*_CONVOLUTIONS)
+def convolution(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Keep the samples before the channels, or along them where each group of channels is of one sample."""
+    x, weight = op.argument(0, "input"), op.argument(1, "weight")
+    groups = op.argument(6, "groups", 1)
+    of = {id(t): sample_layout.axis(t.shape, layout.block, batch) for t, layout in op.samples}
+    along = of.get(id(x)) == (1, x.shape[1] // batch) and of.get(id(weight)) == (0, len(weight) // batch)
+    rest = [t for t, _ in op.samples if t is not x and t is not weight]
+    if along and groups and groups % batch == 0 and not rest and len(x.shape) == ON_LAST[op.name] + 1:
+        block = sample_layout.block_on(results[0].shape, 1, results[0].shape[1] // batch)
+        return [SampleLayout(block, any(layout.certain for _, layout in op.samples))]
+    return [_stay(op, _is_before_last, y, batch) for y in results]
 
 
 @propagates("embedding", "one_hot", "view_as_complex", "view_as_real")
 def lookup(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Replace each number by a row, or a row by a number."""
+    if has_weights_of_samples(op, [t for t, _ in op.samples]):
+        return [Mixed(f"{op.name} in a table of samples")]
     return [_resized(op, y) for y in results]
 
 

@@ -273,8 +273,7 @@ def on_last(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor
         if found is not None:
             found = _same_along(op, found, range(t.dim() - count, t.dim()))
             leads.append(without_last(found, count))
-    if op.name.startswith("conv") and (len(leads) > 1 or table(op.argument(0, "input")) is None):
-        raise Apart(f"{op.name} by kernels that have samples")
+    _check_weights(op, table)
     lead = _met(op, leads)
     assert lead is not None
     return [lead.reshape(*lead.shape, *(1,) * (y.dim() - lead.dim())) for y in results]
@@ -283,10 +282,16 @@ def on_last(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor
 @numbers(*propagation.ON_FIRST)
 def on_first(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | None]:
     """Keep the samples of the first dimension."""
+    _check_weights(op, table)
     found = _met(op, [None if table(t) is None else _first(op, table(t)) for t in op.tensors()])
     if found is None or any(len(found) not in (1, y.shape[0]) for y in results):
         raise Apart(f"{op.name} goes over the samples")
     return [found.reshape(-1, *(1,) * (y.dim() - 1)) for y in results]
+
+
+def _check_weights(op: Operation, table: TableOf) -> None:
+    if propagation.has_weights_of_samples(op, [t for t in op.tensors() if table(t) is not None]):
+        raise Apart(f"{op.name} by weights that have samples")
 
 
 def _first(op: Operation, table: Tensor | None) -> Tensor:

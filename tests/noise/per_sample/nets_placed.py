@@ -341,3 +341,52 @@ def features_by_image():
     ids = torch.randint(1, 7, (3, 5))
     ids[:, 1:3] = 0
     return Problem(Captioned(), (ids, torch.randn(3, 2, 3)), torch.randn(3, 1), squares)
+
+
+class Modulated(nn.Module):
+    """Kernels of each sample's style, by one convolution with a group for each sample, as in StyleGAN2."""
+
+    def __init__(self, transposed):
+        super().__init__()
+        self.style, self.transposed = nn.Linear(3, 3), transposed
+        self.kernels = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+    def forward(self, x):
+        style = self.style(x.mean((2, 3)))
+        kernels = self.kernels * style[:, None, :, None, None]
+        images = x.reshape(1, -1, *x.shape[2:])
+        if self.transposed:
+            kernels = kernels.transpose(1, 2)
+            y = F.conv_transpose2d(images, kernels.reshape(-1, *kernels.shape[2:]), groups=len(x))
+        else:
+            y = F.conv2d(images, kernels.reshape(-1, *kernels.shape[2:]), padding=1, groups=len(x))
+        return y.view(len(x), -1, *y.shape[2:]).tanh()
+
+
+@PLACED()
+def kernels_of_samples():
+    return numbers(Modulated(False), 4, 3, 5, 4)
+
+
+@PLACED()
+def transposed_kernels_of_samples():
+    return numbers(Modulated(True), 3, 3, 4, 5)
+
+
+class Put(nn.Module):
+    """index_put of a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.token = nn.Linear(5, 4), nn.Parameter(torch.randn(2, 1, 1))
+
+    def forward(self, x):
+        at = torch.tensor([[1], [3]])
+        x = self.into(x)
+        h = x.mT.index_put((torch.arange(len(x)).view(-1, 1, 1), at), self.token)
+        return h.index_put((torch.arange(len(x)).view(-1, 1, 1), at - 1), self.token, accumulate=True)
+
+
+@PLACED()
+def put_at_indices():
+    return numbers(Put(), 4, 3, 5)

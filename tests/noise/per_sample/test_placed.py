@@ -63,6 +63,39 @@ def _distances(net, x):
     return net.out(h) + torch.cdist(h, h).sum(1, keepdim=True)
 
 
+def _linear(net, x):
+    h = net.into(x)
+    return F.linear(h, h.tanh())
+
+
+def _bilinear(net, x):
+    h = net.into(x)
+    return F.bilinear(h, h, h[:, None] * h[:, :, None])
+
+
+def _convolved(net, x):
+    h = net.into(x).unflatten(1, (2, 2))
+    return F.conv1d(h, h.tanh()).flatten(1)
+
+
+def _normed(net, x):
+    """As many channels as samples."""
+    h = net.into(x)
+    return F.group_norm(h.repeat(1, 2)[:, :6], 2, h[:, 0])
+
+
+def _looked_up(net, x):
+    return net.out(F.embedding(torch.arange(len(x)).flip(0), net.into(x)))
+
+
+def _bags(net, x):
+    return net.out(F.embedding_bag(torch.arange(len(x)).view(-1, 1).flip(0), net.into(x)))
+
+
+def _renormed(net, x):
+    return net.out(torch.renorm(net.into(x), 2, 1, 0.5))
+
+
 def _losses(net, x):
     losses = torch.stack([net.out(net.into(x)).square().mean(), net.into(x).square().mean()])
     return losses.square()
@@ -74,7 +107,8 @@ def _pooled(net, x):
 
 WAYS = {
     "function": _function, "rows": _rows, "windows": _windows, "outside": _outside, "distances": _distances,
-    "losses": _losses, "pooled": _pooled,
+    "losses": _losses, "pooled": _pooled, "linear": _linear, "bilinear": _bilinear, "convolved": _convolved, "normed": _normed,
+    "looked up": _looked_up, "bags": _bags, "renormed": _renormed,
 }  # fmt: skip
 
 

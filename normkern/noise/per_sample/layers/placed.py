@@ -40,21 +40,18 @@ def joined(tensors: TensorState, op: Operation) -> Any:
     return tensors.run(lambda: op.run_with(lambda t: instead.get(id(t), t)))
 
 
-@handles("__setitem__", takes_numbered=True)
+@handles("__setitem__", "index_put", takes_numbered=True)
 def written(tensors: TensorState, op: Operation) -> Any:
     """x[index] = parameter: a mask's token comes into the places of several samples."""
-    x, index, q = op.args
+    x, index, q = op.args[:3]
     state = tensors.state(x)
-    if (
-        not isinstance(state, (SampleLayout, Numbered))
-        or not any(q is p for p in op.parameters)
-        or len(op.parameters) > 1
-    ):
+    if not isinstance(state, (SampleLayout, Numbered)) or len(op.parameters) > 1 or q is not op.parameters[0]:
         return NotImplemented
     table = table_of(x.shape, state, tensors.rules.batch)
     assert table is not None
+    key = tuple(index) if op.name == "index_put" else index
     with torch._C.DisableTorchFunction(), torch.no_grad():
-        table = table.expand(x.shape)[map_tensors(index, lambda t: t.cpu())]
+        table = table.expand(x.shape)[map_tensors(key, lambda t: t.cpu())]
     q_ = spread_rows(tensors, op, q, table.shape, table)
     tensors.mark(q_, described(table, table.shape, tensors.rules.batch))
-    return tensors.run(op.func, x, index, q_)
+    return tensors.run(op.func, x, index, q_, *op.args[3:], **op.kwargs)
