@@ -246,7 +246,7 @@ def _unknown(op: Operation, results: list[Tensor], batch: int) -> list[State]:
 
 
 def _is_loss_of_each(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
-    return dim == 0
+    return dim == 0 and not has_weights_of_samples(op, [x])
 
 
 def is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
@@ -279,6 +279,7 @@ _INPUTS = {
     **dict.fromkeys(
         ("linear", "group_norm", "instance_norm", "batch_norm", "native_group_norm", *_CONVOLUTIONS), ("input",)
     ),
+    **dict.fromkeys(("cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d"), ("input", "target")),
     "bilinear": ("input1", "input2"),
 }
 
