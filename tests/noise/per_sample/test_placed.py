@@ -99,7 +99,7 @@ def _renormed(net, x):
 def _weighted(net, x):
     """Weights of classes, as many as samples, from the samples."""
     h = net.into(x).repeat(1, 2)[:, :6]
-    return F.cross_entropy(h, torch.arange(6), weight=h[:, 0].square(), reduction="none")
+    return F.cross_entropy(h, torch.arange(6), weight=h[:, 0].detach().square(), reduction="none")
 
 
 def _losses(net, x):
