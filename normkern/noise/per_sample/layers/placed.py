@@ -25,7 +25,8 @@ def joined(tensors: TensorState, op: Operation) -> Any:
     over = op.argument(1, "dim", op.kwargs.get("axis", 0)) % (ndim + (op.name == "stack"))
     found = {sample_layout.axis(t.shape, layout.block, tensors.rules.batch) for t, layout in op.samples}
     at = found.pop() if len(found) == 1 else None
-    if at is None or not isinstance(listed, (list, tuple)) or (op.name != "stack" and over == at[0]):
+    is_guess = not any(layout.certain for _, layout in op.samples)
+    if at is None or is_guess or not isinstance(listed, (list, tuple)) or (op.name != "stack" and over == at[0]):
         return NotImplemented
     dim, inner = at
     size = op.samples[0][0].shape[dim]
