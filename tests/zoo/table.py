@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,6 @@ def _answer(line: dict[str, Any]) -> str:
     if "why" not in line:
         return line["answer"] if line["answer"] == "right" else f"{line['answer']} by {line['error']}"
     why = line["why"].partition("GradientNoise: ")[2] or line["why"]
-    why = (
-        why.partition(". Expected")[0].partition("; expected")[0].partition(". Something besides")[0].replace("|", "/")
-    )
-    return f"{line['answer']}: {' '.join(why.split())}"
+    why = why.partition(". Expected")[0].partition("; expected")[0].partition(". Something besides")[0]
+    why = re.sub(r"( \(|; |, )at \S+:\d+, in [^\s;)]+\)?", "", why)  # lines of code are where they were measured
+    return f"{line['answer']}: {' '.join(why.replace('|', '/').split())}"

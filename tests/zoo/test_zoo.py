@@ -26,7 +26,7 @@ def test_the_page_has_every_model_and_its_answer(tmp_path):
             "library": "a",
             "model": "two",
             "answer": "refused",
-            "why": "RuntimeError: GradientNoise: no | so. Expected x",
+            "why": "RuntimeError: GradientNoise: no | so (at /x/y.py:3, in f); at /x/z.py:12, in <lambda>. Expected x",
         },
         {"library": "b", "model": "three", "answer": "wrong", "error": 0.5},
         {"library": "b", "model": "four", "answer": "not made", "why": "?"},

@@ -49,7 +49,7 @@ class Accumulator:
         has_batchnorm: bool = False, reduction: str = "mean",
     ) -> None:  # fmt: skip
         self.records = list(records)
-        self._by_id = {id(r.param): r for r in records}
+        self.parameters = {id(r.param): r for r in records}  # by their ids
         self._constants = constants
         self.squares = "variance" in tiers
         self.projects = "projections" in tiers
@@ -80,7 +80,7 @@ class Accumulator:
 
     def knows(self, t: Tensor) -> bool:
         """Return whether this is a trainable parameter of the model."""
-        return id(t) in self._by_id
+        return id(t) in self.parameters
 
     def constant(self, t: Tensor) -> bool:
         """Return whether this is one of the model's buffers or frozen parameters."""
@@ -88,7 +88,12 @@ class Accumulator:
 
     def record(self, root: int) -> ParameterRecord:
         """Return the record of the parameter with this id."""
-        return self._by_id[root]
+        return self.parameters[root]
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether a backward that runs is one whose contributions count."""
+        return not self.estimating and self.reaches_parameters()
 
     # ---- Forward
 
@@ -133,8 +138,7 @@ class Accumulator:
 
     def taint(self, _: Tensor | None = None) -> None:
         """Leave out all parameters whose gradients come after this one in the backward."""
-        if not self.estimating and self.reaches_parameters():
-            self.tainted = True
+        self.tainted = self.tainted or self.is_measuring
 
     # ---- Backward
 
@@ -153,7 +157,7 @@ class Accumulator:
         """Check that the backward of a use may run."""
         if not self.open:
             raise errors.backward_outside()
-        if self.estimating or not self.reaches_parameters():
+        if not self.is_measuring:
             return
         if use.done or use.call in self._claimed:
             raise errors.second_backward(use.name)
@@ -250,7 +254,11 @@ class Accumulator:
             raise errors.wrong_arithmetic(target.roots[0].record.described, operation, difference, size(plain))
 
     def _compare(self, r: ParameterRecord, grad: Tensor) -> None:
-        """Compare sum_b c_b with the gradient."""
+        """Compare sum_b c_b with the gradient: refuse a parameter where they differ, or leave it out.
+
+        Both are sums of the same terms, rounded on the way from the operation to the parameter, to the coarsest dtype
+        of the tensors there. So they may differ by so much of the size of the terms.
+        """
         assert r.sums is not None
         total = r.sums.total.to(wide(grad.dtype))
         kinds = torch.promote_types(r.sums.total.dtype, grad.dtype).to_real(), grad.dtype.to_real(), r.coarsest
@@ -259,8 +267,12 @@ class Accumulator:
         scale = parts(grad).norm(dtype=torch.float64).item() + r.sums.sq_norms.sum().sqrt().item()
         if difference > tolerance * scale:  # of the terms, where they cancel: a scorer of candidates before a softmax
             scale += sum(c.size() for c in r.settled)
-        if difference > tolerance * scale:
+        if difference <= tolerance * scale:
+            return
+        if self.uncovered_is == "raise":
             raise errors.wrong_sum(r.described, difference, scale)
+        r.status, r.sums, r.pending = "excluded", None, []  # no random signs were drawn for it
+        r.incoming = grad.clone() if r.incoming is None else r.incoming
 
     def accumulated(self, r: ParameterRecord, param: Tensor) -> None:
         """Note that `.grad` has the gradient."""
@@ -313,7 +325,7 @@ class Accumulator:
             assert r.incoming is not None
             self._compare(r, r.incoming)
             r.settled = []
-            r.sq_now = sq_norm(r.sums.total)  # type: ignore[union-attr]
+            r.sq_now = None if r.sums is None else sq_norm(r.sums.total)
         if self.projects and self.batches:
             self._reset()
             raise errors.second_projection()

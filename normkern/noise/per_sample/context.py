@@ -335,7 +335,7 @@ class GradientNoise:
             return
         if state.kind == "unknown" and self.uncovered != "raise":
             return
-        if state.kind != "coupled" and x.numel() == 1:
+        if state.kind != "coupled" and (x.numel() == 1 or state.are_losses):
             return
 
         def refuse(_: Tensor) -> None:
@@ -383,6 +383,7 @@ class GradientNoise:
         batch_size: int | None = None,
         uncovered: Uncovered = "raise",
         check: bool | Literal["first"] = "first",
+        samples: str | None = None,
         sync: bool = True,
     ) -> GradientNoiseResult:
         """Measure a batch by a forward and backward of its own, and leave everything as it was.
@@ -398,8 +399,8 @@ class GradientNoise:
         Args:
             loss: ``loss(model, batch)`` returns a scalar, the mean over samples (or `reduction`).
             batch: any object that `loss` takes; its first tensor has the samples in its first dimension, or
-                `batch_size` says how many there are.
-            stats, reduction, batch_size, uncovered, check: as for `GradientNoise`.
+                `batch_size` says how many there are, or `samples` which each row has.
+            stats, reduction, batch_size, uncovered, check, samples: as for `GradientNoise`.
 
         The model is given to `loss` without `DistributedDataParallel` around it.
 
@@ -422,8 +423,10 @@ class GradientNoise:
         >>> def loss_of_transformer(model, batch):
         ...     return model(**batch).loss
         """
-        options: dict[str, Any] = {"reduction": reduction, "batch_size": batch_size, "uncovered": uncovered}
-        guess = measuring.check_arguments(model, loss, batch, batch_size)
+        options: dict[str, Any] = {
+            "reduction": reduction, "batch_size": batch_size, "uncovered": uncovered, "samples": samples
+        }  # fmt: skip
+        guess = measuring.check_arguments(model, loss, batch, batch_size, samples)
         noise = GradientNoise(unwrapped(model), stats, check=check, **options)
         noise._batch_of_measure = guess
         records = ModelParameters.of(noise.model).records

@@ -36,6 +36,16 @@ def is_sum(op: Operation) -> bool:
     return op.name in ("sum", "nansum") or op.kwargs.get("reduction") == "sum"
 
 
+def is_linear(op: Operation, state: Mixed) -> bool:
+    """Return whether an operation adds parameters to a sum over samples, or scales it, as a penalty on weights does."""
+    return state.kind == "summed" and (adds(op) or op.name in ("mul", "multiply", "__mul__", "__rmul__"))
+
+
+def adds(op: Operation) -> bool:
+    """Return whether an operation adds its operands, or subtracts them."""
+    return op.name in _ADDS
+
+
 def may_couple(op: Operation, result: Tensor, states: Sequence[tuple[Tensor, State]]) -> bool:
     """Return whether an operation on samples of unknown places may couple them; one element by element does not."""
     has_samples = [t for t, s in states if s is not None]
@@ -83,7 +93,12 @@ def after(op: Operation, result: Tensor, states: Sequence[tuple[Tensor, State]])
     if kinds == {"moved"} and not has_samples and name in MOVES:
         return replace(together, kind="moved")
     if name in _SUMS or name in _ADDS or name in _KEEPS:
-        return replace(together, kind="summed")
+        return Mixed(first.why, kind="summed", is_sum=together.is_sum, are_losses=_are_losses(mixed, has_samples))
     if name in _SCALES and len(mixed) == 1 and not has_samples and (op.args[0] is mixed[0][0] or "mul" in name):
-        return replace(together, kind="summed", is_sum=False)
+        return Mixed(first.why, kind="summed", are_losses=_are_losses(mixed, has_samples))
     return together
+
+
+def _are_losses(mixed: Sequence[tuple[Tensor, Mixed]], has_samples: bool) -> bool:
+    """Return whether all operands are sums over samples that were numbers by themselves."""
+    return not has_samples and all(s.kind == "summed" and (s.are_losses or t.numel() == 1) for t, s in mixed)

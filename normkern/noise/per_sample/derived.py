@@ -22,13 +22,6 @@ SELECTS = frozenset(
     mT H mH permute movedim moveaxis select narrow flip roll chunk split split_with_sizes tensor_split unbind
     cat concat concatenate stack hstack vstack contiguous clone to float double half bfloat16 type __iter__""".split()
 )
-#: Every entry of the result depends on one entry of the parameter.
-ELEMENTWISE = frozenset(
-    """add sub mul div true_divide __add__ __radd__ __sub__ __rsub__ __mul__ __rmul__ __truediv__ __rtruediv__
-    rsub neg __neg__ negative positive exp expm1 log log1p sqrt rsqrt square abs absolute sigmoid tanh relu
-    softplus silu gelu elu leaky_relu clamp clip clamp_min clamp_max pow __pow__ float_power reciprocal erf sin
-    cos sign where masked_fill hardtanh logit""".split()
-)
 #: Draw random numbers, which a second call would draw anew: contributions cannot go back through them.
 RANDOM = frozenset("""dropout alpha_dropout feature_alpha_dropout bernoulli multinomial gumbel_softmax rrelu""".split())
 _TRANSPOSES = frozenset("t T mT transpose swapaxes swapdims permute".split())
@@ -44,7 +37,6 @@ class Derived:
     value: Tensor
     leaves: dict[int, Tensor]
     selects: bool  #: each entry is one of a parameter, and each of those appears at most once
-    elementwise: bool  #: or a function of one entry
     transposed: int | None = None  #: the id of the parameter whose transpose, two-dimensional, this is
     coarsest: torch.dtype = torch.float64  #: of all tensors on the way
 
@@ -90,7 +82,7 @@ def derive(
     stands: dict[int, Tensor] = {}
     leaves: dict[int, Tensor] = {}
     transposed: int | None = None
-    are_selected = are_elementwise = True
+    are_selected = True
     coarsest = result.dtype.to_real()
     writes = op.written() is result
     for t in op.parameters:
@@ -104,7 +96,7 @@ def derive(
             stands[id(t)] = d.value
             leaves.update(d.leaves)
             coarsest = coarser(coarsest, d.coarsest)
-            are_selected, are_elementwise = are_selected and d.selects, are_elementwise and d.elementwise
+            are_selected = are_selected and d.selects
     with torch._C.DisableTorchFunction(), torch.enable_grad():
         if writes:
             written = stands[id(result)] = stands[id(result)].clone() if before is None else before
@@ -112,12 +104,7 @@ def derive(
         if writes and op.name == "__setitem__":
             twin = written
     picks = _selects(op) and not writes
-    same_shape = len(op.parameters) == 1 and result.shape == op.parameters[0].shape
-    pointwise = picks or (op.name in ELEMENTWISE and same_shape)
-    return [
-        Derived(value, leaves, are_selected and picks, are_elementwise and pointwise, transposed, coarsest)
-        for value in tensors_in((twin,))
-    ]
+    return [Derived(value, leaves, are_selected and picks, transposed, coarsest) for value in tensors_in((twin,))]
 
 
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:

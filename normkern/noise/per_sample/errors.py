@@ -155,18 +155,23 @@ def uncovered(parameter: str, operation: str, why: str | None) -> NotImplemented
     )
 
 
-def mixed(parameter: str, operation: str, why: str, has_way_out: bool = False) -> RuntimeError:
+def mixed(
+    parameter: str, operation: str, why: str, has_way_out: bool = False, is_penalty: bool = False
+) -> RuntimeError:
     """A layer gets a tensor whose samples cannot be told apart."""
+    start = (
+        f"GradientNoise: {operation} uses {parameter} on samples that cannot be told apart any more: {why}; at "
+        f"{user_code.line()}. Expected operations that "
+    )
     if has_way_out:
         return RuntimeError(
-            f"GradientNoise: {operation} uses {parameter} on samples that cannot be told apart any more: {why}; at "
-            f"{user_code.line()}. Expected operations that are known to treat every sample by itself, a rule of your "
-            'own (normkern.noise.register), or uncovered="exclude", which leaves out what the operation may couple'
+            start + "are known to treat every sample by itself, a rule of your own (normkern.noise.register), or "
+            'uncovered="exclude", which leaves out what the operation may couple'
         )
+    way_out = ', or uncovered="exclude", which leaves out the parameter' if is_penalty else ""
     return RuntimeError(
-        f"GradientNoise: {operation} uses {parameter} on samples that cannot be told apart any more: {why}; at "
-        f"{user_code.line()}. Expected operations that treat every sample by itself, and a loss of the model's "
-        "outputs alone: leave a penalty on the weights to weight_decay, or add it outside of the context"
+        start + "treat every sample by itself, and a loss of the model's outputs alone: leave a penalty on the weights "
+        f"to weight_decay, or add it outside of the context{way_out}"
     )
 
 
@@ -192,7 +197,7 @@ def rows_of_no_sample(parameter: str, operation: str) -> RuntimeError:
     return RuntimeError(
         f"GradientNoise: {operation} uses {parameter} on entries that no sample made (zeros into which nothing was "
         "added, padding), and they reach the loss, so it is not known to which sample their gradient belongs. Expected "
-        "them to be dropped before the loss, or made from the samples"
+        'them to be dropped before the loss, or made from the samples, or uncovered="exclude"'
     )
 
 
@@ -297,7 +302,7 @@ def wrong_sum(parameter: str, difference: float, norm: float) -> RuntimeError:
         f"GradientNoise: the contributions to {parameter} do not add up to its gradient: they differ by "
         f"{difference:.3g}, of norm {norm:.3g}. Something besides the model's layers contributes to it (a penalty on "
         "the weights in the loss, a forward outside the context) or a hook changed it; expected a loss that is a sum "
-        "over samples"
+        'over samples, or uncovered="exclude", which leaves out the parameter'
     )
 
 

@@ -18,17 +18,19 @@ from .parallel import Shards
 from .record import ParameterRecord
 
 
-def check_arguments(model: Any, loss: Any, batch: Any, batch_size: int | None) -> int | None:
+def check_arguments(model: Any, loss: Any, batch: Any, batch_size: int | None, samples: str | None) -> int | None:
     """Return the leading dimension of the first tensor of the batch that has samples; None if it is not known.
 
     Raises:
         TypeError: no module, no function.
-        ValueError: no tensor in the batch, or one sample, and no batch_size.
+        ValueError: no tensor in the batch, or one sample, and neither batch_size nor samples.
     """
     if not isinstance(model, nn.Module):
         raise errors.not_a_model(type(model).__name__)
     if not callable(loss):
         raise errors.not_a_loss(type(loss).__name__)
+    if samples is not None:  # the model is given a vector that says it
+        return None
     sizes = [
         int(x.batch_sizes[0]) if isinstance(x, PackedSequence) else x.shape[0]
         for x in _leaves(batch)

@@ -90,13 +90,14 @@ ON_LAST: dict[str, int] = {
     **{f"{kind}_pool{n}d_with_indices": n for n in (1, 2, 3) for kind in ("max", "adaptive_max")},
     **{f"fractional_max_pool{n}d": n for n in (2, 3)},
     **dict.fromkeys(("linear", "bilinear", "pairwise_distance"), 1),
-    **dict.fromkeys(("scaled_dot_product_attention", "cdist"), 2),
+    "scaled_dot_product_attention": 2,
     **dict.fromkeys(("linalg_inv", "inverse", "linalg_cholesky", "linalg_matrix_exp", "linalg_det"), 2),
     **dict.fromkeys(("linalg_solve", "linalg_solve_triangular"), 2),
     **dict.fromkeys(("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle"), 3),
 }
+_CONVOLUTIONS = frozenset(f"conv{kind}{n}d" for n in (1, 2, 3) for kind in ("", "_transpose"))
 #: Of these, the ones that broadcast the dimensions before: an operand with fewer has them elsewhere in the result.
-BROADCAST_BATCHES = frozenset("scaled_dot_product_attention cdist linalg_solve linalg_solve_triangular".split())
+BROADCAST_BATCHES = frozenset("scaled_dot_product_attention linalg_solve linalg_solve_triangular".split())
 #: Expect the samples in the first dimension.
 ON_FIRST = frozenset(
     """group_norm instance_norm batch_norm local_response_norm grid_sample affine_grid fold im2col embedding_bag
@@ -142,9 +143,19 @@ class LayoutRules:
 
     def created(self, name: str, result: Tensor) -> State:
         """Return the state of a result of an operation whose operands have no samples: perhaps a guess."""
-        if (name in MAKES or name in WIDENS) and result.dim() > 1 and result.shape[0] == self.batch:
-            return sample_layout.leading(result.shape, self.batch, certain=False)
-        return None
+        return _guess(result, self.batch) if name in MAKES or name in WIDENS else None
+
+
+def _guess(made: Tensor, batch: int) -> State:
+    """Return the state of a tensor that was made: perhaps an entry of its first dimension is for each sample."""
+    is_likely = made.dim() > 1 and made.shape[0] == batch
+    return sample_layout.leading(made.shape, batch, certain=False) if is_likely else None
+
+
+@propagates(*(name for name in MAKES if name.startswith("new_")))
+def makes(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Make a tensor of numbers, with the dtype of one that has samples."""
+    return [_guess(y, batch) for y in results]
 
 
 def dims_of(op: Operation, ndim: int, at: int = 1) -> list[int] | None:
@@ -235,7 +246,7 @@ def _unknown(op: Operation, results: list[Tensor], batch: int) -> list[State]:
 
 
 def _is_loss_of_each(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
-    return dim == 0
+    return dim == 0 and not has_weights_of_samples(op, [x])
 
 
 def is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
@@ -243,8 +254,10 @@ def is_not_mixed(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
     if op.name in ("layer_norm", "rms_norm"):
         shape = op.kwargs.get("normalized_shape", op.args[1] if len(op.args) > 1 else ())
         return dim < x.dim() - (1 if isinstance(shape, int) else len(shape))
+    if op.name == "renorm":  # changes each entry of its dimension by itself
+        return dims_of(op, x.dim(), 2) == [dim]
     fft = op.name.startswith("fft_")
-    at = 2 if fft else {"topk": 2, "gumbel_softmax": 4, "normalize": 2, "renorm": 2, "diff": 2}.get(op.name, 1)
+    at = 2 if fft else {"topk": 2, "gumbel_softmax": 4, "normalize": 2, "diff": 2}.get(op.name, 1)
     dims = dims_of(op, x.dim(), at)
     if dims is None and fft and op.name[-1] in "2n":
         dims = _dims_of_fft(op, x.dim())
@@ -261,7 +274,29 @@ def _dims_of_fft(op: Operation, ndim: int) -> list[int]:
     return list(range(ndim - count, ndim))
 
 
+#: Of these, the ones whose first operands alone may have samples: weights that have some couple them.
+_INPUTS = {
+    **dict.fromkeys(
+        ("linear", "group_norm", "instance_norm", "batch_norm", "native_group_norm", *_CONVOLUTIONS), ("input",)
+    ),
+    **dict.fromkeys(("cross_entropy_loss", "nll_loss_nd", "nll_loss", "nll_loss2d"), ("input", "target")),
+    "bilinear": ("input1", "input2"),
+}
+
+
+def has_weights_of_samples(op: Operation, samples: Sequence[Tensor]) -> bool:
+    """Return whether weights of an operation have samples, which are then multiplied with those of others."""
+    if op.name in ("embedding", "embedding_bag"):
+        table = op.argument(0 if op.func in (torch.embedding, torch.embedding_bag) else 1, "weight")
+        return any(t is table for t in samples)
+    names = _INPUTS.get(op.name)
+    inputs = [] if names is None else [op.argument(at, name) for at, name in enumerate(names)]
+    return names is not None and any(all(t is not x for x in inputs) for t in samples)
+
+
 def _is_before_last(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
+    if has_weights_of_samples(op, [x]):
+        return False
     aligned = op.name not in BROADCAST_BATCHES or out.dim() == x.dim()
     return aligned and dim < x.dim() - ON_LAST[op.name]
 
@@ -272,14 +307,30 @@ def _is_not_padded(op: Operation, x: Tensor, dim: int, out: Tensor) -> bool:
 
 
 stays(*MIXES, where=is_not_mixed)
-stays(*ON_LAST, where=_is_before_last)
-stays(*ON_FIRST, where=lambda op, x, dim, out: dim == 0)
+stays(*(name for name in ON_LAST if name not in _CONVOLUTIONS), where=_is_before_last)
+stays(*ON_FIRST, where=lambda op, x, dim, out: dim == 0 and not has_weights_of_samples(op, [x]))
 stays("pad", where=_is_not_padded)
+
+
+@propagates(*_CONVOLUTIONS)
+def convolution(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Keep the samples before the channels, or along them where each group of channels is of one sample."""
+    x, weight = op.argument(0, "input"), op.argument(1, "weight")
+    groups = op.argument(6, "groups", 1)
+    of = {id(t): sample_layout.axis(t.shape, layout.block, batch) for t, layout in op.samples}
+    along = of.get(id(x)) == (1, x.shape[1] // batch) and of.get(id(weight)) == (0, len(weight) // batch)
+    rest = [t for t, _ in op.samples if t is not x and t is not weight]
+    if along and groups and groups % batch == 0 and not rest and len(x.shape) == ON_LAST[op.name] + 1:
+        block = sample_layout.block_on(results[0].shape, 1, results[0].shape[1] // batch)
+        return [SampleLayout(block, any(layout.certain for _, layout in op.samples))]
+    return [_stay(op, _is_before_last, y, batch) for y in results]
 
 
 @propagates("embedding", "one_hot", "view_as_complex", "view_as_real")
 def lookup(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Replace each number by a row, or a row by a number."""
+    if has_weights_of_samples(op, [t for t, _ in op.samples]):
+        return [Mixed(f"{op.name} in a table of samples")]
     return [_resized(op, y) for y in results]
 
 
@@ -372,11 +423,11 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     key: Any = None
     if not any(isinstance(a, Tensor) for a in (*_values(args[1:]), *kwargs.values())):
         key = (name, batch, tuple((tuple(t.shape), r.block) for t, r in op.samples), _key(args), _key(kwargs))
+        if name == "as_strided":
+            key = (*key, x.stride(), x.storage_offset())
         known = _moved.get(key)
         if known is not None:
             return _states(known, certain, name)
-    if name == "as_strided" and not x.is_contiguous():
-        return [Mixed("as_strided of a tensor that is not contiguous")]
 
     def numbers_of(t: Tensor) -> Tensor:
         if id(t) in of:
@@ -390,6 +441,8 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     others = {k: v for k, v in kwargs.items() if k not in ("tensors", "input", "out")}
     try:
         with torch.no_grad():
+            if name == "as_strided" and isinstance(numbers, Tensor):
+                numbers = in_memory_of(x, numbers)
             out = op.func(numbers, *args[1:], **others)
     except (RuntimeError, TypeError, NotImplementedError):  # torch.nn.functional.unfold, for one
         return RULES["im2col"](op, results, batch) if name == "unfold" else _unknown(op, results, batch)
@@ -399,6 +452,13 @@ def moves(op: Operation, results: list[Tensor], batch: int) -> list[State]:
             _moved.clear()
         _moved[key] = blocks
     return _states(blocks, certain, name)
+
+
+def in_memory_of(x: Tensor, numbers: Tensor) -> Tensor:
+    """Return sample numbers that lie in memory as the entries of x do, as `as_strided` reads them; elsewhere -1."""
+    size = x.untyped_storage().nbytes() // x.element_size()
+    memory = torch.full((size,), -1, dtype=numbers.dtype)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(numbers)
 
 
 def _states(blocks: list[int | None], certain: bool, name: str) -> list[State]:
@@ -520,6 +580,26 @@ def _product(name: str, pair: list[Tensor], samples: Samples, out: Tensor, batch
             at = d if other.dim() == 1 else d - t.dim() + max(t.dim(), other.dim())
         states.append(SampleLayout(sample_layout.block_on(out.shape, at, inner), layout.certain))
     return _agree(states, name)
+
+
+@propagates("cdist")
+def distances(op: Operation, results: list[Tensor], batch: int) -> list[State]:
+    """Return the distances of the rows of two tensors, which may not both be of samples."""
+    pair = [op.argument(0, "x1"), op.argument(1, "x2")]
+    of, out = {id(t): layout for t, layout in op.samples}, results[0]
+    states: list[State] = []
+    for i, t in enumerate(pair):
+        if id(t) not in of:
+            continue
+        found = sample_layout.axis(t.shape, of[id(t)].block, batch)
+        from_last = 0 if found is None else t.dim() - 1 - found[0]
+        if found is None or not from_last:
+            return [Mixed("cdist goes over the samples")]
+        if from_last == 1 and id(pair[1 - i]) in of:
+            return [Mixed("cdist of every sample with every other")]
+        at = out.dim() - 1 - (1 - i if from_last == 1 else from_last)
+        states.append(SampleLayout(sample_layout.block_on(out.shape, at, found[1]), of[id(t)].certain))
+    return [_agree(states, op.name)]
 
 
 @propagates("tensordot")

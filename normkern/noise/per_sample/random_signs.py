@@ -34,7 +34,7 @@ class SignedBackward(torch.autograd.Function):
         estimated = [r for r in accumulator.records if r.status == "estimated"]
         unseen = [r for r in accumulator.records if r.status == "exact" and not r.is_seen]
         batch = accumulator.batch
-        if (estimated or unseen) and accumulator.open and not accumulator.estimating and batch is not None:
+        if (estimated or unseen) and accumulator.open and accumulator.is_measuring and batch is not None:
             if accumulator.contrast is None or len(accumulator.contrast.weights) != batch:
                 accumulator.contrast = Contrast.draw(batch)
             numbers = sample_layout.numbers(g.shape, ctx.block, batch).long().to(g.device)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import propagation
-from .numbered import NO_SAMPLE, constant_along, described, merged, table_of, without_last
+from .numbered import NO_SAMPLE, Numbered, constant_along, described, merged, table_of, without_last
 from .operation import Operation, map_tensors, tensors_in
 from .sample_layout import Mixed, State
 
@@ -48,9 +48,11 @@ def knows(name: str) -> bool:
 def after(op: Operation, results: list[Tensor], batch: int) -> list[State]:
     """Return the states of the results of an operation, some of whose operands have samples in any order."""
     rule = RULES.get(op.name)
-    if rule is None:
-        return [Mixed(f"{op.name} is not known to treat every sample by itself")] * len(results)
     states = propagation.states_of(op)
+    alone = _only_sample(list(states.values()))
+    if rule is None:
+        rest: State = Mixed(f"{op.name} is not known to treat every sample by itself")
+        return [rest if alone is None else _of_one(y, alone) for y in results]
 
     def table(t: Any) -> Tensor | None:
         return table_of(t.shape, states.get(id(t)), batch) if isinstance(t, Tensor) else None
@@ -59,7 +61,20 @@ def after(op: Operation, results: list[Tensor], batch: int) -> list[State]:
         found = rule(op, results, table)
         return [_state(op, t, y, batch) for t, y in zip(found, results, strict=True)]
     except Apart as why:
-        return [Mixed(str(why))] * len(results)
+        return [Mixed(str(why)) if alone is None else _of_one(y, alone) for y in results]
+
+
+def _only_sample(states: Sequence[State]) -> int | None:
+    """Return the one sample that all operands with samples are of: then so is what any operation makes of them."""
+    tables = [s.table for s in states if isinstance(s, Numbered)]
+    if len(tables) < len(states) or any(t.numel() != 1 for t in tables):
+        return None
+    found = {int(t) for t in tables} - {NO_SAMPLE}
+    return found.pop() if len(found) == 1 else None
+
+
+def _of_one(result: Tensor, sample: int) -> State:
+    return described(torch.full([1] * result.dim(), sample), result.shape, 0)
 
 
 def _state(op: Operation, table: Tensor | None, result: Tensor, batch: int) -> State:
@@ -147,18 +162,20 @@ def moves(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor |
         out = _whole(op, table(t), t.shape)
         for d in range(t.dim() if thin is None else thin, t.dim()):
             out = out.narrow(d, 0, 1)
-        return out
+        return propagation.in_memory_of(t, out) if op.name == "as_strided" else out
 
     args, kwargs = list(op.args), {k: v for k, v in op.kwargs.items() if k != "out"}
-    if op.args:
-        args[0] = map_tensors(moved, full)
-    else:
-        kwargs["tensors" if "tensors" in kwargs else "input"] = map_tensors(moved, full)
     try:
         with torch.no_grad():
+            if op.args:
+                args[0] = map_tensors(moved, full)
+            else:
+                kwargs["tensors" if "tensors" in kwargs else "input"] = map_tensors(moved, full)
             out = list(tensors_in((op.func(*args, **kwargs),)))
     except (RuntimeError, TypeError, NotImplementedError):
         raise Apart(f"{op.name} is not known to keep samples apart") from None
+    if op.name == "as_strided" and any(bool((y == NO_SAMPLE).any()) for y in out):
+        raise Apart("as_strided reads memory outside of its tensor")
     if op.name in ("__getitem__", "index_select", "gather", "take_along_dim") and isinstance(moved, Tensor):
         _check_indices(op, moved, out[0], table)
     return list(out)
@@ -232,6 +249,20 @@ def mixes(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor |
     return [_same_along(op, found, dims)] * len(results)
 
 
+@numbers("cdist")
+def distances(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | None]:
+    """Return the distances of the rows of two tensors, of which each is of one sample."""
+    parts: list[Tensor | None] = []
+    for i, t in enumerate((op.argument(0, "x1"), op.argument(1, "x2"))):
+        found = table(t)
+        parts.append(None if found is None else _same_along(op, found, [t.dim() - 1]))
+        if found is not None and i == 1:
+            parts[1] = parts[1].mT  # type: ignore[union-attr]
+    found = _met(op, parts)
+    assert found is not None
+    return [found.reshape([1] * (y.dim() - found.dim()) + list(found.shape)) for y in results]
+
+
 @numbers(*propagation.ON_LAST)
 def on_last(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | None]:
     """Keep the samples of the dimensions before the last ones."""
@@ -242,8 +273,7 @@ def on_last(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor
         if found is not None:
             found = _same_along(op, found, range(t.dim() - count, t.dim()))
             leads.append(without_last(found, count))
-    if op.name.startswith("conv") and (len(leads) > 1 or table(op.argument(0, "input")) is None):
-        raise Apart(f"{op.name} by kernels that have samples")
+    _check_weights(op, table)
     lead = _met(op, leads)
     assert lead is not None
     return [lead.reshape(*lead.shape, *(1,) * (y.dim() - lead.dim())) for y in results]
@@ -252,10 +282,16 @@ def on_last(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor
 @numbers(*propagation.ON_FIRST)
 def on_first(op: Operation, results: list[Tensor], table: TableOf) -> list[Tensor | None]:
     """Keep the samples of the first dimension."""
+    _check_weights(op, table)
     found = _met(op, [None if table(t) is None else _first(op, table(t)) for t in op.tensors()])
     if found is None or any(len(found) not in (1, y.shape[0]) for y in results):
         raise Apart(f"{op.name} goes over the samples")
     return [found.reshape(-1, *(1,) * (y.dim() - 1)) for y in results]
+
+
+def _check_weights(op: Operation, table: TableOf) -> None:
+    if propagation.has_weights_of_samples(op, [t for t in op.tensors() if table(t) is not None]):
+        raise Apart(f"{op.name} by weights that have samples")
 
 
 def _first(op: Operation, table: Tensor | None) -> Tensor:
@@ -424,6 +460,9 @@ def masked_scatter(op: Operation, results: list[Tensor], table: TableOf) -> list
     places = torch.arange(math.prod(shape)).view(shape)[mask.cpu().expand(shape)]
     own = table(source)
     own = None if own is None else own.expand(source.shape).reshape(-1)[: len(places)]
+    base = _whole(op, table(x), shape).reshape(-1)[places]
+    if own is not None and bool(((base != own) & (base != NO_SAMPLE) & (own != NO_SAMPLE)).any()):
+        raise Apart("masked_scatter writes elements of one sample into another")
     return [_written(op, table(x), own, shape, places, True)]
 
 

@@ -38,6 +38,7 @@ class Mixed:
     why: str
     kind: Kind = field(default="coupled", kw_only=True)
     is_sum: bool = field(default=False, kw_only=True)  #: a sum over samples, not divided by their number
+    are_losses: bool = field(default=False, kw_only=True)  #: each entry was a sum over samples by itself
 
 
 #: Of a tensor: where its samples are, or that they are mixed, or None where it has no samples.
@@ -52,9 +53,11 @@ def leading(shape: Sequence[int], batch: int, certain: bool = True) -> SampleLay
 def axis(shape: Sequence[int], block: int, batch: int) -> tuple[int, int] | None:
     """Return the dimension of the samples and how many consecutive entries of it one sample has.
 
-    None: the samples lie along several dimensions.
+    None: the samples lie along several dimensions, or there are no entries.
     """
     after = math.prod(shape)
+    if not after:
+        return None
     for d, size in enumerate(shape):
         after //= max(size, 1)
         if size > 1 and block % after == 0 and size % (block // after * batch) == 0:

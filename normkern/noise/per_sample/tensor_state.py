@@ -18,6 +18,7 @@ from .numbered import NO_SAMPLE, Numbered, described, table_of
 from .operation import map_tensors
 from .propagation import LayoutRules
 from .record import ParameterRecord, Root, Target
+from .replayed import replayed
 from .sample_layout import Mixed, SampleLayout, State
 
 _T = TypeVar("_T")
@@ -78,7 +79,9 @@ class TensorState:
         self._derived: dict[int, _Entry] = {}
         self._opaque: dict[int, _Entry] = {}
         self._written: dict[int, _Entry] = {}
+        self._by_node: dict[tuple[Any, int], Derived] = {}
         self._leaves: dict[int, Tensor] = {}
+        self._parameters = accumulator.parameters
         self._rules: LayoutRules | None = None
         self._made: dict[Any, Any] = {}
         self._made_in: int | None = None
@@ -86,13 +89,14 @@ class TensorState:
 
     def forget(self) -> None:
         """Forget all tensors, and the mode, which holds this object."""
-        for table in (self._states, self._derived, self._opaque, self._written, self._leaves):
+        for table in (self._states, self._derived, self._opaque, self._written, self._leaves, self._by_node):
             table.clear()
         self._made.clear()
         self._mode = None
 
     def sweep(self) -> None:
         """Forget tensors that no longer exist."""
+        self._by_node.clear()
         for table in (self._states, self._derived, self._opaque, self._written):
             for key in [k for k, entry in table.items() if entry[0]() is None]:
                 del table[key]
@@ -123,7 +127,9 @@ class TensorState:
         if entry is not None and entry[0]() is t:
             return entry[1]
         batch = self.accumulator.batch
-        if batch is None or t.dim() == 0 or t.shape[0] != batch or self.accumulator.constant(t):
+        if batch is None or t.dim() == 0 or t.shape[0] != batch:
+            return None
+        if self.accumulator.constant(t) or id(t) in self._parameters:
             return None
         return sample_layout.leading(t.shape, batch, certain=False)
 
@@ -187,13 +193,34 @@ class TensorState:
 
     def is_parameter(self, t: Tensor) -> bool:
         """Return whether this is a parameter, or was made of parameters alone."""
-        if self.accumulator.knows(t):
+        key = id(t)
+        if key in self._parameters:
             return True
+        marked = self._states.get(key)
+        if marked is None or marked[1] is not None:  # what is made of parameters is marked as without samples
+            return False
         for table in (self._derived, self._opaque):
-            entry = table.get(id(t))
+            entry = table.get(key)
             if entry is not None and entry[0]() is t:
                 return True
-        return False
+        return t.requires_grad and self._is_replayed(t)
+
+    def _is_replayed(self, t: Tensor) -> bool:
+        """Return whether an autograd function made a tensor of parameters alone, and remember the way back."""
+        if not self.known(t):
+            return False
+        d = replayed(t, self._derived_by, lambda saved: self.state(saved) is not None)
+        if d is not None:
+            self.mark_derived(t, d)
+        return d is not None
+
+    def _derived_by(self, node: Any, at: int) -> Derived | None:
+        """Return what the result of a node of autograd's graph was derived from, or the parameter that it is."""
+        parameter = getattr(node, "variable", None)
+        if parameter is None:
+            return self._by_node.get((node, at))
+        leaf = self.leaf(parameter)
+        return Derived(leaf, {id(parameter): leaf}, True) if self.accumulator.knows(parameter) else None
 
     def derived(self, t: Tensor) -> Derived | None:
         """Return what a tensor was derived from; None: not from parameters alone."""
@@ -233,6 +260,7 @@ class TensorState:
         """Record what a tensor was derived from."""
         self.mark(t, None)
         self._derived[id(t)] = (weakref.ref(t), derived)
+        self._by_node[t.grad_fn, t.output_nr] = derived
 
     def forget_aliases(self, t: Tensor, records: list[ParameterRecord], operation: str) -> None:
         """Record that other tensors made of parameters are in the memory that an operation wrote into."""

@@ -81,6 +81,12 @@ def _has_guesses(op: Operation) -> bool:
     return op.name not in POINTWISE and any(not layout.certain for _, layout in op.samples)
 
 
+def _is_consistent(samples: Samples) -> bool:
+    """Return whether no guess meets samples that are certain; guesses alone count where a gradient reaches them."""
+    certain = {layout.certain for _, layout in samples}
+    return certain == {True} or (certain == {False} and all(t.requires_grad for t, _ in samples))
+
+
 def _is_empty(t: Tensor) -> bool:
     return t.numel() == 0 and t.is_floating_point()
 
@@ -231,7 +237,8 @@ class Tracer(TorchFunctionMode):
         if self.accumulator.batch is not None and isinstance(state, (SampleLayout, Numbered)):
             self.tensors.write(x, index, y, before, state)
         elif isinstance(state, Mixed) and y.requires_grad:
-            self.tensors.mark(x, state)
+            are_losses = y.numel() == 1 and (before is None or (isinstance(before, Mixed) and before.are_losses))
+            self.tensors.mark(x, replace(state, are_losses=state.kind == "summed" and are_losses))
         return out
 
     def _follow(self, op: Operation, operands: list[Tensor], out: Any) -> None:
@@ -277,7 +284,7 @@ class Tracer(TorchFunctionMode):
             if any(type(s) is Mixed for s in states) and 0 < len(sure) < len(samples):
                 samples = sure
                 states = rules.after(op.of(samples), out)
-            if any(type(s) is Mixed for s in states) and all(layout.certain for _, layout in sure):
+            if any(type(s) is Mixed for s in states) and _is_consistent(sure):
                 found = row_rules.after(op.of(sure), results, rules.batch)
                 states = [b if type(a) is Mixed else a for a, b in zip(states, found, strict=True)]
         if len(samples) > 1 and any(type(s) is Mixed for s in states) and op.name not in REDUCES:
@@ -353,9 +360,13 @@ class Tracer(TorchFunctionMode):
             elif isinstance(state, Numbered):
                 op.numbered.append((t, state))
             elif isinstance(state, Mixed) and t.requires_grad:
+                is_penalty = coupling.is_linear(op, state)
                 has_way_out = state.kind in ("moved", "unknown")
-                if not has_way_out or self.accumulator.uncovered_is == "raise":
-                    raise errors.mixed(tensors.records(parameters)[0].described, op.name, state.why, has_way_out)
+                if not (has_way_out or is_penalty) or self.accumulator.uncovered_is == "raise":
+                    described = tensors.records(parameters)[0].described
+                    raise errors.mixed(described, op.name, state.why, has_way_out, is_penalty)
+                if is_penalty and not coupling.adds(op):  # random signs reach it through the outputs alone
+                    self.accumulator.exclude(tensors.records(parameters))
                 return self._leave_out(op, operands, state.why)
         if op.numbered and not (registration is not None and registration.takes_numbered):
             return self._join_by_rows(op, operands)
@@ -400,8 +411,11 @@ class Tracer(TorchFunctionMode):
         if out is not NotImplemented:
             return out
         state = op.numbered[0][1]
-        if any(t.requires_grad for t, _ in op.numbered):
-            raise errors.mixed(self.tensors.records(op.parameters)[0].described, op.name, op.why or state.why)
+        has_way_out = not LayoutRules.knows(op.name)  # whether samples meet is not known
+        must_raise = self.accumulator.uncovered_is == "raise" or not has_way_out
+        if must_raise and any(t.requires_grad for t, _ in op.numbered):
+            described = self.tensors.records(op.parameters)[0].described
+            raise errors.mixed(described, op.name, op.why or state.why, has_way_out)
         return self._leave_out(op, operands, op.why or state.why)
 
     def _derive(self, op: Operation) -> Any:
@@ -417,14 +431,17 @@ class Tracer(TorchFunctionMode):
         if not results or (written is None and any(any(x is p for p in op.parameters) for x in results)):
             for x in every:
                 tensors.mark(x, None)
-        elif op.name in RANDOM or len(results) < len(every) or any(tensors.opaque(p) for p in op.parameters):
-            records = tensors.records(op.parameters)
+        elif op.name in RANDOM or any(tensors.opaque(p) for p in op.parameters):
+            hidden = next((h for p in op.parameters if (h := tensors.opaque(p)) is not None), None)
             for x in results:
-                tensors.mark_opaque(x, records, op.name)
+                tensors.mark_opaque(x, tensors.records(op.parameters), op.name if hidden is None else hidden[1])
         else:
             derived = derive(op, results[0], tensors.derived, tensors.leaf, before)
-            for x, d in zip(results, derived, strict=True):
-                tensors.mark_derived(x, d)
+            for x, d in zip(every, derived, strict=True):
+                if x.requires_grad:
+                    tensors.mark_derived(x, d)
+                else:  # indices, as of topk
+                    tensors.mark(x, None)
         return out
 
     def _leave_out(self, op: Operation, operands: list[Tensor], why: str | None) -> Any:

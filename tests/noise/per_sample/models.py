@@ -6,6 +6,7 @@ from .nets_conv import CONV
 from .nets_dense import DENSE
 from .nets_norm import NORM
 from .nets_operations import OPERATIONS
+from .nets_placed import PLACED
 from .nets_published import PUBLISHED
 from .nets_recurrent import RECURRENT
 from .nets_rows import ROWS
@@ -27,6 +28,7 @@ SEPARABLE: dict[str, Case] = {
     **PUBLISHED,
     **RECURRENT,
     **ROWS,
+    **PLACED,
 }
 #: With a gradient per sample, in all: what a sum over samples must be equal to.
 ALL: dict[str, Case] = {**SEPARABLE, **UNCOVERED}
@@ -35,7 +37,7 @@ ALL: dict[str, Case] = {**SEPARABLE, **UNCOVERED}
 NONE: dict[str, Case] = {**COUPLED, **MIXED}
 
 _LISTS = (
-    DENSE, CONV, NORM, TOKENS, ATTENTION, SHARED, TRAPS, OPERATIONS, PUBLISHED, RECURRENT, ROWS, UNCOVERED, COUPLED, MIXED,
+    DENSE, CONV, NORM, TOKENS, ATTENTION, SHARED, TRAPS, OPERATIONS, PUBLISHED, RECURRENT, ROWS, PLACED, UNCOVERED, COUPLED, MIXED,
 )  # fmt: skip
 if len({**ALL, **NONE}) != sum(map(len, _LISTS)):
     raise ValueError("two cases of different files have one name")

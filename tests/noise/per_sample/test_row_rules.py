@@ -239,6 +239,20 @@ def test_graphs_by_the_vector_that_has_the_graph_of_each_node():
     torch.testing.assert_close(noise.result().sq_norms, told)
 
 
+def test_measure_takes_the_vector_of_graphs():
+    model = Graphs().double()
+    told = norms(model, [model(*graphs([i])).square().sum() for i in range(4)])
+
+    def loss(model, batch):
+        return model(*batch).square().sum(1).mean()
+
+    result = normkern.GradientNoise.measure(model, loss, graphs(), stats="norms", samples="batch")
+    torch.testing.assert_close(result.sq_norms, told)
+    assert result.batch_size == 4
+    with refuses("samples='nodes' expected"):
+        normkern.GradientNoise.measure(model, loss, graphs(), samples="nodes")
+
+
 def test_edges_between_graphs_are_refused():
     model = Graphs().double()
     x, edges, batch = graphs()
@@ -440,3 +454,12 @@ def test_rows_that_no_sample_made(layer):
     model.kept = True
     with normkern.GradientNoise(model), refuses("on entries that no sample made"):
         (model(x) + 1).square().sum().div(5).backward()
+    model.zero_grad()
+    noise = normkern.GradientNoise(model, ("norms",), uncovered="exclude")
+    with noise:
+        (model(x) + 1).square().sum().div(5).backward()
+    assert noise.result().coverage.exact == ("a.weight", "a.bias")
+    wanted = torch.autograd.grad((model(x) + 1).square().sum().div(5), list(model.parameters()))
+    torch.testing.assert_close([p.grad for p in model.parameters()], list(wanted))
+    told = norms(model.a, [(model(row[None]) + 1).square().sum() for row in x])
+    torch.testing.assert_close(noise.result().sq_norms, told)

@@ -85,7 +85,7 @@ class LayerFunction(torch.autograd.Function):
             grads = [
                 use.measure(i, functools.partial(contribution, i)) if needed else None for i, needed in enumerate(needs)
             ]
-            if ctx.check is not None and not use.accumulator.estimating:
+            if ctx.check is not None and use.accumulator.is_measuring:
                 ctx.check.compare(use, g, grads)
                 ctx.check = None  # the graph may live longer, and holds x
             return (None, None, dx, *grads)

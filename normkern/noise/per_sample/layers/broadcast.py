@@ -96,17 +96,22 @@ def broadcast(tensors: TensorState, op: Operation) -> Any:
     outer = shape[dim] // (batch * inner)
     instead: dict[int, Tensor] = {}
     for q in op.parameters:
-        if id(q) in instead:
-            continue
-        at = dim - (len(shape) - q.dim())
-        if at < 0 or q.shape[at] == 1:
-            instead[id(q)] = _spread(tensors, q, op.name, len(shape), dim, outer, inner)
-        else:
-            use = tensors.use(op.name, [q])
-            instead[id(q)] = PerSampleParameter.apply(use, q, at, outer, inner)
-            tensors.mark(instead[id(q)], SampleLayout(sample_layout.block_on(q.shape, at, inner), True))
+        if id(q) not in instead:
+            instead[id(q)] = for_each_sample(tensors, q, op.name, len(shape), dim, outer, inner)
     changed = [instead.get(id(a), a) if isinstance(a, Tensor) else a for a in op.args]
     return tensors.run(op.func, *changed, **{k: instead.get(id(v), v) for k, v in op.kwargs.items()})
+
+
+def for_each_sample(
+    tensors: TensorState, q: Tensor, name: str, rank: int, dim: int, outer: int, inner: int
+) -> Tensor:  # fmt: skip
+    """Return a parameter with entries for each sample along a dimension of a result of this rank."""
+    at = dim - (rank - q.dim())
+    if at < 0 or q.shape[at] == 1:
+        return _spread(tensors, q, name, rank, dim, outer, inner)
+    out: Tensor = PerSampleParameter.apply(tensors.use(name, [q]), q, at, outer, inner)
+    tensors.mark(out, SampleLayout(sample_layout.block_on(q.shape, at, inner), True))
+    return out
 
 
 def _spread(tensors: TensorState, q: Tensor, name: str, rank: int, dim: int, outer: int, inner: int) -> Tensor:

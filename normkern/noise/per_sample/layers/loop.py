@@ -12,16 +12,18 @@ from torch.autograd.function import once_differentiable
 
 from .. import sample_layout
 from ..contributions import Contribution, Loop
+from ..numbered import table_of
 from ..operation import Operation
 from ..sample_layout import Mixed, SampleLayout
 from ..tensor_state import TensorState, Use
 from .base import without_modes
 from .registry import handles
+from .rows import masked
 
 #: Operations that treat each sample by itself, besides those that other files handle.
 ALONE = frozenset(
     """einsum bilinear bmm baddbmm addbmm mv tensordot inner index_select gather take take_along_dim cdist
-    pairwise_distance cosine_similarity scaled_dot_product_attention embedding_bag""".split()
+    pairwise_distance cosine_similarity embedding_bag""".split()
 )
 
 
@@ -111,10 +113,30 @@ def loop_over_samples(tensors: TensorState, op: Operation) -> Any:
             return t
         return t.unflatten(at[0], (-1, batch, at[1])).select(at[0] + 1, b).flatten(at[0], at[0] + 1)
 
+    if not _is_cut_alone(run, cut, like, data, params, axes[-1][0]):  # a parameter has entries for each sample, too
+        table = table_of(like.shape, state, batch)
+        assert table is not None
+        return masked(tensors, op, table)
     use = tensors.use(op.name, params)
     out: Tensor = LoopOverSamples.apply(use, run, cut, *data, *params)
     tensors.mark(out, state)
     return out
+
+
+def _is_cut_alone(
+    run: Callable[..., Tensor], cut: Callable[[Tensor, int, int], Tensor], like: Tensor, data: list[Tensor],
+    params: list[Tensor], dim: int,
+) -> bool:  # fmt: skip
+    """Return whether the operation on one sample's part of the data returns that sample's part of the result."""
+    if not any(n == like.shape[dim] for p in params for n in p.shape):
+        return True
+    with torch.no_grad(), without_modes():
+        some = [cut(torch.empty(t.shape, dtype=t.dtype, device="meta"), i, 0) for i, t in enumerate(data)]
+        try:
+            out = run(*some, *(torch.empty(p.shape, dtype=p.dtype, device="meta") for p in params))
+        except RuntimeError:
+            return False
+        return out.shape == cut(like, -1, 0).shape
 
 
 def _distinct(tensors: list[Tensor]) -> list[Tensor]:

@@ -140,7 +140,7 @@ class RecurrentFunction(torch.autograd.Function):
             states, weights = tensors[:count], tensors[count:]
             dx, d_states, contribution = _through_time(layer, x, y, states, weights, gs)
             ctx.collected.add(contribution)
-            if ctx.check is not None and not ctx.collected.use.accumulator.estimating:
+            if ctx.check is not None and ctx.collected.use.accumulator.is_measuring:
                 ctx.check.compare(ctx.collected.use, x, states, weights, gs, contribution)
                 ctx.check = None
             of_states = (d if n else None for d, n in zip(d_states, needs[1:], strict=False))

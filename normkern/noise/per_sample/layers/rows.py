@@ -46,7 +46,7 @@ def join(tensors: TensorState, op: Operation) -> Any:
         return NotImplemented
     if op.name in BROADCASTS:
         return _spread(tensors, op, table)
-    return _masked(tensors, op, table)
+    return masked(tensors, op, table)
 
 
 class NoRows(torch.autograd.Function):
@@ -132,34 +132,41 @@ class Guard(torch.autograd.Function):
     """Refuses a gradient of entries that no sample made, for it is unknown whose it is."""
 
     @staticmethod
-    def forward(ctx: Any, out: Tensor, table: Tensor, error: Callable[[], Exception]) -> Tensor:
-        ctx.table, ctx.error = table, error
+    def forward(ctx: Any, out: Tensor, table: Tensor, refuse: Callable[[], None]) -> Tensor:
+        ctx.table, ctx.refuse = table, refuse
         return out.view_as(out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         with without_modes():
-            check(g, ctx.table, ctx.error)
+            check(g, ctx.table, ctx.refuse)
         return g, None, None
 
 
-def check(g: Tensor, table: Tensor, error: Callable[[], Exception]) -> None:
-    """Raise an error if a gradient of entries that no sample made is not zero."""
+def check(g: Tensor, table: Tensor, refuse: Callable[[], None]) -> None:
+    """Refuse a gradient of entries that no sample made, if it is not zero."""
     if bool((table == NO_SAMPLE).any()) and bool(g.masked_fill((table != NO_SAMPLE).to(g.device), 0).any()):
-        raise error()
+        refuse()
 
 
 def _guarded(tensors: TensorState, op: Operation, out: Tensor, table: Tensor) -> Tensor:
     if not bool((table == NO_SAMPLE).any()):
         return out
-    guarded: Tensor = Guard.apply(out, table, _error(tensors, op))
+    guarded: Tensor = Guard.apply(out, table, _refusal(tensors, op))
     return guarded
 
 
-def _error(tensors: TensorState, op: Operation) -> Callable[[], Exception]:
-    described_ = tensors.records(op.parameters)[0].described
-    return functools.partial(errors.rows_of_no_sample, described_, op.name)
+def _refusal(tensors: TensorState, op: Operation) -> Callable[[], None]:
+    """Return a function that raises an error, or leaves out the parameters of an operation, as the user asked."""
+    accumulator, records = tensors.accumulator, tensors.records(op.parameters)
+
+    def refuse() -> None:
+        if accumulator.uncovered_is == "raise":
+            raise errors.rows_of_no_sample(records[0].described, op.name)
+        accumulator.exclude(records)
+
+    return refuse
 
 
 # ---- Element by element ---------------------------------------------------------------------------------------------
@@ -169,8 +176,8 @@ class SpreadRows(torch.autograd.Function):
     """Repeats a parameter for every entry of the result, whose samples are in a table."""
 
     @staticmethod
-    def forward(ctx: Any, use: Use, q: Tensor, shape: torch.Size, table: Tensor, error: Any) -> Tensor:
-        ctx.use, ctx.shape, ctx.table, ctx.error = use, q.shape, table, error
+    def forward(ctx: Any, use: Use, q: Tensor, shape: torch.Size, table: Tensor, refuse: Any) -> Tensor:
+        ctx.use, ctx.shape, ctx.table, ctx.refuse = use, q.shape, table, refuse
         return q.expand(shape).clone()
 
     @staticmethod
@@ -178,8 +185,8 @@ class SpreadRows(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         with without_modes():
             ctx.use.begin()
-            check(g, ctx.table, ctx.error)
-            table = ctx.table.to(g.device)
+            check(g, ctx.table, ctx.refuse)
+            table = ctx.table.clamp(min=0).to(g.device)
             grad = ctx.use.measure(0, lambda: _contribution(g, table, ctx.use.batch, ctx.shape))
             return (None, grad, None, None, None)
 
@@ -207,10 +214,15 @@ def _spread(tensors: TensorState, op: Operation, table: Tensor) -> Any:
     instead: dict[int, Tensor] = {}
     for q in op.parameters:
         if id(q) not in instead:
-            use = tensors.use(op.name, [q])
-            instead[id(q)] = SpreadRows.apply(use, q, shape, table, _error(tensors, op))
+            instead[id(q)] = spread_rows(tensors, op, q, shape, table)
             tensors.mark(instead[id(q)], described(table, shape, batch))
     return tensors.run(lambda: op.run_with(lambda t: instead.get(id(t), t)))
+
+
+def spread_rows(tensors: TensorState, op: Operation, q: Tensor, shape: torch.Size, table: Tensor) -> Tensor:
+    """Return a parameter repeated for every entry of a shape, whose samples are in a table."""
+    out: Tensor = SpreadRows.apply(tensors.use(op.name, [q]), q, shape, table, _refusal(tensors, op))
+    return out
 
 
 # ---- Any other operation --------------------------------------------------------------------------------------------
@@ -220,8 +232,8 @@ class MaskedSamples(torch.autograd.Function):
     """Computes an operation; its backward takes the gradient of the entries of one sample after the other."""
 
     @staticmethod
-    def forward(ctx: Any, use: Use, run: Callable[..., Tensor], table: Tensor, error: Any, *tensors: Tensor) -> Tensor:
-        ctx.use, ctx.run, ctx.table, ctx.error = use, run, table, error
+    def forward(ctx: Any, use: Use, run: Callable[..., Tensor], table: Tensor, refuse: Any, *tensors: Tensor) -> Tensor:
+        ctx.use, ctx.run, ctx.table, ctx.refuse = use, run, table, refuse
         ctx.save_for_backward(*tensors)
         with without_modes():
             out = run(*tensors)
@@ -234,9 +246,9 @@ class MaskedSamples(torch.autograd.Function):
         needs = ctx.needs_input_grad[4:]
         tensors = ctx.saved_tensors
         with without_modes():
-            check(g, ctx.table, ctx.error)
+            check(g, ctx.table, ctx.refuse)
             first = len(tensors) - len(use.targets)
-            table = ctx.table.to(g.device)
+            table = ctx.table.clamp(min=0).to(g.device)
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_(needs[i]) for i, t in enumerate(tensors)]
                 out = ctx.run(*leaves)
@@ -258,7 +270,8 @@ class MaskedSamples(torch.autograd.Function):
             return (None, None, None, None, *grads)
 
 
-def _masked(tensors: TensorState, op: Operation, table: Tensor) -> Any:
+def masked(tensors: TensorState, op: Operation, table: Tensor) -> Any:
+    """Run an operation whose result has entries of the samples in a table, the backward sample by sample."""
     params = list({id(t): t for t in op.parameters}.values())
     data = list({id(t): t for t in op.tensors() if not any(t is p for p in params)}.values())
     order = {id(t): i for i, t in enumerate([*data, *params])}
@@ -268,7 +281,7 @@ def _masked(tensors: TensorState, op: Operation, table: Tensor) -> Any:
         return out
 
     use = tensors.use(op.name, params)
-    out: Tensor = MaskedSamples.apply(use, run, table, _error(tensors, op), *data, *params)
+    out: Tensor = MaskedSamples.apply(use, run, table, _refusal(tensors, op), *data, *params)
     tensors.mark(out, described(table, out.shape, tensors.rules.batch))
     return out
 
