@@ -20,7 +20,7 @@ struct Tensor {
   const void* h;
   double* sums;  // a row for each slot, or for each part of each slot
   int64_t numel, slot_size;
-  Multiplier of_lr;
+  TensorNumbers numbers;
 };
 
 constexpr int64_t kShort = 4096;  // a slot with fewer coordinates is one of many for a block
@@ -65,6 +65,8 @@ __device__ inline Hyper complete(const Hyper& given) {
   const DeviceNumbers& d = h.on_device;
   if (d.lr) h.lr = number(d.lr, d.lr_is_double);
   if (d.weight_decay) h.weight_decay = number(d.weight_decay, d.weight_decay_is_double);
+  if (d.beta1) h.beta1 = number(d.beta1, d.beta1_is_double);
+  if (d.beta2) h.beta2 = number(d.beta2, d.beta2_is_double);
   if (d.grad_scale) h.inverse_scale = 1.0 / (double)*d.grad_scale;
   return h;
 }
@@ -94,8 +96,8 @@ template <class Rule, Measure kMeasure, class R> struct StepNumbers {
   PairCoefficients<R> pair;
   R unkeep;  // of a gauged rule
 
-  static __device__ __forceinline__ StepNumbers from(const Hyper& h, const Multiplier& of_lr) {
-    return {coefficients<Rule, R>(h, kMeasure == Measure::pair, of_lr), PairCoefficients<R>::from(h),
+  static __device__ __forceinline__ StepNumbers from(const Hyper& h, const TensorNumbers& numbers) {
+    return {coefficients<Rule, R>(h, kMeasure == Measure::pair, numbers), PairCoefficients<R>::from(h),
             (R)h.gauge.unkeep};
   }
 };
@@ -268,7 +270,7 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
   const int i = entry_of(table, blockIdx.x);
   const Tensor& t = table.tensors[i];
   const Hyper hyper = complete(given);
-  const auto c = StepNumbers<Rule, kMeasure, Real<T>>::from(hyper, t.of_lr);
+  const auto c = StepNumbers<Rule, kMeasure, Real<T>>::from(hyper, t.numbers);
   Streams<T, kRoom<Rule>> all{static_cast<T*>(t.w), static_cast<const T*>(t.g), {}, static_cast<const T*>(t.h)};
 #pragma unroll
   for (int b = 0; b < kRoom<Rule>; b++) all.v[b] = static_cast<T*>(t.v[b]);
@@ -303,8 +305,8 @@ template <class Rule, class R> struct OneOfRules {
 };
 template <class R, class List> struct OfRules;
 template <class R, class... All> struct OfRules<R, List<All...>> : OneOfRules<All, R>... {
-  __device__ __forceinline__ OfRules(const Hyper& h, bool is_pair, const Multiplier& of_lr)
-      : OneOfRules<All, R>{coefficients<All, R>(h, is_pair, of_lr)}... {}
+  __device__ __forceinline__ OfRules(const Hyper& h, bool is_pair, const TensorNumbers& numbers)
+      : OneOfRules<All, R>{coefficients<All, R>(h, is_pair, numbers)}... {}
   template <class Rule> __device__ __forceinline__ const auto& of() const {
     return static_cast<const OneOfRules<Rule, R>&>(*this).coefficients;
   }
@@ -346,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
   const Tensor& t = strided.tensor;
   const Traits traits = traits_on_device(strided.rule);
   const Hyper hyper = complete(given);
-  const OfRules<R, Rules> rules(hyper, kMeasure == Measure::pair, t.of_lr);
+  const OfRules<R, Rules> rules(hyper, kMeasure == Measure::pair, t.numbers);
   const auto pair = PairCoefficients<R>::from(hyper);
   const R unkeep = (R)hyper.gauge.unkeep;
   const bool small = is_small(strided);
@@ -378,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
 // ---- What run.cu calls ----------------------------------------------------------------------------------------------
 
 inline Tensor tensor_of(const Chunk& c) {
-  Tensor t{c.w, c.g, {}, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size, c.of_lr};
+  Tensor t{c.w, c.g, {}, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size, c.numbers};
   for (int b = 0; b < kMostBuffers; b++) t.v[b] = c.v[b];
   return t;
 }

@@ -6,7 +6,7 @@ import difflib
 import math
 import sys
 from collections.abc import Hashable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,15 +21,23 @@ MASTER = "master_weight"
 GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"
 #: A group key: one number for each parameter, which the learning rate is multiplied with; None: 1.
 LR_MULTIPLIERS = "lr_multipliers"
+#: What torch's Adam calls the averages of a parameter's gradients and of their squares, and the count of its steps.
+EXP_AVG, EXP_AVG_SQ, STEP = "exp_avg", "exp_avg_sq", "step"
 #: Keys of other libraries, and of torch's schedulers, that begin or end as ours do.
 _OTHERS = frozenset({"lr_scale", "lr_mult", "initial_lr", "base_momentum", "max_momentum"})
-_NUMBERS = ("lr", "momentum", "dampening", "weight_decay")
 
 
-def number(x: Any, name: str, where: str | int) -> float:
+class At(NamedTuple):
+    """Where an error sentence of a step is: the optimizer's name, and the position of a param group."""
+
+    who: str
+    group: int
+
+
+def number(x: Any, name: str, where: str | At) -> float:
     """Return a hyperparameter as a float: any number, or a tensor of one element (synchronised).
 
-    `where` begins the error sentence: a text, or the position of a param group at a step.
+    `where` begins the error sentence.
     """
     if type(x) is float:
         return x
@@ -43,9 +51,9 @@ def number(x: Any, name: str, where: str | int) -> float:
         raise ValueError(f"{place(where)}: {name} expected a number, got {x!r}") from None
 
 
-def place(where: str | int) -> str:
+def place(where: str | At) -> str:
     """Return how an error sentence begins; called only where one is raised."""
-    return where if isinstance(where, str) else f"SGD.step: param_groups[{where}]"
+    return where if isinstance(where, str) else f"{where.who}.step: param_groups[{where.group}]"
 
 
 def check_decay(decay: object, where: str) -> None:
@@ -54,18 +62,22 @@ def check_decay(decay: object, where: str) -> None:
         raise ValueError(f'{where}: decay expected "coupled" or "exponential", got {decay!r}')
 
 
-def check_options(group: dict[str, Any], where: str) -> None:
-    """Check the kind of every option of a loaded param group."""
-    for name in _NUMBERS:
+def check_options(group: dict[str, Any], numbers: Iterable[str], where: str) -> None:
+    """Check the kind of the options of a loaded param group: of those named, which are numbers, and of ours."""
+    for name in numbers:
         number(group[name], name, where)
     ops.stats_code(group["stats"], where)
+    if group.get(LR_MULTIPLIERS) is not None:
+        ops.read_lr_multipliers(group[LR_MULTIPLIERS], len(group["params"]), where)
+
+
+def check_decay_options(group: dict[str, Any], where: str) -> None:
+    """Check what a loaded param group has of decay as an exponential learning rate."""
     check_decay(group["decay"], where)
     if not (isinstance(group.get(SCALE_INVARIANT), bool) or group.get(SCALE_INVARIANT) is None):
         raise ValueError(f"{where}: scale_invariant expected True, False or None, got {group[SCALE_INVARIANT]!r}")
     if GAUGE in group:
         check_gauge(group[GAUGE], where)
-    if group.get(LR_MULTIPLIERS) is not None:
-        ops.read_lr_multipliers(group[LR_MULTIPLIERS], len(group["params"]), where)
 
 
 def check_gauge(gauge: Any, where: str) -> None:
@@ -79,11 +91,15 @@ def check_gauge(gauge: Any, where: str) -> None:
         raise ValueError(f"{where}: gauge expected (scale, z, exponent) as a step leaves them, got {gauge!r}")
 
 
-def check_checkpoint(loaded: Mapping[str, Any]) -> None:
-    """Check the form of a state dict, such that torch's own loading only finds which entries are missing."""
+def check_checkpoint(loaded: Mapping[str, Any], who: str, others: Mapping[str, str], numbers: Iterable[str]) -> None:
+    """Check the form of a state dict, such that torch's own loading only finds which entries are missing.
+
+    `others`: options that the optimizer `who` does not have, each with a sentence about optimizers that do. `numbers`:
+    options that it has; a group with all of them may have some of others too, for code of the user's.
+    """
 
     def refuse(what: str, expected: str, got: object) -> None:
-        raise ValueError(f"SGD.load_state_dict: {what} expected {expected}, got {type(got).__name__}")
+        raise ValueError(f"{who}.load_state_dict: {what} expected {expected}, got {type(got).__name__}")
 
     state, groups = loaded.get("state", {}), loaded.get("param_groups", [])
     if not isinstance(state, Mapping):
@@ -93,11 +109,12 @@ def check_checkpoint(loaded: Mapping[str, Any]) -> None:
     for i, group in enumerate(groups):
         if not isinstance(group, Mapping):
             refuse(f"param_groups[{i}]", "a dict", group)
-        if "betas" in group:
-            raise ValueError(
-                f"SGD.load_state_dict: param_groups[{i}] expected the options of SGD, got betas, which Adam and its "
-                "variants have: this checkpoint is of another optimizer, so load the model's only"
-            )
+        for key, whose in others.items():
+            if key in group and not all(name in group for name in numbers):
+                raise ValueError(
+                    f"{who}.load_state_dict: param_groups[{i}] expected the options of {who}, got {key}, which "
+                    f"{whose}: this checkpoint is of another optimizer, so load the model's only"
+                )
         ids = group.get("params", [])
         if not isinstance(ids, (list, tuple)):
             refuse(f"param_groups[{i}]['params']", "a list", ids)
@@ -106,15 +123,15 @@ def check_checkpoint(loaded: Mapping[str, Any]) -> None:
                 refuse(f"param_groups[{i}]['params'][{j}]", "a number or a name", key)
 
 
-def check_state(state: Any, groups: list[dict[str, Any]]) -> None:
+def check_state(state: Any, groups: list[dict[str, Any]], buffers: Iterable[str], who: str) -> None:
     """Check that every buffer fits its parameter. None, in old checkpoints, means that there is no buffer yet."""
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
             entry = state.get(p, {})
-            where = f"SGD.load_state_dict: the state of param_groups[{g}]['params'][{i}]"
+            where = f"{who}.load_state_dict: the state of param_groups[{g}]['params'][{i}]"
             if not isinstance(entry, Mapping):
                 raise ValueError(f"{where} expected a dict, got {type(entry).__name__}")
-            for name in (BUFFER, MASTER):
+            for name in (*buffers, MASTER):
                 x = entry.get(name)
                 if x is None:
                     continue
@@ -122,6 +139,22 @@ def check_state(state: Any, groups: list[dict[str, Any]]) -> None:
                     raise ValueError(f"{where}: {name} expected a tensor, got {type(x).__name__}")
                 if x.shape != p.shape:
                     raise ValueError(f"{where}: {name} expected shape {tuple(p.shape)}, got {tuple(x.shape)}")
+
+
+def check_count(state: Any, groups: list[dict[str, Any]], buffers: Iterable[str], who: str) -> None:
+    """Check that every parameter that has one of the buffers has all, and a count of steps."""
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            entry = state.get(p, {})
+            where = f"{who}.load_state_dict: the state of param_groups[{g}]['params'][{i}]"
+            needed = (*buffers, STEP)
+            lacks = [name for name in needed if entry.get(name) is None]
+            if lacks and len(lacks) < len(needed):
+                raise ValueError(f"{where} expected {', '.join(needed)}, got one without {lacks[0]}")
+            if not lacks:
+                steps = number(entry[STEP], STEP, where)
+                if not (steps >= 0 and steps == int(min(steps, 2.0**63))):
+                    raise ValueError(f"{where}: {STEP} expected a whole number of at least 0, got {steps!r}")
 
 
 def own_tensors(state: Mapping[Any, Any], loaded: Mapping[Any, Any]) -> None:

@@ -23,12 +23,11 @@ if TYPE_CHECKING:
 
 
 class RunState:
-    """The mutable state of an `SGD` beyond ``state`` and ``param_groups``."""
+    """The mutable state of an optimizer beyond ``state`` and ``param_groups``."""
 
     __slots__ = (
         "clip_options",
         "dlpack_refs",
-        "followers",
         "found_inf",
         "grad_norm",
         "grad_scale",
@@ -40,8 +39,6 @@ class RunState:
         "owner",
         "part_of",
         "plan",
-        "true_weights",
-        "versions",
         "warned",
         "whole",
         "whole_for",
@@ -70,6 +67,15 @@ class RunState:
         #: The name of each parameter that has one, and the model that it is from.
         self.names: dict[Tensor, str] = {}
         self.model: nn.Module | None = None
+
+
+class SgdState(RunState):
+    """The mutable state of an `SGD`."""
+
+    __slots__ = ("followers", "true_weights", "versions")
+
+    def __init__(self, optimizer: Any, clip_options: ClipOptions, part_of: str | None) -> None:
+        super().__init__(optimizer, clip_options, part_of)
         # Of groups with decay="exponential", by position.
         self.followers: dict[int, Followers] = {}
         self.versions: dict[int, Versions] = {}
