@@ -73,9 +73,11 @@ class AdamGroupStep(GroupStep):
     def _new_entry(self, p: Tensor, key: str) -> Tensor:
         if key == STEP:
             fused = self.options["fused"]
-            there = p.device if self.options["capturable"] or fused else torch.device("cpu")
-            is_wide = torch.get_default_dtype() == torch.float64 and not fused  # as in torch
-            return torch.zeros((), dtype=torch.float64 if is_wide else torch.float32, device=there)
+            # As in torch.
+            dtype = torch.float64 if torch.get_default_dtype() == torch.float64 and not fused else torch.float32
+            if fused or self.options["capturable"]:
+                return torch.zeros((), dtype=dtype, device=p.device)
+            return torch.tensor(0.0, dtype=dtype, device="cpu")
         dtype = p.dtype if self.precision is None else self.precision.buffer_dtype(p)
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)
 
@@ -85,6 +87,12 @@ class AdamGroupStep(GroupStep):
             raise RuntimeError(
                 f"{place(self.at)}: Adam does not support sparse gradients, please consider SparseAdam instead; "
                 f"params[{i}] has {ops.describe(self.grads[i])}"
+            )
+        p = self.params[i]
+        if self.grads[i].dtype != p.dtype and self.precision is None:
+            raise RuntimeError(
+                f"{place(self.at)}: grads[{i}] is {ops.describe(self.grads[i])} but params[{i}] is {ops.describe(p)}; "
+                "expected one dtype, as torch's Adam does, or master_weights=True"
             )
 
     def step_by_torch(self, which: list[int], grads: list[Tensor], lr: Any, sparse: bool) -> None:
