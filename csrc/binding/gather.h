@@ -15,9 +15,9 @@ class Gather {
   Gather(const py::list& params, const py::object& state, const py::tuple& keys);
 
   struct Entry {
-    py::object grad;                 // None: none
-    PyObject* values[kMostKeys];     // borrowed; None: none
-    bool missing;                    // there is a gradient, state is wanted, and some of it is not there
+    py::object grad;              // None: none
+    PyObject* values[kMostKeys];  // borrowed; None: none
+    bool missing;                 // there is a gradient, state is wanted, and some of it is not there
   };
   Entry next();  // to be called once for each parameter
 

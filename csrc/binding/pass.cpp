@@ -522,8 +522,8 @@ void Pass::count_steps_on_host() {
   for (Job& job : jobs_) {
     if (!job.count) continue;
     const auto next = [](auto* count) { return (double)(*count = *count + 1); };
-    const double now = job.numbers.count.is_double ? next(static_cast<double*>(job.count))
-                                                   : next(static_cast<float*>(job.count));
+    const double now =
+        job.numbers.count.is_double ? next(static_cast<double*>(job.count)) : next(static_cast<float*>(job.count));
     if (job.hyper != hyper || now != steps) hyper = job.hyper, steps = now, bias = Bias::after(now, hypers_[hyper]);
     job.numbers.count.bias = bias;
   }

@@ -98,7 +98,7 @@ class Pass {
     bool by_row;
     int64_t row;  // of the table of `sq_norms`
     TensorNumbers numbers;
-    void* count;  // on the host; null: none there
+    void* count;      // on the host; null: none there
     PyObject* param;  // borrowed
     bool rounds_at_random = false;
     uint32_t parameter = 0;

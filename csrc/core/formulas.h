@@ -29,8 +29,8 @@ template <class R, class Bool> NK_HD R current_weight(R master, R weight, Bool i
 constexpr int kMostBuffers = 2;
 
 struct Traits {
-  bool is_step = false;  // takes tensors that are stored differently
-  bool has_pairs = false;  // takes one gradient or a pair
+  bool is_step = false;       // takes tensors that are stored differently
+  bool has_pairs = false;     // takes one gradient or a pair
   bool counts_steps = false;  // of each parameter
   bool writes_w = true;
   int buffers = 0;  // of state that it writes
@@ -256,14 +256,15 @@ struct GaugedMomentum {
 
 // ---- Adam -----------------------------------------------------------------------------------------------------------
 //
-// torch.optim.Adam and AdamW, step t of the parameter (m, v averages of the gradient and of its square, both 0 at first):
+// torch.optim.Adam and AdamW, step t of the parameter (m, v averages of the gradient and of its square, both 0 at
+// first):
 //     d  = +-g/scale + lambda w              (decoupled: d = +-g/scale)
 //     m' = beta1 m + (1-beta1) d
 //     v' = beta2 v + (1-beta2) d^2
 //     u  = eta/(1-beta1^t) m' / (sqrt(v')/sqrt(1-beta2^t) + eps)      (decoupled: u + eta lambda w)
 //     w' = w - u
-// Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101. u is rounded before w' is, so that eta lambda
-// keeps its digits, of which 1 - eta lambda has few.
+// Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101. u is rounded before w' is, so that eta
+// lambda keeps its digits, of which 1 - eta lambda has few.
 
 template <class R> struct AdamCoefficients {
   R grad_factor, beta1, rest1, beta2, rest2;  // rest = 1 - beta
