@@ -145,14 +145,22 @@ template <class T, int kBuffers> struct Streams {
   }
 };
 
+// Blocks that an SM holds at once, at least: as many as leave each thread the registers for its packs and sums, and for
+// Adam's division and root: of doubles they take many, and a pack of halves has eight of them.
+template <class T> NK_HD constexpr int resident(Measure measure, bool has_adam) {
+  const int most = measure == Measure::nothing ? 3 : measure == Measure::step ? 2 : 1;
+  return has_adam && most > (sizeof(T) == 8 ? 1 : sizeof(T) == 2 ? 2 : 3) ? most - 1 : most;
+}
+
 // `threads` threads, of which this is number `thread`, on coordinates [0, n).
 template <class Rule, Measure kMeasure, class T>
 __device__ __forceinline__ void sweep(const StepNumbers<Rule, kMeasure, Real<T>>& c, const Streams<T, kRoom<Rule>>& t,
                                       int n, int thread, int threads, double* s) {
   constexpr Traits kTraits = Rule::traits;
   constexpr int N = Pack<T>::size, kApart = 4, kBuffers = kTraits.buffers;
-  // Packs of each stream on their way at once: what hides the latency of the fastest memories.
-  constexpr int kTogether = 2;
+  // Packs of each stream on their way at once: what hides the latency of the fastest memories. Of more streams one,
+  // where other blocks wait for theirs meanwhile: two would not fit the registers.
+  constexpr int kTogether = kBuffers > 1 && resident<T>(kMeasure, true) > 1 ? 1 : 2;
   bool aligned = is_aligned(t.w) && is_aligned(t.g) && (kMeasure != Measure::pair || is_aligned(t.h));
 #pragma unroll
   for (int b = 0; b < kBuffers; b++) aligned = aligned && is_aligned(t.v[b]);
@@ -259,11 +267,8 @@ __device__ __forceinline__ void visit(const Tensor& t, int64_t block, int column
   }
 }
 
-// Blocks that an SM holds at once, at least: as many as leave each thread the registers for its packs and sums.
-constexpr int resident(Measure measure) { return measure == Measure::nothing ? 3 : measure == Measure::step ? 2 : 1; }
-
 template <class Rule, Measure kMeasure, class T>
-__global__ void __launch_bounds__(kThreads, resident(kMeasure))
+__global__ void __launch_bounds__(kThreads, resident<T>(kMeasure, is_same<Rule, Adam>))
     update(const Table __grid_constant__ table, const Hyper __grid_constant__ given) {
   NK_SHARED(double, shared, [kSums<kMeasure>][kWarps]);
   if (skips(given.on_device.found_inf)) return;
@@ -340,7 +345,7 @@ __device__ __forceinline__ void offsets(const StridedTensor& t, int64_t i, bool 
 __device__ __forceinline__ bool is_small(const StridedTensor& t) { return t.tensor.numel <= 0xffffffff; }
 
 template <Measure kMeasure, class T>
-__global__ void __launch_bounds__(kThreads, resident(kMeasure))
+__global__ void __launch_bounds__(kThreads, resident<T>(kMeasure, true))
     update_strided(const StridedTensor __grid_constant__ strided, const Hyper __grid_constant__ given) {
   using R = Real<T>;
   NK_SHARED(double, shared, [kSums<kMeasure>][kWarps]);

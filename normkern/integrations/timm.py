@@ -19,8 +19,9 @@ def register_with_timm(**defaults: Any) -> None:
 
     timm cuts a name at its last underscore, so that "normkern_sgd" is torch's SGD without this call. After it
     ``create_optimizer_v2(model, opt="normkern_sgd")`` and timm's training script (``--opt normkern_sgd``) use
-    `normkern.SGD`, with Nesterov momentum as timm's "sgd"; "normkern_momentum" has plain momentum, and
-    "lookahead_normkern_sgd" works too; "normkern_adamw" is `normkern.AdamW`. Then ``optimizer.name_parameters(model)`` gives the parameters their names.
+    `normkern.SGD`, with Nesterov momentum as timm's "sgd"; "normkern_momentum" has plain momentum, "normkern_adamw" is
+    `normkern.AdamW`, and "lookahead_normkern_sgd" works too. Then ``optimizer.name_parameters(model)`` gives the
+    parameters their names.
 
     Args:
         defaults: options of `normkern.SGD`, those that it has also of `normkern.AdamW`; ``stats="tensor"`` if not given

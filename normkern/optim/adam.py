@@ -13,7 +13,7 @@ from .adam_group import AdamGroupStep, AdamWGroupStep, check_betas
 from .clip_options import ClipOptions
 from .fused import FusedOptimizer
 from .group_step import Scaler
-from .options import EXP_AVG, EXP_AVG_SQ, At, check_count, number
+from .options import EXP_AVG, EXP_AVG_SQ, check_count, number
 
 _Betas = tuple[float | Tensor, float | Tensor]
 
@@ -98,10 +98,10 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         self._finish()
 
     def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[AdamGroupStep]:
-        plan, state, who = self._run.plan, self.state, self._who
+        plan, state = self._run.plan, self.state
         return [
-            self._group_step(plan, state, At(who, i), group, inverse_scale, scaler)
-            for i, group in enumerate(self.param_groups)
+            self._group_step(plan, state, at, group, inverse_scale, scaler)
+            for at, group in zip(self._places(), self.param_groups, strict=True)
         ]
 
     def _kernel_may_skip(self, found_inf: Tensor) -> bool:

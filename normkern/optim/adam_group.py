@@ -22,6 +22,8 @@ _Arguments: TypeAlias = tuple[float, float, float, float, float, bool, bool, flo
 class AdamGroupStep(GroupStep):
     """One param group of `Adam` during one step."""
 
+    __slots__ = ("_arguments",)
+
     op = "adam_"
     state_keys = (EXP_AVG, EXP_AVG_SQ, STEP)
 
@@ -160,6 +162,8 @@ class AdamGroupStep(GroupStep):
 
 class AdamWGroupStep(AdamGroupStep):
     """One param group of `AdamW` during one step."""
+
+    __slots__ = ()
 
     op = "adamw_"
 

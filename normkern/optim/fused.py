@@ -26,6 +26,7 @@ from .group_step import Scaler
 from .low_precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
 from .options import (
     LR_MULTIPLIERS,
+    At,
     check_checkpoint,
     check_key_names,
     check_options,
@@ -359,6 +360,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             run.written = written
             run.dlpack_refs = [to_dlpack(t) for t in written if not t.requires_grad]
         self._commit(groups)
+        if prepared is not None:
+            self._follow(prepared)
         if max_norm is not None:
             run.grad_norm = norm
         if table is not None:
@@ -452,6 +455,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Return every param group as a `GroupStep`, read and checked; write nothing."""
         raise NotImplementedError
 
+    def _places(self) -> list[At]:
+        """Return how error sentences name the param groups; the same objects at every step."""
+        places, count = self._run.places, len(self.param_groups)
+        if len(places) != count:
+            places[:] = [At(self._who, i) for i in range(count)]
+        return places
+
     def _check_new_group(self, param_group: dict[str, Any], where: str) -> None:
         """Check keys of a group that is to be added."""
 
@@ -462,7 +472,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Raise if this is no time for a step."""
 
     def _prepare(self, groups: list[Any]) -> Any:
-        """Do what must be done before anything is written; return what `_warn` is to get, or None."""
+        """Do what must be done before anything is written; return what `_follow` and `_warn` are to get, or None."""
+
+    def _follow(self, prepared: Any) -> None:
+        """Let follow what goes with the stepped weights."""
 
     def _warn(self, prepared: Any) -> None:
         """Give the warnings of the step."""

@@ -29,12 +29,38 @@ Scaler = tuple[Tensor | None, Tensor]
 class GroupStep:
     """One param group during one step. A subclass has the options and the state of one optimizer."""
 
+    __slots__ = (
+        "at",
+        "code",
+        "created",
+        "entries",
+        "gauge",
+        "grads",
+        "has_entries",
+        "index",
+        "is_whole",
+        "left_to_torch",
+        "lr",
+        "masters",
+        "multipliers",
+        "on_device",
+        "options",
+        "pair",
+        "params",
+        "plan",
+        "precision",
+        "row",
+        "slot",
+        "state",
+        "stats",
+        "torch_sums",
+        "wrappers",
+    )
+
     #: The op, as the binary knows it.
     op: ClassVar[str]
-
-    pair: Pair | None = None  #: the gradients of a step from two
-    gauge: GroupGauge | None = None  #: of a group whose decay is an exponential learning rate
-    lr: float | Tensor  #: a tensor where the kernel reads it
+    #: The entries of a parameter's state: buffers, and the count of steps where there is one.
+    state_keys: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -44,9 +70,13 @@ class GroupStep:
         options: dict[str, Any],
         inverse_scale: float,
         scaler: Scaler | None = None,
+        pair: Pair | None = None,
     ) -> None:
-        """Read and check the group; write nothing."""
+        """Read and check the group; write nothing. `pair`: the gradients of a step from two."""
         self.plan, self.state, self.at, self.index, self.options = plan, state, at, at.group, options
+        self.pair = pair
+        self.gauge: GroupGauge | None = None  # of a group whose decay is an exponential learning rate
+        self.lr: float | Tensor  # a tensor where the kernel reads it
         params = options["params"]
         self.params: list[Any] = params if type(params) is list else list(params)
         self.stats: ops.Stats = options["stats"]
@@ -79,9 +109,6 @@ class GroupStep:
             self.is_whole = True
             return
         self._add_entries(keys, all_to_torch)
-
-    #: The entries of a parameter's state: buffers, and the count of steps where there is one.
-    state_keys: ClassVar[tuple[str, ...]]
 
     def _read(self, inverse_scale: float, scaler: Scaler | None) -> tuple[str, ...]:
         """Read the numbers of the step, and return which of `state_keys` it needs: all or none."""

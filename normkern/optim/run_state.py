@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .clip_options import ClipOptions
+from .options import At
 
 if TYPE_CHECKING:
     from .followers import Followers
@@ -38,6 +39,7 @@ class RunState:
         "names",
         "owner",
         "part_of",
+        "places",
         "plan",
         "warned",
         "whole",
@@ -64,6 +66,7 @@ class RunState:
         #: What the loading hooks have made of a state dict, while it is loaded.
         self.loaded: dict[str, Any] | None = None
         self.warned: set[str] = set()
+        self.places: list[At] = []
         #: The name of each parameter that has one, and the model that it is from.
         self.names: dict[Tensor, str] = {}
         self.model: nn.Module | None = None

@@ -17,7 +17,7 @@ from .followers import FOLLOWERS
 from .fused import FusedOptimizer
 from .group_step import Scaler
 from .low_precision import PRECISION
-from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, At, check_decay, check_decay_options
+from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_decay_options
 from .run_state import SgdState
 from .sgd_group import SgdGroupStep
 
@@ -218,8 +218,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[SgdGroupStep]:
         plan, state = self._run.plan, self.state
         return [
-            SgdGroupStep(plan, state, At("SGD", i), group, inverse_scale, scaler=scaler)
-            for i, group in enumerate(self.param_groups)
+            SgdGroupStep(plan, state, at, group, inverse_scale, scaler)
+            for at, group in zip(self._places(), self.param_groups, strict=True)
         ]
 
     def _kernel_may_skip(self, found_inf: Tensor) -> bool:
@@ -232,9 +232,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
                 return groups, prepare(self._run, self.param_groups, groups, self._name)
         return None
 
-    def _commit(self, groups: list[SgdGroupStep]) -> None:
-        super()._commit(groups)
-        for group in groups:
+    def _follow(self, prepared: tuple[list[SgdGroupStep], str | None]) -> None:
+        for group in prepared[0]:
             if group.gauge is not None:
                 group.is_rescaled = follow(self._run, self.param_groups, self.state, group)
 

@@ -12,8 +12,7 @@ from .. import ops
 from .dtensor import is_dtensor
 from .exponential_decay import GroupGauge
 from .group_step import GroupStep, Scaler
-from .options import BUFFER, GAUGE, LR_MULTIPLIERS, At, number, place
-from .pair import Pair
+from .options import BUFFER, GAUGE, LR_MULTIPLIERS, number, place
 
 # lr, momentum, dampening, weight_decay, nesterov, maximize, inverse_scale
 _Arguments: TypeAlias = tuple[float, float, float, float, bool, bool, float]
@@ -22,27 +21,15 @@ _Arguments: TypeAlias = tuple[float, float, float, float, bool, bool, float]
 class SgdGroupStep(GroupStep):
     """One param group of `SGD` during one step; with `pair`, of `SVAG`."""
 
+    __slots__ = ("_arguments", "is_rescaled")
+
     op = "sgd_"
     state_keys = (BUFFER,)
-    is_rescaled = False  #: a power of two was taken out of the stored weights
-
-    def __init__(
-        self,
-        plan: ops.Pass,
-        state: Any,
-        at: At,
-        options: dict[str, Any],
-        inverse_scale: float,
-        pair: Pair | None = None,
-        scaler: Scaler | None = None,
-    ) -> None:
-        """Read and check the group; write nothing."""
-        self.pair = pair
-        super().__init__(plan, state, at, options, inverse_scale, scaler)
 
     def _read(self, inverse_scale: float, scaler: Scaler | None) -> tuple[str, ...]:
         options, at, pair = self.options, self.at, self.pair
         lr, weight_decay = options["lr"], options["weight_decay"]
+        self.is_rescaled = False  # whether a power of two was taken out of the stored weights
         if scaler is not None or isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
             may_read = pair is None and options["decay"] == "coupled" and GAUGE not in options
             (lr, weight_decay), there = self._numbers_on_device(

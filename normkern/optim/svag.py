@@ -355,9 +355,10 @@ class SVAG(SGD):
 
     def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[SgdGroupStep]:
         groups = []
-        for i, group in enumerate(self.param_groups):
-            options, pair = self._kernel_options(i, group), self._pair(i, group, inverse_scale)
-            groups.append(SgdGroupStep(self._run.plan, self.state, At("SGD", i), options, inverse_scale, pair))
+        for at, group in zip(self._places(), self.param_groups, strict=True):
+            options = self._kernel_options(at.group, group)
+            pair = self._pair(at.group, group, inverse_scale)
+            groups.append(SgdGroupStep(self._run.plan, self.state, at, options, inverse_scale, pair=pair))
         return groups
 
     def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
