@@ -29,6 +29,8 @@ class AdamGroupStep(GroupStep):
 
     def _read(self, inverse_scale: float, scaler: Scaler | None) -> tuple[str, ...]:
         options, at = self.options, self.at
+        if not (options["capturable"] or options["fused"]) and self.params and self.params[0].is_cuda:
+            self._check_capture()
         beta1, beta2 = check_betas(options["betas"], at)
         lr, weight_decay = options["lr"], options["weight_decay"]
         if scaler is not None or any(isinstance(x, Tensor) for x in (lr, weight_decay, beta1, beta2)):
@@ -52,6 +54,14 @@ class AdamGroupStep(GroupStep):
             *floats.values(), bool(options["decoupled_weight_decay"]), bool(options["maximize"]), inverse_scale,
         )  # type: ignore[assignment]  # fmt: skip
         return self.state_keys
+
+    def _check_capture(self) -> None:
+        """Raise if a graph is captured, which would keep the bias correction of this step for ever."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{place(self.at)}: expected capturable=True or fused=True in a CUDA graph, whose replays count steps "
+                "on the device, got neither"
+            )
 
     def _hyper(self) -> ops.Hyper:
         kept, arguments = self.plan.hypers, self._arguments
