@@ -11,11 +11,15 @@ from torch.optim.optimizer import ParamsT
 from .. import ops
 from .adam_group import AdamGroupStep, AdamWGroupStep, check_betas
 from .clip_options import ClipOptions
+from .corrected_decay import CORRECTED, MAX_LR, with_decay_of_step
 from .fused import FusedOptimizer
 from .group_step import Scaler
-from .options import EXP_AVG, EXP_AVG_SQ, check_count, number
+from .low_precision import PRECISION
+from .options import EXP_AVG, EXP_AVG_SQ, check_count, check_decay, number
 
 _Betas = tuple[float | Tensor, float | Tensor]
+#: The forms of weight decay of AdamW.
+_DECAYS = ("decoupled", CORRECTED)
 
 
 class Adam(FusedOptimizer, torch.optim.Adam):
@@ -39,7 +43,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
     """
 
     _who = "Adam"
-    _group_step: type[AdamGroupStep] = AdamGroupStep
     _numbers = ("lr", "eps", "weight_decay")
     _buffers = (EXP_AVG, EXP_AVG_SQ)
     _options_of_others = {"momentum": "SGD and its variants have"}
@@ -70,24 +73,16 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         error_if_nonfinite: bool = False,
         group: Any = None,
     ) -> None:
-        check_betas(betas, self._who)
-        self._begin(
+        self._construct(
             {"stats": stats},
             (state_dtype, stochastic_rounding, rounding_seed, master_weights),
             ClipOptions(max_norm, norm_type, error_if_nonfinite, group),
             params,
             lr=lr,
+            betas=betas,
             eps=eps,
             weight_decay=weight_decay,
-        )
-        torch.optim.Adam.__init__(
-            self,
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
+            amsgrad=amsgrad,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
@@ -95,12 +90,26 @@ class Adam(FusedOptimizer, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
+
+    def _construct(
+        self,
+        own_defaults: dict[str, Any],
+        stored: tuple[Any, ...],
+        clip_options: ClipOptions,
+        params: Any,
+        **torchs: Any,
+    ) -> None:
+        """Construct as `torch.optim.Adam` with the arguments `torchs`; the others are those of `_begin`."""
+        check_betas(torchs["betas"], self._who)
+        numbers = {name: torchs[name] for name in self._numbers}
+        self._begin(own_defaults, stored, clip_options, params, **numbers)
+        torch.optim.Adam.__init__(self, params, **torchs)
         self._finish()
 
     def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[AdamGroupStep]:
         plan, state = self._run.plan, self.state
         return [
-            self._group_step(plan, state, at, group, inverse_scale, scaler)
+            AdamGroupStep(plan, state, at, group, inverse_scale, scaler)
             for at, group in zip(self._places(), self.param_groups, strict=True)
         ]
 
@@ -140,7 +149,10 @@ class AdamW(Adam, torch.optim.AdamW):
             the gradients; they are unscaled inside the step and never written) and torch's errors for unsupported
             tensors.
         stats: None, "tensor" or "row": which norms `stats()` returns after a step. Also a group key, as are the next
-            four.
+            five.
+        decay: "decoupled"; or "corrected", lr / max_lr times weight_decay, for scale-invariant weights whose learning
+            rate falls (AdamC). See `SGD`; the ratio that stays is here that of the preconditioned gradient,
+            :math:`|g/(\sqrt v + \epsilon)|/|w|`.
         state_dtype: dtype of ``exp_avg`` and ``exp_avg_sq``, torch.float32 or torch.bfloat16, for parameters of 32 and
             16 bits. None: that of their parameters. With :math:`\beta_2 = 0.999` a bfloat16 ``exp_avg_sq`` moves only
             where :math:`g^2` is several times larger: prefer float32.
@@ -163,7 +175,7 @@ class AdamW(Adam, torch.optim.AdamW):
         ValueError: shapes differ; a parameter is expanded, or overlaps another partially; betas are not in [0, 1);
             `stats` is no known choice; options of storage do not fit, as in `SGD`.
 
-    Reference: Loshchilov and Hutter, arXiv 1711.05101; `torch.optim.AdamW`.
+    Reference: Loshchilov and Hutter, arXiv 1711.05101; `torch.optim.AdamW`; corrected decay: Defazio, arXiv 2506.02285.
 
     >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> opt = AdamW([w], lr=0.1, weight_decay=0.5, stats="tensor")
@@ -176,7 +188,8 @@ class AdamW(Adam, torch.optim.AdamW):
     """
 
     _who = "AdamW"
-    _group_step = AdamWGroupStep
+    _own_options = ("stats", "decay", *PRECISION)
+    _group_keys = (MAX_LR, *FusedOptimizer._group_keys)
 
     def __init__(
         self,
@@ -193,6 +206,7 @@ class AdamW(Adam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         stats: ops.Stats = None,
+        decay: str = "decoupled",
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
@@ -202,26 +216,34 @@ class AdamW(Adam, torch.optim.AdamW):
         error_if_nonfinite: bool = False,
         group: Any = None,
     ) -> None:
-        super().__init__(
+        check_decay(decay, _DECAYS, "AdamW")
+        self._construct(
+            {"stats": stats, "decay": decay},
+            (state_dtype, stochastic_rounding, rounding_seed, master_weights),
+            ClipOptions(max_norm, norm_type, error_if_nonfinite, group),
             params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            amsgrad=amsgrad,
             foreach=foreach,
             maximize=maximize,
             capturable=capturable,
             differentiable=differentiable,
             fused=fused,
             decoupled_weight_decay=True,
-            stats=stats,
-            state_dtype=state_dtype,
-            stochastic_rounding=stochastic_rounding,
-            rounding_seed=rounding_seed,
-            master_weights=master_weights,
-            max_norm=max_norm,
-            norm_type=norm_type,
-            error_if_nonfinite=error_if_nonfinite,
-            group=group,
         )
+
+    def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[AdamGroupStep]:
+        plan, state = self._run.plan, self.state
+        groups: list[AdamGroupStep] = []
+        for at, group in zip(self._places(), self.param_groups, strict=True):
+            check_decay(group["decay"], _DECAYS, at)
+            options = with_decay_of_step(group, "decoupled", at)
+            groups.append(AdamWGroupStep(plan, state, at, options, inverse_scale, scaler))
+        return groups
+
+    def _check_group(self, group: dict[str, Any], where: str) -> None:
+        super()._check_group(group, where)
+        check_decay(group["decay"], _DECAYS, where)

@@ -13,7 +13,18 @@ from torch import Tensor
 from .. import ops
 from ..tracing import is_materialized
 from .dtensor import check_summable, is_dtensor, shard, sum_over_shards
-from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, At, caller_level, check_decay, check_gauge, place
+from .options import (
+    BUFFER,
+    GAUGE,
+    NORM_BUFFERS,
+    SCALE_INVARIANT,
+    SGD_DECAYS,
+    At,
+    caller_level,
+    check_decay,
+    check_gauge,
+    place,
+)
 
 #: |<w,g>| / (|w| |g|) above which a loss sees the scale of w.
 _COSINE = 1e-3
@@ -41,7 +52,7 @@ class GroupGauge:
         self._factor = 1.0  # what the stored weights are multiplied with, besides stepping
         self.step: ops.GaugeStep | None = None  # None: nothing to do, or nothing to undo
         if self._leaves:
-            check_decay(options["decay"], place(at))
+            check_decay(options["decay"], SGD_DECAYS, at)
         gauge, params = options.get(GAUGE, ops.NEW_GAUGE), options["params"]
         if type(gauge) is not tuple or len(gauge) != 3 or not 0.5 < gauge[0] < 2:
             check_gauge(gauge, place(at))

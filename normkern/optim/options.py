@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import math
 import sys
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .. import ops
+from ..names import did_you_mean
 
 #: The entry of an optimizer's state that holds a parameter's momentum buffer; torch's name.
 BUFFER = "momentum_buffer"
@@ -19,6 +20,8 @@ MASTER = "master_weight"
 #: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
 #: norms whose running statistics follow the weights.
 GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"
+#: The forms of weight decay of SGD.
+SGD_DECAYS = ("coupled", "exponential", "corrected")
 #: A group key: one number for each parameter, which the learning rate is multiplied with; None: 1.
 LR_MULTIPLIERS = "lr_multipliers"
 #: What torch's Adam calls the averages of a parameter's gradients and of their squares, and the count of its steps.
@@ -56,10 +59,13 @@ def place(where: str | At) -> str:
     return where if isinstance(where, str) else f"{where.who}.step: param_groups[{where.group}]"
 
 
-def check_decay(decay: object, where: str) -> None:
-    """Check that the form of weight decay exists."""
-    if decay not in ("coupled", "exponential"):
-        raise ValueError(f'{where}: decay expected "coupled" or "exponential", got {decay!r}')
+def check_decay(decay: object, known: Sequence[str], where: str | At) -> None:
+    """Check that the form of weight decay is one of those known."""
+    if decay in known:
+        return
+    *most, last = (f'"{name}"' for name in known)
+    near = did_you_mean(decay, known)
+    raise ValueError(f"{place(where)}: decay expected {', '.join(most)} or {last}, got {decay!r}{near}")
 
 
 def check_options(group: dict[str, Any], numbers: Iterable[str], where: str) -> None:
@@ -73,7 +79,7 @@ def check_options(group: dict[str, Any], numbers: Iterable[str], where: str) -> 
 
 def check_decay_options(group: dict[str, Any], where: str) -> None:
     """Check what a loaded param group has of decay as an exponential learning rate."""
-    check_decay(group["decay"], where)
+    check_decay(group["decay"], SGD_DECAYS, where)
     if not (isinstance(group.get(SCALE_INVARIANT), bool) or group.get(SCALE_INVARIANT) is None):
         raise ValueError(f"{where}: scale_invariant expected True, False or None, got {group[SCALE_INVARIANT]!r}")
     if GAUGE in group:

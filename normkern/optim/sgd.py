@@ -11,13 +11,14 @@ from torch.optim.optimizer import ParamsT
 
 from .. import ops
 from .clip_options import ClipOptions
+from .corrected_decay import MAX_LR, with_decay_of_step
 from .exponential_decay import norm_buffers
 from .exponential_groups import find_followers, follow, prepare, true_weights, warn_once
 from .followers import FOLLOWERS
 from .fused import FusedOptimizer
 from .group_step import Scaler
 from .low_precision import PRECISION
-from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, check_decay, check_decay_options
+from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, SGD_DECAYS, check_decay, check_decay_options
 from .run_state import SgdState
 from .sgd_group import SgdGroupStep
 
@@ -41,8 +42,8 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: True adds the GradScaler protocol (a skipped step leaves no trace and needs no second pass over the
             gradients; they are unscaled inside the step and never written) and torch's errors for unsupported tensors.
         stats: None, "tensor" or "row": which norms `stats()` returns after a step. Also a group key.
-        decay: "coupled", weight decay as part of the gradient; "exponential", as a growing learning rate. Also a group
-            key, which may change between steps.
+        decay: "coupled", weight decay as part of the gradient; "exponential", as a growing learning rate; "corrected",
+            coupled, but lr / max_lr times weight_decay. Also a group key, which may change between steps.
         state_dtype: dtype of momentum buffers, torch.float32 or torch.bfloat16, for parameters of 32 and 16 bits;
             buffers of another dtype are converted at the next step. None: new buffers have their parameter's dtype.
             Also a group key, as are the others below.
@@ -88,6 +89,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
       of `norm_buffers` do. A module's tensors are found by the group's names, else by shape and value when the group
       is added. Without the key a warning says that copies are stale. Not saved.
 
+    ``decay="corrected"`` is for scale-invariant weights whose learning rate falls: with
+    :math:`\lambda_t = \lambda \eta_t/\eta_{\max}` the ratio of gradient norm to weight norm stays where it was; with a
+    constant weight decay it grows as :math:`1/\sqrt{\eta_t}`. The largest learning rate is the group's ``max_lr``,
+    which `OneCycleLR` sets, else its ``initial_lr``, which every scheduler sets; without either, or with lr above it, a
+    step raises ValueError. A tensor lr is read by the host.
+
     Sparse and complex tensors, tensor subclasses, gradients of another dtype than their parameter, and devices without
     kernels fall back to torch's own loop; logger "normkern" reports it at level DEBUG. So does everything under a
     dispatch mode or a torch.func transform, and, with `stats`, parameters on other devices than the first. A DTensor is
@@ -124,7 +131,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     _own_options = ("stats", "decay", *PRECISION)
     _keys_of_model = (NORM_BUFFERS, FOLLOWERS)
     _kept_keys = (NORM_BUFFERS, FOLLOWERS, SCALE_INVARIANT)
-    _group_keys = (GAUGE, SCALE_INVARIANT, NORM_BUFFERS, FOLLOWERS, *FusedOptimizer._group_keys)
+    _group_keys = (MAX_LR, GAUGE, SCALE_INVARIANT, NORM_BUFFERS, FOLLOWERS, *FusedOptimizer._group_keys)
     _numbers = ("lr", "momentum", "dampening", "weight_decay")
     _buffers = (BUFFER,)
     _options_of_others = {"betas": "Adam and its variants have"}
@@ -155,7 +162,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         error_if_nonfinite: bool = False,
         group: Any = None,
     ) -> None:
-        check_decay(decay, "SGD")
+        check_decay(decay, SGD_DECAYS, "SGD")
         self._begin(
             {"stats": stats, "decay": decay},
             (state_dtype, stochastic_rounding, rounding_seed, master_weights),
@@ -218,12 +225,12 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[SgdGroupStep]:
         plan, state = self._run.plan, self.state
         return [
-            SgdGroupStep(plan, state, at, group, inverse_scale, scaler)
+            SgdGroupStep(plan, state, at, with_decay_of_step(group, "coupled", at), inverse_scale, scaler)
             for at, group in zip(self._places(), self.param_groups, strict=True)
         ]
 
     def _kernel_may_skip(self, found_inf: Tensor) -> bool:
-        is_coupled = all(group["decay"] == "coupled" and GAUGE not in group for group in self.param_groups)
+        is_coupled = all(group["decay"] != "exponential" and GAUGE not in group for group in self.param_groups)
         return is_coupled and super()._kernel_may_skip(found_inf)
 
     def _prepare(self, groups: list[SgdGroupStep]) -> tuple[list[SgdGroupStep], str | None] | None:

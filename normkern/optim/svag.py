@@ -17,6 +17,7 @@ from ..noise.pairs import Noise, NoiseAverage
 from ..tracing import uncompiled
 from .clip_options import ClipOptions
 from .clipped_pairs import ClippedPairs, warn_of_clipped_pairs
+from .corrected_decay import with_decay_of_step
 from .dtensor import is_dtensor, sum_over_shards
 from .group_step import Scaler
 from .low_precision import PRECISION
@@ -364,6 +365,7 @@ class SVAG(SGD):
     def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
         """Return the group as SGD must see it: lr and momentum as they are in the kernel, and always measured."""
         _check_own(group, self._place(index))
+        group = with_decay_of_step(group, "coupled", self._place(index))
         l, lr = group["l"], number(group["lr"], "lr", At("SGD", index))
         momentum = number(group["momentum"], "momentum", At("SGD", index))
         if group["momentum_scaling"] == "continuous":
