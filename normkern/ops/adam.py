@@ -98,6 +98,10 @@ def adamw_(
             stored=(state_dtype, rounding, masters),
         )  # fmt: skip
     params, grads = list(params), list(grads)
+    lists: Any = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "masters": masters}
+    for name, given in lists.items():
+        if not (isinstance(given, list) or (given is None and name == "masters")):
+            raise TypeError(f"adamw_: {name} expected a list, into which new entries are put, got {describe(given)}")
     state = [list(given) for given in (exp_avgs, exp_avg_sqs, steps)]
     _fill(params, grads, state, state_dtype, on_device=found_inf is not None)
     copies = None if masters is None else with_new_masters(params, grads, masters)
@@ -126,8 +130,8 @@ def adamw_(
         if copies is not None:
             check_masters("adamw_", i, params, copies)
         _check_step(i, params, grads, state[2])
-        lists = {"params": params, "grads": grads, "exp_avgs": state[0], "exp_avg_sqs": state[1]}
-        raise TypeError(why_refused("adamw_", i, lists))
+        named = {"params": params, "grads": grads, "exp_avgs": state[0], "exp_avg_sqs": state[1]}
+        raise TypeError(why_refused("adamw_", i, named))
     if clip_coef is not None:
         step.clip([clip_coef])
     table = run_pass(step, measured=stats is not None, may_skip=found_inf is not None)

@@ -329,6 +329,13 @@ def refusals():
             TypeError,
             r"adamw_: steps\[0\] expected one float32 or float64 number on the",
         )
+    yield (
+        "tuple",
+        {"exp_avgs": (f(3),)},
+        TypeError,
+        "adamw_: exp_avgs expected a list, into which new entries are put, got",
+    )
+    yield "none", {"steps": None}, TypeError, "adamw_: steps expected a list, into which new entries are put, got None"
     yield "scale", {"grad_scale": 0}, ValueError, "adamw_: grad_scale expected a number that is not 0, got 0"
     yield "stats", {"stats": "column"}, ValueError, "adamw_: stats expected None"
     yield "lr", {"lr": f(2)}, ValueError, "adamw_: lr expected one number"
@@ -344,4 +351,5 @@ def test_refusal(given, error, text):
         ops.adamw_(**arguments)
     written = itertools.chain(arguments["params"], arguments["exp_avgs"], arguments["exp_avg_sqs"])
     assert all((x == 1).all() for x in written)
-    assert all(not isinstance(x, torch.Tensor) or x.numel() != 1 or x in (0, 1) for x in arguments["steps"])
+    steps = arguments["steps"] or []
+    assert all(not isinstance(x, torch.Tensor) or x.numel() != 1 or x in (0, 1) for x in steps)

@@ -35,7 +35,9 @@ def test_unknown_decay(later):
         with Unchanged(opt), pytest.raises(ValueError, match=text):
             opt.step()
     else:
-        with pytest.raises(ValueError, match=r'SGD: decay expected "coupled", "exponential" or "corrected", got \'linear\''):
+        with pytest.raises(
+            ValueError, match=r'SGD: decay expected "coupled", "exponential" or "corrected", got \'linear\''
+        ):
             normkern.SGD(weights(), decay="linear")
 
 
