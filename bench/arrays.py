@@ -52,6 +52,31 @@ def arrays(shapes: Sequence[Shape], dtype: torch.dtype) -> Arrays:
     return Arrays(params, buffers, HYPER, [p.view_as(p) for p in params])
 
 
+#: Of AdamW.
+ADAMW_HYPER = {"lr": 1e-6, "weight_decay": 1e-2}
+
+
+@dataclass(frozen=True)
+class AdamArrays:
+    """Weights with their gradients, and the state of AdamW, the same memory for every peer.
+
+    graph: as in `Arrays`.
+    """
+
+    params: list[nn.Parameter]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    hyper: dict[str, float]
+    graph: list[Tensor]
+
+
+def adam_arrays(shapes: Sequence[Shape], dtype: torch.dtype) -> AdamArrays:
+    """Random weights and gradients, averages as after some steps."""
+    given = arrays(shapes, dtype)
+    squares = [torch.full_like(p, 1e-2, requires_grad=False) for p in given.params]
+    return AdamArrays(given.params, given.momentum_buffers, squares, ADAMW_HYPER, given.graph)
+
+
 @dataclass(frozen=True)
 class Matrix:
     """Gradients of single samples, a row each, as torch.func or Opacus would have left them."""
@@ -83,4 +108,5 @@ class Step:
 
 
 Maker = Callable[[Arrays], Step]
+AdamMaker = Callable[[AdamArrays], Step]
 MatrixMaker = Callable[[Matrix], Step]

@@ -14,6 +14,7 @@ SGD = ("step", "step + statistics")
 CLIPPED = (*SGD, "clipped step")
 SVAG = (*SGD, "SVAG step")
 EVERY_STEP = (*CLIPPED, "SVAG step")
+ADAMW = ("AdamW step",)
 MOMENTS = ("moments",)
 
 
@@ -91,16 +92,16 @@ QUICK, PLOT = frozenset({"quick"}), frozenset({"plot"})
 CASES: dict[str, Case] = {
     case.key: case
     for case in (
-        Case("ResNet-50", RESNET50, F32, QUICK | PLOT, EVERY_STEP),
+        Case("ResNet-50", RESNET50, F32, QUICK | PLOT, EVERY_STEP + ADAMW),
         Case("ResNet-50", RESNET50, BF16, QUICK, CLIPPED),
         Case("ResNet-50", RESNET50, F16),
         Case("ResNet-50", RESNET50, F64),
         Case("transformer", TRANSFORMER, F32, PLOT),
         Case("transformer", TRANSFORMER, BF16),
-        Case("one of 64M", ONE, F32, PLOT, SVAG),
+        Case("one of 64M", ONE, F32, PLOT, SVAG + ADAMW),
         Case("one of 64M", ONE, BF16, PLOT, SVAG),
         Case("one of 64M", ONE, F16),
-        Case("161 of 8x8", ((8, 8),) * 161, F32, QUICK | PLOT, EVERY_STEP),
+        Case("161 of 8x8", ((8, 8),) * 161, F32, QUICK | PLOT, EVERY_STEP + ADAMW),
         Case("161 of 32x32", ((32, 32),) * 161, F32),
         Case("20 of 8x8", ((8, 8),) * 20, F32, PLOT, CLIPPED),
         Case("128 rows of 1M", ROWS, F32, jobs=MOMENTS),

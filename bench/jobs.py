@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from .arrays import arrays, matrix
+from .arrays import adam_arrays, arrays, matrix
 from .cases import Shape
-from .right import clipped_fault, moments_fault, sgd_fault, sgd_statistics_fault, svag_fault
+from .right import adamw_fault, clipped_fault, moments_fault, sgd_fault, sgd_statistics_fault, svag_fault
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ JOBS: dict[str, Job] = {
         # All gradients are read before the first weight can be written.
         Job("clipped step", arrays, 6, "six-stream loop", "normkern clipped", clipped_fault),
         Job("SVAG step", arrays, 6, "six-stream loop", "normkern SVAG", svag_fault),
+        Job("AdamW step", adam_arrays, 7, "seven-stream loop", "normkern AdamW", adamw_fault),
         Job("moments", matrix, 1, "sum-of-squares read", "normkern moments", moments_fault),
     )
 }

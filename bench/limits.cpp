@@ -9,7 +9,7 @@ struct Arrays {
   float* w;
   const float* g;
   float* v;
-  const float* h;
+  float* h;
 };
 
 // One piece per thread, and none so short that a second thread costs more than it brings.
@@ -21,7 +21,7 @@ void run(ParallelFor parallel_for, Arrays arrays, int64_t n, int64_t threads, vo
 
 // The least that a momentum step can do: read w, g and v, write w and v. As a compiler sees it, without prefetching: a
 // step that prefetches may pass it by some per cent.
-extern "C" void five_streams(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
+extern "C" void five_streams(ParallelFor parallel_for, float* w, const float* g, float* v, float*, int64_t n,
                              int64_t threads) {
   run(parallel_for, {w, g, v, nullptr}, n, threads, [](int64_t begin, int64_t end, void* context) {
     const Arrays& arrays = *static_cast<Arrays*>(context);
@@ -36,7 +36,7 @@ extern "C" void five_streams(ParallelFor parallel_for, float* w, const float* g,
 }
 
 // The least that a momentum step from two gradients can do: read w, g, h and v, write w and v.
-extern "C" void six_streams(ParallelFor parallel_for, float* w, const float* g, float* v, const float* h, int64_t n,
+extern "C" void six_streams(ParallelFor parallel_for, float* w, const float* g, float* v, float* h, int64_t n,
                             int64_t threads) {
   run(parallel_for, {w, g, v, h}, n, threads, [](int64_t begin, int64_t end, void* context) {
     const Arrays& arrays = *static_cast<Arrays*>(context);
@@ -51,10 +51,27 @@ extern "C" void six_streams(ParallelFor parallel_for, float* w, const float* g, 
   });
 }
 
+// The least that a step of AdamW can do: read w, g and both averages, write w and the averages. Without its root and
+// divisions.
+extern "C" void seven_streams(ParallelFor parallel_for, float* w, const float* g, float* v, float* h, int64_t n,
+                              int64_t threads) {
+  run(parallel_for, {w, g, v, h}, n, threads, [](int64_t begin, int64_t end, void* context) {
+    const Arrays& arrays = *static_cast<Arrays*>(context);
+    float* __restrict w = arrays.w;
+    float* __restrict v = arrays.v;
+    float* __restrict h = arrays.h;
+    const float* __restrict g = arrays.g;
+    for (int64_t i = begin; i < end; i++) {
+      v[i] = 0.9f * v[i] + 0.1f * g[i];
+      h[i] = 0.99f * h[i] + 0.01f * g[i] * g[i];
+      w[i] = w[i] - (1e-8f * w[i] + 1e-6f * v[i] * h[i]);
+    }
+  });
+}
+
 // Read g once. The bits are folded with xor, which compilers may reorder; v takes one word, or the loop would be
 // dropped.
-extern "C" void read(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
-                     int64_t threads) {
+extern "C" void read(ParallelFor parallel_for, float* w, const float* g, float* v, float*, int64_t n, int64_t threads) {
   run(parallel_for, {w, g, v, nullptr}, n, threads, [](int64_t begin, int64_t end, void* context) {
     const Arrays& arrays = *static_cast<Arrays*>(context);
     const uint32_t* bits = reinterpret_cast<const uint32_t*>(arrays.g);
@@ -65,7 +82,7 @@ extern "C" void read(ParallelFor parallel_for, float* w, const float* g, float* 
 }
 
 // Read g and sum its squares: what a norm alone costs. Eight registers' worth of sums, else their latency is the limit.
-extern "C" void sum_of_squares(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
+extern "C" void sum_of_squares(ParallelFor parallel_for, float* w, const float* g, float* v, float*, int64_t n,
                                int64_t threads) {
   run(parallel_for, {w, g, v, nullptr}, n, threads, [](int64_t begin, int64_t end, void* context) {
     const Arrays& arrays = *static_cast<Arrays*>(context);
@@ -82,8 +99,7 @@ extern "C" void sum_of_squares(ParallelFor parallel_for, float* w, const float* 
 }
 
 // Read g, write w.
-extern "C" void copy(ParallelFor parallel_for, float* w, const float* g, float* v, const float*, int64_t n,
-                     int64_t threads) {
+extern "C" void copy(ParallelFor parallel_for, float* w, const float* g, float* v, float*, int64_t n, int64_t threads) {
   run(parallel_for, {w, g, v, nullptr}, n, threads, [](int64_t begin, int64_t end, void* context) {
     const Arrays& arrays = *static_cast<Arrays*>(context);
     float* __restrict w = arrays.w;

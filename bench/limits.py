@@ -22,6 +22,7 @@ from normkern import ops
 LIMITS: dict[str, tuple[str, int]] = {
     "five-stream loop": ("five_streams", 5),
     "six-stream loop": ("six_streams", 6),
+    "seven-stream loop": ("seven_streams", 7),
     "read": ("read", 1),
     "sum-of-squares read": ("sum_of_squares", 1),
     "copy": ("copy", 2),

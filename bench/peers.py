@@ -27,7 +27,7 @@ from torch import Tensor
 import normkern
 from normkern import reference
 
-from .arrays import MAX_NORM, SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
+from .arrays import MAX_NORM, SVAG_L, AdamArrays, AdamMaker, Arrays, Maker, Matrix, MatrixMaker, Step
 from .cases import Case
 from .limits import compiler
 
@@ -286,6 +286,20 @@ def dots(xs: list[Any], ys: list[Any]) -> list[Tensor]:
     return [torch.dot(x.view(-1), y.view(-1)) for x, y in zip(xs, ys, strict=True)]
 
 
+# --- makers: AdamW step -----------------------------------------------------------------------------------------------
+
+
+def adamw_step(arrays: AdamArrays, kind: type[torch.optim.AdamW] = torch.optim.AdamW, **choice: Any) -> Step:
+    optimizer = kind(arrays.params, **arrays.hyper, **choice)
+    for p, m, v in zip(arrays.params, arrays.exp_avgs, arrays.exp_avg_sqs, strict=True):
+        optimizer.state[p] = {"step": torch.tensor(0.0), "exp_avg": m, "exp_avg_sq": v}
+    return Step(optimizer.step)
+
+
+def adamw_compiled(arrays: AdamArrays) -> Step:
+    return Step(torch.compile(adamw_step(arrays).run))
+
+
 # --- makers: moments --------------------------------------------------------------------------------------------------
 
 
@@ -416,7 +430,7 @@ class Peer:
 
     name: str
     job: str
-    make: Maker | MatrixMaker
+    make: Maker | MatrixMaker | AdamMaker
     fits: Callable[[Case], bool] = anything
     needs: tuple[tuple[str, str], ...] = ()
     quick: Callable[[Case], bool] = anything
@@ -466,6 +480,11 @@ PEERS: tuple[Peer, ...] = (
     Peer("lerp + torch fused + sums", "SVAG step", part(torch_pairs, in_place=True, fused=True)),
     Peer("combine + torch compile + sums", "SVAG step", part(torch_pairs, compiled=True), compiles_soon, CXX, nothing),
     Peer("torch compile by hand + sums", "SVAG step", compiled_by_hand, compiles_soon, CXX, nothing),
+    Peer("normkern AdamW", "AdamW step", part(adamw_step, kind=normkern.AdamW)),
+    Peer("normkern AdamW tensor", "AdamW step", part(adamw_step, kind=normkern.AdamW, stats="tensor")),
+    Peer("torch AdamW foreach", "AdamW step", part(adamw_step, foreach=True), quick=up_to(32 * M)),
+    Peer("torch AdamW fused", "AdamW step", part(adamw_step, fused=True)),
+    Peer("torch AdamW compile", "AdamW step", adamw_compiled, compiles_soon, CXX, few),
     Peer("normkern moments", "moments", normkern_moments),
     Peer("normkern.ops.moments", "moments", part(op_moments, through_torch=False)),
     Peer("torch.ops.normkern.moments", "moments", part(op_moments, through_torch=True)),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from normkern import reference
 
-from .arrays import MAX_NORM, SVAG_L, Arrays, Maker, Matrix, MatrixMaker, Step
+from .arrays import MAX_NORM, SVAG_L, AdamArrays, AdamMaker, Arrays, Maker, Matrix, MatrixMaker, Step
 from .cases import dtype_name
 
 STEPS = 3
@@ -84,6 +84,23 @@ def sgd_statistics_fault(maker: Maker, dtype: torch.dtype) -> str:
     wanted = _dots([((w, w), (g, g), (w, g)) for w, g in zip(before, grads, strict=True)])
     size = torch.stack([wanted[:, 0], wanted[:, 1], (wanted[:, 0] * wanted[:, 1]).sqrt()], dim=1)
     return _sums_fault(step.sums(), wanted, size, dtype)
+
+
+def adamw_fault(maker: AdamMaker, dtype: torch.dtype) -> str:
+    """Return what is wrong with the weights of a step of AdamW, or ""."""
+    of_sgd = awkward(dtype)
+    squares = [torch.full_like(p, 0.5, requires_grad=False) for p in of_sgd.params]
+    hyper = {"lr": 0.01, "weight_decay": 0.1}
+    given = AdamArrays(of_sgd.params, of_sgd.momentum_buffers, squares, hyper, graph=[])
+    exact = [p.detach().double().clone() for p in given.params]
+    grads = [g.double().clone() for g in of_sgd.grads if g is not None]
+    state: list[list[Tensor | None]] = [[x.double() for x in xs] for xs in (given.exp_avgs, given.exp_avg_sqs)]
+    steps: list[Tensor | None] = [torch.zeros(()) for _ in exact]
+    step = maker(given)
+    for _ in range(STEPS):
+        reference.adamw_(exact, grads, state[0], state[1], steps, **hyper)
+        step.run()
+    return _weights_fault(of_sgd, exact, dtype)
 
 
 def svag_fault(maker: Maker, dtype: torch.dtype) -> str:

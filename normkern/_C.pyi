@@ -59,8 +59,12 @@ class Hyper:
         second_inverse_scale: float = 1.0,
         l: float = 1.0,
         share: float = 0.0,
+        beta1: float = 0.0,
+        beta2: float = 0.0,
+        eps: float = 0.0,
+        decoupled: bool = False,
         gauge: GaugeStep | None = None,
-        on_device: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None] | None = None,
+        on_device: tuple[Tensor | None, ...] | None = None,
         rounding: tuple[int, int] | None = None,
         state_dtype: int | None = None,
     ) -> None: ...
@@ -83,6 +87,7 @@ class Pass:
         lr_multipliers: LrMultipliers | None = None,
         row: int | None = None,
         first_parameter: int = 0,
+        counts: list[Any] | None = None,
     ) -> list[int]: ...
     def add_whole(
         self,

@@ -40,6 +40,7 @@ try:
     from .noise.per_sample import GradientNoise, GradientNoiseResult
     from .noise.running_moments import RunningMoments
     from .ops import schemas as library
+    from .optim.adam import Adam, AdamW
     from .optim.halves import halves
     from .optim.sgd import SGD
     from .optim.step_stats import StepStats
@@ -63,6 +64,8 @@ __all__ = [
     "SVAG",
     "TEXP",
     "TORCH_FLOOR",
+    "Adam",
+    "AdamW",
     "AutoRateMonitor",
     "DDPNoise",
     "DDPNoiseResult",

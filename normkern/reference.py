@@ -66,12 +66,7 @@ def sgd_(
             continue
         real = _real_dtype(p)
         w, g = p.to(real), grad.to(real) / (grad_scale if held is None else held_scale)
-        master = None
-        if masters is not None and p.dtype in LOW_PRECISION:
-            master = masters[i]
-            if master is None:
-                master = masters[i] = p.float()
-            w = torch.where(master.to(p.dtype) == p, master, w)
+        master, w = _master_of(p, w, masters, i)
         first = None if held is None else held[i]
         g1 = None if first is None else first.to(real) / held_scale
         if g1 is not None:
@@ -96,12 +91,7 @@ def sgd_(
         elif gauge is not None:
             v_new = v  # rests, in other units
         w_new = w - (lr if lr_multipliers is None else lr * float(lr_multipliers[i])) * u
-        stored_new = w_new / new_scale
-        if master is not None:
-            stored_new = master.copy_(stored_new)
-        if rounding is not None and p.dtype == torch.bfloat16:
-            stored_new = round_at_random(stored_new, rounding.seed, rounding.first + i, rounding.step)
-        p.copy_(stored_new)
+        _store(p, w_new / new_scale, master, rounding, i)
         if v_new is not None and momentum_buffers is not None:
             if stored is None:
                 stored = momentum_buffers[i] = torch.empty_like(p, dtype=state_dtype or p.dtype, requires_grad=False)
@@ -114,6 +104,91 @@ def sgd_(
                 )
             table.append(torch.cat(sums, dim=1))
     return torch.cat(table) if stats else None
+
+
+@torch.no_grad()
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: list[Tensor | None],
+    exp_avg_sqs: list[Tensor | None],
+    steps: list[Tensor | None],
+    *,
+    lr: float | Tensor,
+    beta1: float | Tensor = 0.9,
+    beta2: float | Tensor = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float | Tensor = 1e-2,
+    decoupled: bool = True,
+    maximize: bool = False,
+    grad_scale: float | Tensor = 1.0,
+    stats: Stats = None,
+    found_inf: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    lr_multipliers: Sequence[float] | Tensor | None = None,
+    state_dtype: torch.dtype | None = None,
+    rounding: Rounding | None = None,
+    masters: list[Tensor | None] | None = None,
+) -> Tensor | None:
+    """`ops.adamw_`, one tensor and one operation at a time."""
+    if found_inf is not None and found_inf.item() != 0:
+        grads = [None] * len(grads)
+    table = []
+    for i, (p, grad) in enumerate(zip(params, grads, strict=True)):
+        if grad is None:
+            if stats:
+                table.append(_no_sums(p, stats, SUMS))
+            continue
+        real = _real_dtype(p)
+        w, g = p.to(real), grad.to(real) / grad_scale
+        master, w = _master_of(p, w, masters, i)
+        w_before = w.clone() if stats else w
+        d = -g if maximize else g
+        if clip_coef is not None:
+            d = d * clip_coef
+        if weight_decay != 0 and not decoupled:
+            d = d + weight_decay * w
+        eta = float(lr) * (1.0 if lr_multipliers is None else float(lr_multipliers[i]))
+        m, v, t = exp_avgs[i], exp_avg_sqs[i], steps[i]
+        if m is None:
+            m = exp_avgs[i] = torch.zeros_like(p, dtype=state_dtype or p.dtype, requires_grad=False)
+        if v is None:
+            v = exp_avg_sqs[i] = torch.zeros_like(p, dtype=state_dtype or p.dtype, requires_grad=False)
+        if t is None:
+            t = steps[i] = torch.zeros((), dtype=torch.float32)
+        t += 1
+        m_new = beta1 * m.to(real) + (1 - beta1) * d
+        v_new = beta2 * v.to(real) + (1 - beta2) * d * d
+        unbiased = m_new / (1 - float(beta1) ** t.item())
+        root = v_new.sqrt() / math.sqrt(1 - float(beta2) ** t.item())
+        w_new = w - eta * unbiased / (root + eps)
+        if weight_decay != 0 and decoupled:
+            w_new = torch.where(w.isinf(), w_new, w_new - eta * float(weight_decay) * w)
+        m.copy_(m_new)
+        v.copy_(v_new)
+        _store(p, w_new, master, rounding, i)
+        if stats:
+            table.append(step_sums(w_before, g, (p if master is None else master).to(real), stats))
+    return torch.cat(table) if stats else None
+
+
+def _master_of(p: Tensor, w: Tensor, masters: list[Tensor | None] | None, i: int) -> tuple[Tensor | None, Tensor]:
+    """Return the master copy of a parameter, made if there is none, and the weights that count."""
+    if masters is None or p.dtype not in LOW_PRECISION:
+        return None, w
+    master = masters[i]
+    if master is None:
+        master = masters[i] = p.float()
+    return master, torch.where(master.to(p.dtype) == p, master, w)
+
+
+def _store(p: Tensor, w_new: Tensor, master: Tensor | None, rounding: Rounding | None, i: int) -> None:
+    """Write new weights into a parameter and its master copy."""
+    if master is not None:
+        w_new = master.copy_(w_new)
+    if rounding is not None and p.dtype == torch.bfloat16:
+        w_new = round_at_random(w_new, rounding.seed, rounding.first + i, rounding.step)
+    p.copy_(w_new)
 
 
 def grad_sq_norms(

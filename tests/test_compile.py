@@ -71,12 +71,17 @@ def train_step(model, opt, x, y):
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", INDUCTOR])
-@pytest.mark.parametrize(("kind", "more"), [("SGD", {"stats": "tensor"}), ("SVAG", {"l": 2.0})])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("SGD", {"stats": "tensor", "momentum": 0.9}),
+        ("SVAG", {"l": 2.0, "momentum": 0.9}),
+        ("AdamW", {"stats": "tensor"}),
+    ],
+)
 def test_a_compiled_train_step(kind, more, backend):
     ours, theirs = net(), net()
-    a, b = (
-        getattr(normkern, kind)(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01, **more) for m in (ours, theirs)
-    )
+    a, b = (getattr(normkern, kind)(m.parameters(), lr=0.1, weight_decay=0.01, **more) for m in (ours, theirs))
     schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(opt, 20) for opt in (a, b)]
     compiled = torch.compile(train_step, backend=backend)
     after_two = None
@@ -96,16 +101,17 @@ def test_a_compiled_train_step(kind, more, backend):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p, q)
     assert [g["lr"] for g in a.param_groups] == [g["lr"] for g in b.param_groups]
-    if kind == "SGD":
+    if kind != "SVAG":
         torch.testing.assert_close(a.stats().weight_norm, b.stats().weight_norm)
     else:
         torch.testing.assert_close(a.noise().trace_sigma, b.noise().trace_sigma)
 
 
-@pytest.mark.parametrize("kind", ["SGD", "SVAG"])
+@pytest.mark.parametrize("kind", ["SGD", "SVAG", "AdamW"])
 def test_a_compiled_step(kind):
     ours, theirs = net(), net()
-    a, b = (getattr(normkern, kind)(m.parameters(), lr=0.1, momentum=0.9) for m in (ours, theirs))
+    more = {} if kind == "AdamW" else {"momentum": 0.9}
+    a, b = (getattr(normkern, kind)(m.parameters(), lr=0.1, **more) for m in (ours, theirs))
     schedules = [torch.optim.lr_scheduler.ExponentialLR(opt, 0.9) for opt in (a, b)]
     compiled = torch.compile(a.step, backend="aot_eager")
     frames = None
@@ -136,6 +142,13 @@ def step_of(w, g):
     return table, buffers[0]
 
 
+def adamw_step_of(w, g):
+    state = [None], [None], [None]
+    table = ops.adamw_([w], [g], *state, lr=0.1, beta1=0.8, stats="tensor")
+    ops.adamw_([w], [g], *state, lr=torch.tensor(0.1), weight_decay=0.1, decoupled=False)
+    return table, *(entries[0] for entries in state)
+
+
 def combination_of(a, b):
     normkern.svag_combine_([a, None], [b, None], 3.0)
     return a * 2
@@ -149,7 +162,7 @@ def sums_of(x, y):
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, INDUCTOR])
-@pytest.mark.parametrize("function", [moments_of, step_of, combination_of, sums_of])
+@pytest.mark.parametrize("function", [moments_of, step_of, adamw_step_of, combination_of, sums_of])
 def test_whole_graphs(function, backend):
     args = [torch.randn(6, 5) for _ in range(function.__code__.co_argcount)]
     again = [x.clone() for x in args]

@@ -14,8 +14,8 @@ Gather::Gather(const py::list& params, const py::object& state, const py::tuple&
       keys_(keys.ptr()),
       key_count_((int)keys.size()),
       is_dict_(PyDict_Check(state.ptr())) {
-  if (key_count_ > kMostBuffers)
-    throw py::value_error("gather: expected at most " + std::to_string(kMostBuffers) + " keys, got " +
+  if (key_count_ > kMostKeys)
+    throw py::value_error("gather: expected at most " + std::to_string(kMostKeys) + " keys, got " +
                           std::to_string(key_count_));
   walking_ = walk();
   if ((Py_ssize_t)params.size() >= kWorthWalking)  // another group's parameters come first

@@ -4,17 +4,20 @@
 
 namespace nk {
 
+// Entries of a parameter's state that a step reads: its buffers and the count of its steps.
+constexpr int kMostKeys = kMostBuffers + 1;
+
 // One param group, read in order: p.grad and state.get(p, {}).get(key) of every key, at the speed of C. A state whose
 // entries come in the order of the parameters, as after the first step, is read without hashing a tensor.
 class Gather {
  public:
-  // `state`: the optimizer's, or None: no entries are wanted. `keys`: strings, one for each state buffer.
+  // `state`: the optimizer's, or None: no entries are wanted. `keys`: strings, the names of the entries.
   Gather(const py::list& params, const py::object& state, const py::tuple& keys);
 
   struct Entry {
-    py::object grad;                 // None: none
-    PyObject* values[kMostBuffers];  // borrowed; None: none
-    bool missing;                    // there is a gradient, state is wanted, and some of it is not there
+    py::object grad;              // None: none
+    PyObject* values[kMostKeys];  // borrowed; None: none
+    bool missing;                 // there is a gradient, state is wanted, and some of it is not there
   };
   Entry next();  // to be called once for each parameter
 

@@ -120,6 +120,7 @@ Hyper GivenHyper::numbers(std::optional<int>& device, const std::string& where) 
   Hyper hyper = hyper_;
   const auto tensors = on_device_.cast<py::tuple>();
   const auto take = [&](size_t i, const char* name, bool may_be_double) -> std::optional<View> {
+    if (i >= tensors.size()) return {};
     const py::object entry = tensors[i];
     if (entry.is_none()) return {};
     const auto v = view(entry.ptr());
@@ -135,6 +136,8 @@ Hyper GivenHyper::numbers(std::optional<int>& device, const std::string& where) 
   if (const auto v = take(0, "lr", true)) n.lr = v->data, n.lr_is_double = v->dtype == DType::f64;
   if (const auto v = take(1, "weight_decay", true))
     n.weight_decay = v->data, n.weight_decay_is_double = v->dtype == DType::f64;
+  if (const auto v = take(4, "beta1", true)) n.beta1 = v->data, n.beta1_is_double = v->dtype == DType::f64;
+  if (const auto v = take(5, "beta2", true)) n.beta2 = v->data, n.beta2_is_double = v->dtype == DType::f64;
   if (const auto v = take(2, "grad_scale", false)) n.grad_scale = static_cast<const float*>(v->data);
   if (const auto v = take(3, "found_inf", false)) n.found_inf = static_cast<const float*>(v->data);
   return hyper;

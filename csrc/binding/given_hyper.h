@@ -11,7 +11,8 @@ class GivenHyper {
  public:
   // Keywords: the names of kHyperNumbers and
   //   gauge: GaugeStep or None
-  //   on_device: None, or lr, weight_decay, grad_scale and found_inf where they lie on a device, each else None
+  //   on_device: None, or lr, weight_decay, grad_scale, found_inf and, of Adam, beta1 and beta2 where they lie on a
+  //     device, each else None
   //   rounding: None, or (seed, steps so far) of rounding at random
   //   state_dtype: None, or the dtype that state buffers are to have, a position in StorageTypes
   // Throws py::type_error for other names, and for values of other types.

@@ -86,7 +86,7 @@ void Pass::begin() {
 }
 
 void Pass::begin_parameter() {
-  constexpr size_t kMost = 4 + kMostBuffers;
+  constexpr size_t kMost = 5 + kMostBuffers;
   if (cached_.capacity() < reading_ + kMost) cached_.reserve(2 * (reading_ + kMost));
   changed_ = false;
 }
@@ -118,6 +118,11 @@ bool Pass::fit(const Views& views, const Traits& traits, const Given& given) {
     if (!fits(v) && !is_mixed) return false;
   }
   if (given.held && !fits(views.h)) return false;
+  if (traits.counts_steps) {
+    const View* t = views.count;
+    const bool is_real = t && (t->dtype == DType::f32 || t->dtype == DType::f64);
+    if (!is_real || t->numel != 1 || (t->device != kCpu && t->device != w.device)) return false;
+  }
   const View* m = views.master;
   const bool is_low = item_size(w.dtype) < real_size(w.dtype);
   return !given.master || (m && is_low && m->dtype == DType::f32 && m->device == w.device);
@@ -165,10 +170,11 @@ Operands Pass::operands_of(const Views& views, const Group& group, const Traits&
 bool Pass::take(const View* w, const Given& given, const Group& group, int i, int64_t slot, int64_t slot_count) {
   if (!w) return false;
   const Traits& traits = traits_of(group.rule);
-  Views views{w, read(given.grad, false), {}, nullptr, nullptr};
+  Views views{w, read(given.grad, false), {}, nullptr, nullptr, nullptr};
   for (int k = 0; k < traits.buffers; k++) views.v[k] = read(given.buffers[k], true);
   if (given.held) views.h = read(given.held, false);
   if (given.master) views.master = read(given.master, true);
+  if (traits.counts_steps) views.count = read(given.count, true);
 
   if (taken_ == operands_.size()) operands_.emplace_back();
   Operands& t = operands_[taken_];
@@ -188,7 +194,17 @@ bool Pass::take(const View* w, const Given& given, const Group& group, int i, in
   Job& job = jobs_.emplace_back();
   job.hyper = (int)hypers_.size() - 1, job.rule = given.first ? kRules.first[(int)group.rule] : group.rule;
   job.slot = slot, job.slot_count = slot_count, job.by_row = group.stats == Stats::row, job.row = first_row_ + i;
-  job.of_lr = group.lr_multipliers ? group.lr_multipliers->at(i, w->device) : Multiplier{1, nullptr};
+  if (group.lr_multipliers) job.numbers.of_lr = group.lr_multipliers->at(i, w->device);
+  if (traits.counts_steps) {
+    const bool is_double = views.count->dtype == DType::f64;
+    job.numbers.count = {{1, 1}, views.count->device == kCpu ? nullptr : views.count->data, is_double};
+    job.count = views.count->device == kCpu ? views.count->data : nullptr;
+    const DeviceNumbers& numbers = hypers_.back().on_device;
+    if (job.count && (numbers.found_inf || numbers.beta1 || numbers.beta2))
+      throw py::value_error(where(*t.op, t.group) + ": " + t.op->counts + "[" + std::to_string(i) +
+                            "] lies on the CPU, but found_inf or betas on a device; expected it there too");
+    written_.push_back(given.count);
+  }
   job.param = given.param;
   job.rounds_at_random = hypers_.back().rounding.is_random && w->dtype == DType::bf16;
   job.parameter = group.first_parameter + (uint32_t)i;
@@ -213,7 +229,7 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
   };
   check_length(op, call.group, op.g, lists.grads.size(), n);
   for (const py::list& list : {lists.params, lists.grads}) owned_.push_back(list);
-  py::list buffers[kMostBuffers], held, masters;
+  py::list buffers[kMostBuffers], held, masters, counts;
   if (buffer_count > 0) {
     if (lists.buffers.is_none())
       throw py::value_error(where(op, call.group) + ": " + op.why_state + "expected " + op.buffers[0] + ", got None");
@@ -225,6 +241,10 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
   }
   if (!lists.held.is_none()) held = keep(lists.held, op.held);
   if (!lists.masters.is_none()) masters = keep(lists.masters, op.masters);
+  if (traits_of(group.rule).counts_steps) {
+    if (lists.counts.is_none()) throw py::value_error(where(op, call.group) + ": expected " + op.counts + ", got None");
+    counts = keep(lists.counts, op.counts);
+  }
   std::vector<bool> is_first(n, false);
   if (!lists.first.is_none())
     for (py::handle i : lists.first) is_first.at(i.cast<int>()) = true;
@@ -233,7 +253,7 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
   std::vector<int> refused;
   for (int i = 0; i < n; i++) {
     begin_parameter();
-    Given given{item(lists.params, i), item(lists.grads, i), {}, nullptr, nullptr, is_first[i], reading_};
+    Given given{item(lists.params, i), item(lists.grads, i), {}, nullptr, nullptr, nullptr, is_first[i], reading_};
     const bool skipped = given.grad == Py_None;
     const View* w = skipped ? nullptr : read(given.param, true);
     const int64_t count = slots_of(given.param, w, group.stats);
@@ -243,6 +263,7 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
     for (int k = 0; k < buffer_count; k++) given.buffers[k] = item(buffers[k], i);
     if (!lists.held.is_none() && item(held, i) != Py_None) given.held = item(held, i);
     if (!lists.masters.is_none() && item(masters, i) != Py_None) given.master = item(masters, i);
+    if (traits_of(group.rule).counts_steps) given.count = item(counts, i);
     if (!take(w, given, group, i, slot, count)) refused.push_back(i);
   }
   return refused;
@@ -270,8 +291,10 @@ bool Pass::add_whole(const std::string& op, const py::list& params, const py::ob
   for (int i = 0; i < n; i++) {
     begin_parameter();
     Gather::Entry entry = gather.next();
-    Given given{item(params, i), entry.grad.ptr(), {}, nullptr, nullptr, false, reading_};
-    for (int k = 0; k < kMostBuffers; k++) given.buffers[k] = entry.values[k];
+    Given given{item(params, i), entry.grad.ptr(), {}, nullptr, nullptr, nullptr, false, reading_};
+    const int buffers = traits_of(group.rule).buffers;
+    for (int k = 0; k < buffers; k++) given.buffers[k] = entry.values[k];
+    if (traits_of(group.rule).counts_steps) given.count = entry.values[buffers];
     const bool skipped = entry.grad.is_none();
     const View* w = skipped ? nullptr : read(given.param, true);
     const int64_t count = slots_of(given.param, w, group.stats);
@@ -380,7 +403,7 @@ Chunk& Pass::add_whole_tensor(std::vector<Chunk>& to, const Operands& t, const J
   c.size = t.w.numel, c.columns = columns(), c.hyper = &hypers_[job.hyper], c.rule = job.rule;
   c.dtype = t.w.dtype;
   c.master = t.master ? static_cast<float*>(t.master->data) : nullptr;
-  c.rounds_at_random = job.rounds_at_random, c.parameter = job.parameter, c.of_lr = job.of_lr;
+  c.rounds_at_random = job.rounds_at_random, c.parameter = job.parameter, c.numbers = job.numbers;
   return c;
 }
 
@@ -476,6 +499,7 @@ void Pass::run(const py::object& table, const py::object& scratch) {
   };
   double* sums = slots_ > 0 && !table.is_none() ? rows_of(table, slots_, "table") : nullptr;
   double* parts = sums && has_cuda_ && scratch_rows() > 0 ? rows_of(scratch, scratch_rows(), "scratch") : nullptr;
+  count_steps_on_host();
   if (!has_cuda_) {
     clip_on(kCpu);
     run_on_cpu(sums);
@@ -489,6 +513,21 @@ void Pass::run(const py::object& table, const py::object& scratch) {
   owned_.clear();
   like_ = py::object();
   complete_ = true;
+}
+
+void Pass::count_steps_on_host() {
+  // Most parameters have taken the same number of steps.
+  int hyper = -1;
+  double steps = 0;
+  Bias bias{};
+  for (Job& job : jobs_) {
+    if (!job.count) continue;
+    const auto next = [](auto* count) { return (double)(*count = *count + 1); };
+    const double now =
+        job.numbers.count.is_double ? next(static_cast<double*>(job.count)) : next(static_cast<float*>(job.count));
+    if (job.hyper != hyper || now != steps) hyper = job.hyper, steps = now, bias = Bias::after(now, hypers_[hyper]);
+    job.numbers.count.bias = bias;
+  }
 }
 
 void Pass::run_on_cpu(double* sums) {
@@ -533,10 +572,12 @@ void Pass::run_on(int device, double* table, double* scratch) {
   slot_parts_.clear();
   int64_t written = 0;  // entries of the table
   std::vector<std::vector<Chunk>> rounds(last_round() + 1);
+  std::vector<cuda::Count> counts;
   for (size_t i = 0; i < operands_.size(); i++) {
     const Operands& t = operands_[i];
     const Job& job = jobs_[i];
     if (t.w.device != device) continue;
+    if (void* at = const_cast<void*>(job.numbers.count.at)) counts.push_back({at, job.numbers.count.is_double});
     double *out = table && job.slot_count ? table + job.slot * columns : nullptr, *sums = out;
     const bool rows = out && by_row(job);
     const int64_t slots = out ? job.slot_count : 1, slot_size = rows ? t.w.numel / slots : t.w.numel;
@@ -562,6 +603,7 @@ void Pass::run_on(int device, double* table, double* scratch) {
   const auto comes_before = [&](const Chunk& a, const Chunk& b) { return kind(a) < kind(b); };
   py::gil_scoped_release released;
   if (table && written < slots_ * columns) check(cuda_kernels->fill_nan(table, slots_ * columns, found_inf, queue));
+  check(cuda_kernels->count_steps(counts.data(), (int64_t)counts.size(), found_inf, queue));
   for (std::vector<Chunk>& chunks : rounds) {
     std::stable_sort(chunks.begin(), chunks.end(), comes_before);
     check(cuda_kernels->run(chunks.data(), (int64_t)chunks.size(), queue));

@@ -49,6 +49,7 @@ class Pass {
     const py::object& held;     // None, or the first gradients of pairs, each None where there is no pair
     const py::object& masters;  // None, or the float32 copies of parameters, each None where there is none
     const py::object& slots;    // None, or where the slots of each parameter begin
+    const py::object& counts;   // None, or tensors of one number: the steps that each parameter has taken
   };
 
   // Reads one group for the op of this name. Returns the positions that no kernel takes, untouched: the caller decides
@@ -96,7 +97,8 @@ class Pass {
     int64_t slot, slot_count;  // slot_count 0: no statistics
     bool by_row;
     int64_t row;  // of the table of `sq_norms`
-    Multiplier of_lr;
+    TensorNumbers numbers;
+    void* count;      // on the host; null: none there
     PyObject* param;  // borrowed
     bool rounds_at_random = false;
     uint32_t parameter = 0;
@@ -136,17 +138,18 @@ class Pass {
   struct Given {
     PyObject *param, *grad;
     PyObject* buffers[kMostBuffers];
-    PyObject *held, *master;  // null or None: none
+    PyObject *held, *master, *count;  // null or None: none
     bool first;
     size_t first_read = 0;
   };
   // Their views as of now; null: no kernel takes the tensor, or there is none.
   struct Views {
-    const View *w, *g, *v[kMostBuffers], *h, *master;
+    const View *w, *g, *v[kMostBuffers], *h, *master, *count;
   };
   // Returns false if no kernel takes it, and nothing was added.
   bool take(const View* w, const Given&, const Group&, int i, int64_t slot, int64_t slot_count);
   static bool fit(const Views&, const Traits&, const Given&);
+  void count_steps_on_host();
   // Throws for shapes and memory that have no meaning.
   static Operands operands_of(const Views&, const Group&, const Traits&, const Given&, int i);
   // Where the slots of the next parameter begin, if they come one after another; the next ones begin behind them.

@@ -36,7 +36,7 @@ struct Chunk {
   float* master = nullptr;
   bool rounds_at_random = false;  // w, as hyper->rounding says; then coordinates are counted in row-major order
   uint32_t parameter = 0;         // the tensor's index in the optimizer
-  Multiplier of_lr{1, nullptr};
+  TensorNumbers numbers;
 };
 
 // Whether its streams differ in how they are stored.
@@ -184,6 +184,12 @@ struct SlotParts {
   int own;  // columns that are summed
 };
 
+// How many steps a parameter has taken, in the device's memory.
+struct Count {
+  void* at;
+  bool is_double;  // else a float
+};
+
 struct Queue {  // where to launch
   int device;
   void* stream;
@@ -201,6 +207,8 @@ struct Kernels {
   // skipped.
   const char* (*clip_coef)(const double* sq_norms, int64_t count, double max_norm, double* norm, double* coef,
                            const float* found_inf, const Queue&);
+  // Before all runs: one more step.
+  const char* (*count_steps)(const Count* counts, int64_t count, const float* found_inf, const Queue&);
   // After all runs: adds up the parts, in their order.
   const char* (*add_parts)(const SlotParts* slots, int64_t count, int columns, const float* found_inf, const Queue&);
   // Before all runs: rows of NaN.

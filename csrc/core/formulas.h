@@ -29,7 +29,9 @@ template <class R, class Bool> NK_HD R current_weight(R master, R weight, Bool i
 constexpr int kMostBuffers = 2;
 
 struct Traits {
-  bool is_step = false;  // takes one gradient or a pair, and tensors that are stored differently
+  bool is_step = false;       // takes tensors that are stored differently
+  bool has_pairs = false;     // takes one gradient or a pair
+  bool counts_steps = false;  // of each parameter
   bool writes_w = true;
   int buffers = 0;  // of state that it writes
   bool reads_buffers = false;
@@ -38,7 +40,17 @@ struct Traits {
 
   static constexpr Traits step() {
     Traits t;
-    t.is_step = true;
+    t.is_step = t.has_pairs = true;
+    return t;
+  }
+  constexpr Traits counting() const {
+    Traits t = *this;
+    t.counts_steps = true;
+    return t;
+  }
+  constexpr Traits without_pairs() const {
+    Traits t = *this;
+    t.has_pairs = false;
     return t;
   }
   constexpr Traits keeping(int n) const {
@@ -72,11 +84,14 @@ struct Traits {
 struct OfTensor {
   double lr;           // times its multiplier
   double grad_factor;  // see Hyper
+  Bias bias;
 };
 
 template <class Rule, class R>
-NK_HD auto coefficients(const Hyper& h, bool is_pair, const Multiplier& of_lr) {
-  return Rule::template Coefficients<R>::from(h, OfTensor{h.lr * of_lr.value(), h.grad_factor(is_pair)});
+NK_HD auto coefficients(const Hyper& h, bool is_pair, const TensorNumbers& numbers) {
+  Bias bias{1, 1};
+  if constexpr (Rule::traits.counts_steps) bias = numbers.count.value(h);
+  return Rule::template Coefficients<R>::from(h, OfTensor{h.lr * numbers.of_lr.value(), h.grad_factor(is_pair), bias});
 }
 
 // One coordinate of any rule; `state` has as many numbers as it keeps buffers.
@@ -239,6 +254,59 @@ struct GaugedMomentum {
   }
 };
 
+// ---- Adam -----------------------------------------------------------------------------------------------------------
+//
+// torch.optim.Adam and AdamW, step t of the parameter (m, v averages of the gradient and of its square, both 0 at
+// first):
+//     d  = +-g/scale + lambda w              (decoupled: d = +-g/scale)
+//     m' = beta1 m + (1-beta1) d
+//     v' = beta2 v + (1-beta2) d^2
+//     u  = eta/(1-beta1^t) m' / (sqrt(v')/sqrt(1-beta2^t) + eps)      (decoupled: u + eta lambda w)
+//     w' = w - u
+// Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101. u is rounded before w' is, so that eta
+// lambda keeps its digits, of which 1 - eta lambda has few.
+
+template <class R> struct AdamCoefficients {
+  R grad_factor, beta1, rest1, beta2, rest2;  // rest = 1 - beta
+  R coupled, shrink;                          // lambda of the gradient, eta lambda of the weight; one of them is 0
+  R lr, unbias, eps;                          // eta/(1-beta1^t), 1/sqrt(1-beta2^t)
+  bool decays;                                // coupled != 0
+
+  static NK_HD AdamCoefficients from(const Hyper& h, const OfTensor& t) {
+    const double coupled = h.decoupled ? 0.0 : h.weight_decay, shrink = h.decoupled ? t.lr * h.weight_decay : 0.0;
+    return {(R)t.grad_factor,
+            (R)h.beta1,
+            (R)(1 - h.beta1),
+            (R)h.beta2,
+            (R)(1 - h.beta2),
+            (R)coupled,
+            (R)shrink,
+            (R)(t.lr / t.bias.first),
+            (R)(1 / t.bias.second_root),
+            (R)h.eps,
+            coupled != 0};
+  }
+  template <class S> NK_HD AdamCoefficients<S> broadcast() const {
+    return {S::all(grad_factor), S::all(beta1), S::all(rest1),  S::all(beta2), S::all(rest2), S::all(coupled),
+            S::all(shrink),      S::all(lr),    S::all(unbias), S::all(eps),   decays};
+  }
+};
+
+struct Adam {
+  static constexpr Traits traits = Traits::step().keeping(2).counting().without_pairs();
+  using First = Adam;
+  template <class R> using Coefficients = AdamCoefficients<R>;
+  template <class R> static NK_HD void apply(const AdamCoefficients<R>& c, R& w, R g, R& m, R& v) {
+    const R signed_grad = c.grad_factor * g;
+    const R d = c.decays ? fma(c.coupled, w, signed_grad) : signed_grad;
+    m = fma(c.beta1, m, c.rest1 * d);
+    v = fma(c.beta2, v, c.rest2 * d * d);
+    const R u = c.lr * (m / fma(c.unbias, sqrt(v), c.eps));
+    // An infinite weight stays, as in torch; its decay is NaN.
+    w = finite_or(w - fma(c.shrink, w, u), w - u);
+  }
+};
+
 // ---- Two gradients ------------------------------------------------------------------------------------------------
 //
 // SVAG (Li, Malladi, Arora 2021, arXiv 2102.12470, section 4): of the gradients g1, g2 of two independent batches
@@ -308,7 +376,7 @@ struct Welford {
 // ---- The list that back ends instantiate their loops over -----------------------------------------------------------
 
 using Rules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst, Gauged, GaugedMomentum,
-                   GaugedMomentumFirst, SvagCombine, Difference, Welford>;
+                   GaugedMomentumFirst, Adam, SvagCombine, Difference, Welford>;
 
 // A position in Rules.
 enum class RuleId : uint8_t {};
@@ -331,6 +399,7 @@ struct Op {
   const char *w, *g, *buffers[kMostBuffers], *held, *masters;
   RuleId (*rule)(const Hyper&);
   const char* why_state = "";  // when a rule of it keeps state, as the beginning of a clause
+  const char* counts = "";     // of a rule that counts steps
 };
 
 [[maybe_unused]] static RuleId sgd_rule(const Hyper& h) {
@@ -341,6 +410,8 @@ template <class Rule> static RuleId always(const Hyper&) { return id_of<Rule>; }
 
 constexpr Op kOps[] = {
     {"sgd_", "SGD", "params", "grads", {"momentum_buffers"}, "held", "masters", sgd_rule, "momentum is not 0, "},
+    {"adamw_", "AdamW", "params", "grads", {"exp_avgs", "exp_avg_sqs"}, "", "masters", always<Adam>, "", "steps"},
+    {"adam_", "Adam", "params", "grads", {"exp_avgs", "exp_avg_sqs"}, "", "masters", always<Adam>, "", "steps"},
     {"svag_combine_", nullptr, "grads_a", "grads_b", {}, "", "", always<SvagCombine>},
     {"pair_sums", nullptr, "grads_a", "grads_b", {}, "", "", always<Difference>},
     {"welford_", nullptr, "means", "samples", {"squares"}, "", "", always<Welford>},
@@ -412,7 +483,7 @@ constexpr int kSums = kMeasure == Measure::pair ? (int)StepSums::count + (int)Pa
 template <class Rule, Measure kMeasure>
 constexpr bool has_op = kMeasure == Measure::nothing ? Rule::traits.has_plain
                         : kMeasure == Measure::step  ? Rule::traits.has_sums
-                                                     : Rule::traits.is_step;
+                                                     : Rule::traits.has_pairs;
 
 // Sums as the loops make them, turned into those of the user: a single gradient is summed as it lies in memory, a pair
 // after its unscaling; gauged weights stand for others.

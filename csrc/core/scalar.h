@@ -24,6 +24,9 @@ NK_HD float fma(float a, float b, float c) { return a * b + c; }
 NK_HD double fma(double a, double b, double c) { return a * b + c; }
 #endif
 
+NK_HD float sqrt(float x) { return __builtin_sqrtf(x); }
+NK_HD double sqrt(double x) { return __builtin_sqrt(x); }
+
 // x, or y where x is NaN or infinite.
 NK_HD float finite_or(float x, float y) { return x - x == 0 ? x : y; }
 NK_HD double finite_or(double x, double y) { return x - x == 0 ? x : y; }

@@ -85,7 +85,7 @@ template <class Rule, Measure kMeasure, class R> struct StepNumbers {
   R unkeep;  // of a gauged rule
 
   static StepNumbers from(const Chunk& c) {
-    return {coefficients<Rule, R>(*c.hyper, kMeasure == Measure::pair, c.of_lr), PairCoefficients<R>::from(*c.hyper),
+    return {coefficients<Rule, R>(*c.hyper, kMeasure == Measure::pair, c.numbers), PairCoefficients<R>::from(*c.hyper),
             (R)c.hyper->gauge.unkeep};
   }
   template <int N> NK_HD StepNumbers<Rule, kMeasure, Side<R, N>> side_by_side() const {
@@ -290,7 +290,8 @@ template <class Rule> void mixed(const Chunk& c) {
     Mixed<Rule, measure()>(c, &slots).run();
     slots.finish();
   };
-  if (c.h) return measured(Constant<Measure::pair>{});
+  if constexpr (has_op<Rule, Measure::pair>)
+    if (c.h) return measured(Constant<Measure::pair>{});
   if (c.sums) return measured(Constant<Measure::step>{});
   Mixed<Rule, Measure::nothing>(c, nullptr).run();
 }

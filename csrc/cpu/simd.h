@@ -8,7 +8,7 @@
 #pragma once
 #include "../core/formulas.h"
 
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -59,6 +59,35 @@ template <class R, int N> NK_HD Side<R, N> operator+(Side<R, N> a, const Side<R,
 template <class R, int N> NK_HD Side<R, N> operator*(Side<R, N> a, const Side<R, N>& b) {
   for (int i = 0; i < a.kParts; i++) a.part[i] *= b.part[i];
   return a;
+}
+
+template <class R, int N> NK_HD Side<R, N> operator/(Side<R, N> a, const Side<R, N>& b) {
+  for (int i = 0; i < a.kParts; i++) a.part[i] /= b.part[i];
+  return a;
+}
+
+#if defined(__AVX2__)
+NK_HD __m256 sqrt_part(__m256 x) { return _mm256_sqrt_ps(x); }
+NK_HD __m256d sqrt_part(__m256d x) { return _mm256_sqrt_pd(x); }
+#if defined(__AVX512F__)
+NK_HD __m512 sqrt_part(__m512 x) { return _mm512_sqrt_ps(x); }
+NK_HD __m512d sqrt_part(__m512d x) { return _mm512_sqrt_pd(x); }
+#endif
+#elif defined(__SSE2__)
+NK_HD __m128 sqrt_part(__m128 x) { return _mm_sqrt_ps(x); }
+NK_HD __m128d sqrt_part(__m128d x) { return _mm_sqrt_pd(x); }
+#elif defined(__aarch64__)
+NK_HD float32x4_t sqrt_part(float32x4_t x) { return vsqrtq_f32(x); }
+NK_HD float64x2_t sqrt_part(float64x2_t x) { return vsqrtq_f64(x); }
+#else
+template <class Part> NK_HD Part sqrt_part(Part x) {
+  for (int i = 0; i < (int)(sizeof x / sizeof x[0]); i++) x[i] = nk::sqrt(x[i]);
+  return x;
+}
+#endif
+template <class R, int N> NK_HD Side<R, N> sqrt(Side<R, N> x) {
+  for (int i = 0; i < x.kParts; i++) x.part[i] = sqrt_part(x.part[i]);
+  return x;
 }
 
 #if defined(__AVX2__)

@@ -8,6 +8,7 @@ const char* run(const Chunk* chunks, int64_t count, const Queue&);
 const char* sq_norms(const Chunk* chunks, int64_t count, const Queue&);
 const char* clip_coef(const double* sq_norms, int64_t count, double max_norm, double* norm, double* coef,
                       const float* found_inf, const Queue&);
+const char* count_steps(const Count* counts, int64_t count, const float* found_inf, const Queue&);
 const char* add_parts(const SlotParts* slots, int64_t count, int columns, const float* found_inf, const Queue&);
 const char* fill_nan(double* table, int64_t size, const float* found_inf, const Queue&);
 

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   const Tensor& t = mixed.all.tensor;
   const Traits traits = traits_on_device(mixed.all.rule);
   const Hyper hyper = complete(given);
-  const OfRules<float, Rules> rules(hyper, kMeasure == Measure::pair, t.of_lr);
+  const OfRules<float, Rules> rules(hyper, kMeasure == Measure::pair, t.numbers);
   const auto pair = PairCoefficients<float>::from(hyper);
   const float unkeep = (float)hyper.gauge.unkeep;
   const RandomBits random{hyper.rounding.seed, mixed.parameter, hyper.rounding.step};

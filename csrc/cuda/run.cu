@@ -7,7 +7,7 @@
 namespace nk::cuda {
 namespace {
 
-// ---- Two small kernels ----------------------------------------------------------------------------------------------
+// ---- Small kernels ----------------------------------------------------------------------------------------------
 
 struct PartsTable {
   int count, columns;
@@ -42,6 +42,23 @@ __global__ void __launch_bounds__(kThreads) write_nan(double* table, int64_t siz
   if (skips(found_inf)) return;
   for (int64_t i = (int64_t)blockIdx.x * kThreads + threadIdx.x; i < size; i += (int64_t)gridDim.x * kThreads)
     table[i] = __builtin_nan("");
+}
+
+constexpr int kCounts = 1024;
+struct CountTable {
+  int count;
+  Count counts[kCounts];
+};
+
+__global__ void __launch_bounds__(kThreads) add_step(const CountTable __grid_constant__ table, const float* found_inf) {
+  if (skips(found_inf)) return;
+  for (int i = threadIdx.x; i < table.count; i += kThreads) {
+    const Count& c = table.counts[i];
+    if (c.is_double)
+      *static_cast<double*>(c.at) += 1;
+    else
+      *static_cast<float*>(c.at) += 1;
+  }
 }
 
 // ---- Launches -------------------------------------------------------------------------------------------------------
@@ -97,6 +114,18 @@ const char* run(const Chunk* chunks, int64_t count, const Queue& queue) {
     dispatch(first.dtype, [&](auto type) {
       Updates<decltype(type)>::dense(first.rule, measure_of(first), (uint32_t)blocks, stream, table, *first.hyper);
     });
+    if (const char* error = launched()) return error;
+  }
+  return nullptr;
+}
+
+const char* count_steps(const Count* counts, int64_t count, const float* found_inf, const Queue& queue) {
+  const Current current(queue.device);
+  if (current.error()) return current.error();
+  CountTable table;
+  for (int64_t i = 0; i < count;) {
+    for (table.count = 0; i < count && table.count < kCounts; i++) table.counts[table.count++] = counts[i];
+    NK_LAUNCH(add_step, dim3(1), dim3(kThreads), 0, static_cast<cudaStream_t>(queue.stream), table, found_inf);
     if (const char* error = launched()) return error;
   }
   return nullptr;

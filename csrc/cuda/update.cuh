@@ -20,7 +20,7 @@ struct Tensor {
   const void* h;
   double* sums;  // a row for each slot, or for each part of each slot
   int64_t numel, slot_size;
-  Multiplier of_lr;
+  TensorNumbers numbers;
 };
 
 constexpr int64_t kShort = 4096;  // a slot with fewer coordinates is one of many for a block
@@ -65,6 +65,8 @@ __device__ inline Hyper complete(const Hyper& given) {
   const DeviceNumbers& d = h.on_device;
   if (d.lr) h.lr = number(d.lr, d.lr_is_double);
   if (d.weight_decay) h.weight_decay = number(d.weight_decay, d.weight_decay_is_double);
+  if (d.beta1) h.beta1 = number(d.beta1, d.beta1_is_double);
+  if (d.beta2) h.beta2 = number(d.beta2, d.beta2_is_double);
   if (d.grad_scale) h.inverse_scale = 1.0 / (double)*d.grad_scale;
   return h;
 }
@@ -94,8 +96,8 @@ template <class Rule, Measure kMeasure, class R> struct StepNumbers {
   PairCoefficients<R> pair;
   R unkeep;  // of a gauged rule
 
-  static __device__ __forceinline__ StepNumbers from(const Hyper& h, const Multiplier& of_lr) {
-    return {coefficients<Rule, R>(h, kMeasure == Measure::pair, of_lr), PairCoefficients<R>::from(h),
+  static __device__ __forceinline__ StepNumbers from(const Hyper& h, const TensorNumbers& numbers) {
+    return {coefficients<Rule, R>(h, kMeasure == Measure::pair, numbers), PairCoefficients<R>::from(h),
             (R)h.gauge.unkeep};
   }
 };
@@ -143,14 +145,22 @@ template <class T, int kBuffers> struct Streams {
   }
 };
 
+// Blocks that an SM holds at once, at least: as many as leave each thread the registers for its packs and sums, and for
+// Adam's division and root: of doubles they take many, and a pack of halves has eight of them.
+template <class T> NK_HD constexpr int resident(Measure measure, bool has_adam) {
+  const int most = measure == Measure::nothing ? 3 : measure == Measure::step ? 2 : 1;
+  return has_adam && most > (sizeof(T) == 8 ? 1 : sizeof(T) == 2 ? 2 : 3) ? most - 1 : most;
+}
+
 // `threads` threads, of which this is number `thread`, on coordinates [0, n).
 template <class Rule, Measure kMeasure, class T>
 __device__ __forceinline__ void sweep(const StepNumbers<Rule, kMeasure, Real<T>>& c, const Streams<T, kRoom<Rule>>& t,
                                       int n, int thread, int threads, double* s) {
   constexpr Traits kTraits = Rule::traits;
   constexpr int N = Pack<T>::size, kApart = 4, kBuffers = kTraits.buffers;
-  // Packs of each stream on their way at once: what hides the latency of the fastest memories.
-  constexpr int kTogether = 2;
+  // Packs of each stream on their way at once: what hides the latency of the fastest memories. Of more streams one,
+  // where other blocks wait for theirs meanwhile: two would not fit the registers.
+  constexpr int kTogether = kBuffers > 1 && resident<T>(kMeasure, true) > 1 ? 1 : 2;
   bool aligned = is_aligned(t.w) && is_aligned(t.g) && (kMeasure != Measure::pair || is_aligned(t.h));
 #pragma unroll
   for (int b = 0; b < kBuffers; b++) aligned = aligned && is_aligned(t.v[b]);
@@ -257,18 +267,15 @@ __device__ __forceinline__ void visit(const Tensor& t, int64_t block, int column
   }
 }
 
-// Blocks that an SM holds at once, at least: as many as leave each thread the registers for its packs and sums.
-constexpr int resident(Measure measure) { return measure == Measure::nothing ? 3 : measure == Measure::step ? 2 : 1; }
-
 template <class Rule, Measure kMeasure, class T>
-__global__ void __launch_bounds__(kThreads, resident(kMeasure))
+__global__ void __launch_bounds__(kThreads, resident<T>(kMeasure, is_same<Rule, Adam>))
     update(const Table __grid_constant__ table, const Hyper __grid_constant__ given) {
   NK_SHARED(double, shared, [kSums<kMeasure>][kWarps]);
   if (skips(given.on_device.found_inf)) return;
   const int i = entry_of(table, blockIdx.x);
   const Tensor& t = table.tensors[i];
   const Hyper hyper = complete(given);
-  const auto c = StepNumbers<Rule, kMeasure, Real<T>>::from(hyper, t.of_lr);
+  const auto c = StepNumbers<Rule, kMeasure, Real<T>>::from(hyper, t.numbers);
   Streams<T, kRoom<Rule>> all{static_cast<T*>(t.w), static_cast<const T*>(t.g), {}, static_cast<const T*>(t.h)};
 #pragma unroll
   for (int b = 0; b < kRoom<Rule>; b++) all.v[b] = static_cast<T*>(t.v[b]);
@@ -303,8 +310,8 @@ template <class Rule, class R> struct OneOfRules {
 };
 template <class R, class List> struct OfRules;
 template <class R, class... All> struct OfRules<R, List<All...>> : OneOfRules<All, R>... {
-  __device__ __forceinline__ OfRules(const Hyper& h, bool is_pair, const Multiplier& of_lr)
-      : OneOfRules<All, R>{coefficients<All, R>(h, is_pair, of_lr)}... {}
+  __device__ __forceinline__ OfRules(const Hyper& h, bool is_pair, const TensorNumbers& numbers)
+      : OneOfRules<All, R>{coefficients<All, R>(h, is_pair, numbers)}... {}
   template <class Rule> __device__ __forceinline__ const auto& of() const {
     return static_cast<const OneOfRules<Rule, R>&>(*this).coefficients;
   }
@@ -338,7 +345,7 @@ __device__ __forceinline__ void offsets(const StridedTensor& t, int64_t i, bool 
 __device__ __forceinline__ bool is_small(const StridedTensor& t) { return t.tensor.numel <= 0xffffffff; }
 
 template <Measure kMeasure, class T>
-__global__ void __launch_bounds__(kThreads, resident(kMeasure))
+__global__ void __launch_bounds__(kThreads, resident<T>(kMeasure, true))
     update_strided(const StridedTensor __grid_constant__ strided, const Hyper __grid_constant__ given) {
   using R = Real<T>;
   NK_SHARED(double, shared, [kSums<kMeasure>][kWarps]);
@@ -346,7 +353,7 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
   const Tensor& t = strided.tensor;
   const Traits traits = traits_on_device(strided.rule);
   const Hyper hyper = complete(given);
-  const OfRules<R, Rules> rules(hyper, kMeasure == Measure::pair, t.of_lr);
+  const OfRules<R, Rules> rules(hyper, kMeasure == Measure::pair, t.numbers);
   const auto pair = PairCoefficients<R>::from(hyper);
   const R unkeep = (R)hyper.gauge.unkeep;
   const bool small = is_small(strided);
@@ -378,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, resident(kMeasure))
 // ---- What run.cu calls ----------------------------------------------------------------------------------------------
 
 inline Tensor tensor_of(const Chunk& c) {
-  Tensor t{c.w, c.g, {}, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size, c.of_lr};
+  Tensor t{c.w, c.g, {}, c.h, c.sums, c.size, c.sums ? c.slot_size : c.size, c.numbers};
   for (int b = 0; b < kMostBuffers; b++) t.v[b] = c.v[b];
   return t;
 }

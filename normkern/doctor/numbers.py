@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..ops._load import REINSTALL
-from . import sgd, svag, welford
+from . import adam, sgd, svag, welford
 from .differences import NO_FMA, Difference, Written, roundings_allowed
 from .finding import Check, Finding, failed, ok
 from .places import PLACES
@@ -60,6 +60,15 @@ OPS = [
         sgd.compare,
         sgd.GAUGE_ROUNDINGS,
         "train with torch.optim.SGD",
+    ),
+    Op(
+        "adamw_",
+        adam.RULES,
+        adam.run,
+        adam.expected,
+        adam.compare,
+        adam.ROUNDINGS,
+        "train with torch.optim.AdamW",
     ),
     Op("svag_combine_", svag.RULES, svag.run, svag.expected, svag.compare),
     Op("pair_sums", svag.SUMS_RULES, svag.run_sums, svag.expected_sums, svag.compare_sums),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..noise.per_sample import GradientNoise, GradientNoiseResult
-from ..optim.sgd import SGD
+from ..optim.fused import FusedOptimizer
 from ..optim.unwrap import unwrap_optimizer
 
 Scalars = dict[str, float]
@@ -52,7 +52,7 @@ class Recorder:
             ValueError: no optimizer measures its steps, but statistics of steps are wanted.
         """
         self._noise = None  # of a training that ended within a step
-        found = [opt for opt in map(unwrap_optimizer, optimizers) if isinstance(opt, SGD)]
+        found = [opt for opt in map(unwrap_optimizer, optimizers) if isinstance(opt, FusedOptimizer)]
         for optimizer in found:
             optimizer.name_parameters(model)
         if self.every is not None and not any(map(_measures, found)):
@@ -75,7 +75,7 @@ class Recorder:
         every = [unwrap_optimizer(optimizer) for optimizer in optimizers]
         values: Scalars = {}
         for i, optimizer in enumerate(every):
-            if isinstance(optimizer, SGD) and _measures(optimizer):
+            if isinstance(optimizer, FusedOptimizer) and _measures(optimizer):
                 prefix = f"optimizer{i}/" if len(every) > 1 else ""
                 with suppress(RuntimeError):  # a GradScaler has skipped every step so far
                     values |= optimizer.stats().scalars(quantities=self.quantities, prefix=prefix)
@@ -107,5 +107,5 @@ class Recorder:
         return result.scalars() if self.noise_quantities is None else result.scalars(self.noise_quantities)
 
 
-def _measures(optimizer: SGD) -> bool:
+def _measures(optimizer: FusedOptimizer) -> bool:
     return any(group["stats"] is not None for group in optimizer.param_groups)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..optim.corrected_decay import with_decay_of_step
 from ..optim.options import LR_MULTIPLIERS, number
 from ..optim.parameter_names import all_names
 from ..optim.step_stats import StepStats
@@ -173,9 +174,10 @@ class StepReader:
 
     def _hyperparameters(self, index: int, lr: float) -> Hyperparameters:
         options = self.optimizer.param_groups[index]
+        where = f"{self._who}: param_groups[{index}]"
         if isinstance(self.optimizer, SVAG):
             options = self.optimizer._kernel_options(index, options)
-        where = f"{self._who}: param_groups[{index}]"
+        options = with_decay_of_step({**options, "lr": lr}, "coupled", where)
         momentum, dampening, decay = (number(options[k], k, where) for k in ("momentum", "dampening", "weight_decay"))
         return Hyperparameters(lr, momentum, dampening if momentum else 0.0, decay, bool(options["nesterov"]))
 

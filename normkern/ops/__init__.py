@@ -26,6 +26,7 @@ from ._binary import (
     supported_isas,
     torch_symbol,
 )
+from .adam import adamw_
 from .checks import check_l, check_pairs, check_storage, kernels_take, would_take
 from .clipping import check_max_norm, clip_coef, grad_sq_norms, sq_norm_tables
 from .gauge import gauge_step
@@ -33,7 +34,8 @@ from .launch import new_scratch, new_table, scratch_beside
 from .pairs import pair_sums, svag_combine_, welford_
 from .per_sample import conv_moments, embedding_moments, norm_sums, outer_moments
 from .sample_moments import check_samples, moments, recentre_, row_sq_norms, row_sums
-from .sgd import if_on_device, read_lr_multipliers, sgd_
+from .sgd import sgd_
+from .step_arguments import if_on_device, read_lr_multipliers
 from .types import (
     COMPUTE_DTYPES,
     DTYPES,
@@ -75,6 +77,7 @@ __all__ = [
     "Precision",
     "Rounding",
     "Stats",
+    "adamw_",
     "binary",
     "check_l",
     "check_max_norm",

@@ -100,6 +100,24 @@ def sgd_(
     return _new_table(params, slots if stats else 0, len(SUMS) + (len(PAIR_SUMS) if pairs else 0))
 
 
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    stats: Stats = None,
+    **others: Any,
+) -> Tensor:
+    """Check the arguments of `ops.adamw_`; return unwritten results."""
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_lists("adamw_", lists, one_device=stats is not None)
+    if len(steps) != len(params):
+        raise ValueError(f"adamw_: steps has {len(steps)} entries but params has {len(params)}")
+    return _new_table(params, _slots(params, stats, "adamw_") if stats else 0, len(SUMS))
+
+
 def svag_combine_(grads_a: list[Tensor], grads_b: list[Tensor], l: float) -> None:
     """Check the arguments of `ops.svag_combine_`."""
     check_l(l, "svag_combine_")

@@ -10,6 +10,7 @@ An op differs from its function in `ops` where a schema cannot express it:
 * `sgd_`, `welford_`: they return a table of no rows where `ops` returns None. Lists that are written hold no None: new
   momentum buffers are unwritten tensors whose indices are in `first`. The overload "tensor" takes lr, weight_decay and
   grad_scale as tensors, which it needs for found_inf too.
+* `adamw_`: as `sgd_`, but that lists of state hold zeros where a parameter has none yet.
 * `moments`: returns the totals, (2,), instead of writing them. `divisor` divides `factor`, as B may be a symbol and
   a float cannot. The overload "list" takes several tensors.
 * `recentre_`: returns a bool tensor of no dimension.
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import clipping, fake, pairs, per_sample, sample_moments, sgd
+from . import adam, clipping, fake, pairs, per_sample, sample_moments, sgd
 
 
 def _table(sums: Tensor | None, params: Sequence[Tensor]) -> Tensor:
@@ -53,6 +54,24 @@ def _sgd_(
             if made is not None:
                 momentum_buffers[i].copy_(made)
     return _table(sums, params)
+
+
+def _adamw_(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    beta1: float | Tensor | None = None,
+    beta2: float | Tensor | None = None,
+    weight_decay: float | Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+    **others: Any,
+) -> Tensor:
+    numbers: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "grad_scale": grad_scale}
+    others |= {name: x for name, x in numbers.items() if x is not None}
+    return _table(adam.adamw_(params, grads, list(exp_avgs), list(exp_avg_sqs), list(steps), **others), params)
 
 
 def _welford_(means: list[Tensor], samples: list[Tensor | None], squares: list[Tensor], **others: Any) -> Tensor:
@@ -88,6 +107,11 @@ _SGD = (
     "float l=1.0, float held_scale=1.0, int[] first=[]{}) -> Tensor"
 )
 
+_ADAMW = (
+    "adamw_{}(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, *, {}, float eps=1e-08, bool decoupled=True, bool maximize=False, str? stats=None{}) -> Tensor"
+)
+
 OPS = (
     Op(
         _SGD.format("", "float lr, float weight_decay=0.0, float grad_scale=1.0", ""),
@@ -102,6 +126,22 @@ OPS = (
         ),
         _sgd_,
         fake.sgd_,
+    ),
+    Op(
+        _ADAMW.format(
+            "", "float lr, float beta1=0.9, float beta2=0.999, float weight_decay=0.01, float grad_scale=1.0", ""
+        ),
+        _adamw_,
+        fake.adamw_,
+    ),
+    Op(
+        _ADAMW.format(
+            ".tensor",
+            "Tensor lr, Tensor? beta1=None, Tensor? beta2=None, Tensor? weight_decay=None, Tensor? grad_scale=None",
+            ", Tensor? found_inf=None, Tensor? clip_coef=None, Tensor? lr_multipliers=None",
+        ),
+        _adamw_,
+        fake.adamw_,
     ),
     Op(
         "svag_combine_(Tensor(a!)[] grads_a, Tensor[] grads_b, float l) -> ()",

@@ -9,17 +9,11 @@ import torch
 from torch import Tensor
 
 from ..tracing import is_traced
-from ._binary import GaugeStep, Hyper, LrMultipliers, Pass, describe, device_index, kernel_takes
+from ._binary import GaugeStep, Hyper, Pass, describe
 from .checks import as_float, check_l, inverses, why_refused
 from .launch import run_pass
-from .types import LOW_PRECISION, OnDevice, Rounding, Stats, precision, stats_code
-
-
-def if_on_device(x: object) -> Tensor | None:
-    """Return x if it is one number in the memory of a CUDA device, which a kernel can read by itself; else None."""
-    if not isinstance(x, Tensor) or x.numel() != 1 or x.dtype not in (torch.float32, torch.float64):
-        return None
-    return x if device_index(x) not in (None, -1) else None
+from .step_arguments import check_masters, read_lr_multipliers, split_numbers, with_new_masters
+from .types import OnDevice, Rounding, Stats, precision, stats_code
 
 
 def sgd_(
@@ -126,12 +120,7 @@ def sgd_(
                 new = torch.empty_like if found_inf is None else torch.zeros_like
                 buffers[i] = new(p, dtype=state_dtype or p.dtype, requires_grad=False)
                 first.append(i)
-    copies: list[Tensor | None] | None = None
-    if masters is not None:
-        copies = list(masters)
-        for i, (p, g, m) in enumerate(zip(params, grads, copies, strict=False)):
-            if m is None and g is not None and isinstance(p, Tensor) and p.dtype in LOW_PRECISION:
-                copies[i] = p.detach().float()
+    copies = None if masters is None else with_new_masters(params, grads, masters)
     firsts = None if held is None else list(held)
     check_l(l, "sgd_")
     if firsts is not None and stats is None:
@@ -140,15 +129,14 @@ def sgd_(
     step.begin()
     code = stats_code(stats, "sgd_")
     on_device: OnDevice | None = None
-    given: Any = (lr, weight_decay, grad_scale)
-    if found_inf is not None or any(isinstance(x, Tensor) for x in given):
-        scale_there = if_on_device(grad_scale) if held is None else None
-        on_device = (if_on_device(lr), if_on_device(weight_decay), scale_there, found_inf)
-        given = tuple(
-            as_float("sgd_", name, x) if there is None else 1.0
-            for name, x, there in zip(("lr", "weight_decay", "grad_scale"), given, on_device[:3], strict=True)
-        )
-    eta, decay, scale = given
+    eta: Any = lr
+    decay: Any = weight_decay
+    scale: Any = grad_scale
+    if found_inf is not None or any(isinstance(x, Tensor) for x in (lr, weight_decay, grad_scale)):
+        of_one = grad_scale if held is None else as_float("sgd_", "grad_scale", grad_scale)
+        given = {"lr": lr, "weight_decay": weight_decay, "grad_scale": of_one}
+        (eta, decay, scale), (lr_there, decay_there, scale_there) = split_numbers("sgd_", given)
+        on_device = (lr_there, decay_there, scale_there, found_inf)
     of_first, of_second = inverses("sgd_", scale, None if firsts is None else held_scale)
     multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "sgd_")
     _, seeded, first_parameter = precision(None, rounding, 0 if rounding is None else rounding.first)
@@ -163,7 +151,7 @@ def sgd_(
     if refused:
         lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}
         if copies is not None:
-            _check_masters(refused[0], params, copies)
+            check_masters("sgd_", refused[0], params, copies)
         raise TypeError(why_refused("sgd_", refused[0], lists))
     if clip_coef is not None:
         step.clip([clip_coef])
@@ -227,25 +215,3 @@ def _traced_sgd_(
         params, grads, buffers, momentum=momentum, stats=stats, held=held, first=first, **numbers, **others
     )
     return None if stats is None and held is None else table
-
-
-def read_lr_multipliers(given: object, count: int, where: str) -> LrMultipliers:
-    """Return `lr_multipliers`, of `sgd_` or of a param group, as the binary takes them; `where` begins the error.
-
-    Raises:
-        ValueError: they are no sequence or vector of `count` finite numbers of at least 0.
-    """
-    if isinstance(given, Tensor) and device_index(given) not in (None, -1):
-        given = given.detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
-    return LrMultipliers(given, count, where)
-
-
-def _check_masters(i: int, params: list[Any], masters: list[Any]) -> None:
-    """Raise TypeError if it is the master copy i that no kernel takes."""
-    p, m = params[i], masters[i]
-    if m is None or not isinstance(p, Tensor) or not kernel_takes(p):
-        return
-    if p.dtype not in LOW_PRECISION:
-        raise TypeError(f"sgd_: masters[{i}] expected None beside params[{i}], {describe(p)}, got {describe(m)}")
-    if not kernel_takes(m) or m.dtype != torch.float32 or m.device != p.device:
-        raise TypeError(f"sgd_: masters[{i}] expected float32 beside params[{i}], {describe(p)}, got {describe(m)}")

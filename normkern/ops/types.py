@@ -30,8 +30,8 @@ PAIR_SUMS = ("pair_dot", "pair_difference_sq", "first_sq", "second_sq")
 GaugeStep: TypeAlias = _binary.GaugeStep
 LrMultipliers: TypeAlias = _binary.LrMultipliers
 
-#: lr, weight_decay, grad_scale and found_inf where they lie on a device, else None.
-OnDevice: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+#: lr, weight_decay, grad_scale, found_inf and, of Adam, beta1 and beta2 where they lie on a device, else None.
+OnDevice: TypeAlias = tuple[Tensor | None, ...]
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -1,7 +1,8 @@
 """The optimizers, their options, and the sums that a step returns."""
 
+from .adam import Adam, AdamW
 from .sgd import SGD
 from .step_stats import StepStats
 from .svag import SVAG, svag_combine_
 
-__all__ = ["SGD", "SVAG", "StepStats", "svag_combine_"]
+__all__ = ["SGD", "SVAG", "Adam", "AdamW", "StepStats", "svag_combine_"]

@@ -110,8 +110,8 @@ def _check_finite(
         if bad and group.row <= bad[0] < group.row + len(group.params):
             which = name_of(group.index, bad[0] - group.row)
     raise RuntimeError(
-        f"SGD.step: the norm of all gradients is {float(norm)}, because of the gradient of {which}; nothing was "
-        "stepped. error_if_nonfinite=False would step"
+        f"{groups[0].at.who}.step: the norm of all gradients is {float(norm)}, because of the gradient of {which}; "
+        "nothing was stepped. error_if_nonfinite=False would step"
     )
 
 
@@ -121,7 +121,7 @@ def _sum_over_meshes(table: Tensor, groups: Sequence[GroupStep], maximum: bool =
     for group in groups:
         for i, p in enumerate(group.params):
             if is_dtensor(p):
-                check_summable(p, f"{place(group.index)}: params[{i}]")
+                check_summable(p, f"{place(group.at)}: params[{i}]")
                 owners.append((slice(group.row + i, group.row + i + 1), p))
     if owners:
         sum_over_shards(table.view(-1, 1), owners, maximum)

@@ -37,7 +37,7 @@ def shard(x: Any, like: Any) -> Tensor:
         RuntimeError: it is no DTensor.
     """
     if not is_dtensor(x):
-        raise RuntimeError(f"SGD.step: expected a DTensor to go with a DTensor parameter, got {ops.describe(x)}")
+        raise RuntimeError(f"normkern: expected a DTensor to go with a DTensor parameter, got {ops.describe(x)}")
     if x.device_mesh != like.device_mesh or x.placements != like.placements:
         x = x.redistribute(like.device_mesh, like.placements)
     local = x.to_local()

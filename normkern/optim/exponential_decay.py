@@ -13,7 +13,18 @@ from torch import Tensor
 from .. import ops
 from ..tracing import is_materialized
 from .dtensor import check_summable, is_dtensor, shard, sum_over_shards
-from .options import BUFFER, GAUGE, NORM_BUFFERS, SCALE_INVARIANT, caller_level, check_decay, check_gauge, place
+from .options import (
+    BUFFER,
+    GAUGE,
+    NORM_BUFFERS,
+    SCALE_INVARIANT,
+    SGD_DECAYS,
+    At,
+    caller_level,
+    check_decay,
+    check_gauge,
+    place,
+)
 
 #: |<w,g>| / (|w| |g|) above which a loss sees the scale of w.
 _COSINE = 1e-3
@@ -24,10 +35,10 @@ _NONE, _FIRST, _KEPT, _RESTING = ops.Buffers
 class GroupGauge:
     """The gauge of one param group during one step; nothing is written before `commit`."""
 
-    __slots__ = ("_factor", "_index", "_judged", "_leaves", "_norms", "_numbers", "_options", "step")
+    __slots__ = ("_at", "_factor", "_judged", "_leaves", "_norms", "_numbers", "_options", "step")
 
     def __init__(
-        self, options: dict[str, Any], index: int, grads: list[Any] | None, state: Any, numbers: Sequence[Any]
+        self, options: dict[str, Any], at: At, grads: list[Any] | None, state: Any, numbers: Sequence[Any]
     ) -> None:
         """`grads`: where they are not the parameters' own. `numbers`: lr, momentum, dampening, weight_decay, nesterov.
 
@@ -35,30 +46,30 @@ class GroupGauge:
             ValueError: the form of decay is unknown; lr * weight_decay is too large for the momentum; the group is
                 differentiable, incomplete, or not scale-invariant.
         """
-        self._options, self._index, self._numbers = options, index, numbers
+        self._options, self._at, self._numbers = options, at, numbers
         self._leaves = options["decay"] != "exponential"
         self._judged, self._norms = False, _NO_NORMS
         self._factor = 1.0  # what the stored weights are multiplied with, besides stepping
         self.step: ops.GaugeStep | None = None  # None: nothing to do, or nothing to undo
         if self._leaves:
-            check_decay(options["decay"], place(index))
+            check_decay(options["decay"], SGD_DECAYS, at)
         gauge, params = options.get(GAUGE, ops.NEW_GAUGE), options["params"]
         if type(gauge) is not tuple or len(gauge) != 3 or not 0.5 < gauge[0] < 2:
-            check_gauge(gauge, place(index))
+            check_gauge(gauge, place(at))
         if (self._leaves and gauge[:2] == ops.NEW_GAUGE[:2]) or not params:
             return
         if (params[0].grad if grads is None else grads[0]) is None:
             self.check_complete([p.grad for p in params] if grads is None else grads, [])
             return
         if options["differentiable"]:
-            raise ValueError(f'{place(index)}: differentiable expected False with decay="exponential", got True')
+            raise ValueError(f'{place(at)}: differentiable expected False with decay="exponential", got True')
         # Missing buffers are reported to `check_complete`, where they are read.
         buffers = _KEPT if numbers[1] != 0 else _RESTING if state.get(params[0], {}).get(BUFFER) is not None else _NONE
         self.step = self._take(buffers)
         if numbers[3] != 0 and not self._leaves and not options.get(SCALE_INVARIANT):
             given = [p.grad for p in params] if grads is None else grads
             self.check_complete(given, [])
-            self._judged = check_scale_invariance(options, index, params, given)
+            self._judged = check_scale_invariance(options, at, params, given)
 
     def _take(self, buffers: ops.Buffers) -> ops.GaugeStep:
         lr, momentum, dampening, weight_decay, nesterov, *_ = self._numbers
@@ -68,7 +79,7 @@ class GroupGauge:
             raise ValueError(self._why_none(gauge[1], lr, momentum, weight_decay))
         self._factor = step.scale if self._leaves else 1 / step.unkeep if step.shift else 1.0
         if self._factor != 1 and self._options.get(NORM_BUFFERS):
-            self._norms = norm_buffers(self._options[NORM_BUFFERS], place(self._index))
+            self._norms = norm_buffers(self._options[NORM_BUFFERS], place(self._at))
         return step
 
     def _why_none(self, z: float, lr: float, momentum: float, weight_decay: float) -> str:
@@ -76,12 +87,12 @@ class GroupGauge:
         most = ops.most_decay(momentum)
         if z != 0 and lr * weight_decay <= most:
             return (
-                f"{place(self._index)}: lr {lr!r} is too large for the decay that momentum still carries from earlier "
+                f"{place(self._at)}: lr {lr!r} is too large for the decay that momentum still carries from earlier "
                 f"steps, {momentum!r} * {z:.6g}: expected less than 1 of lr times decay, beyond which no exponential "
                 "learning rate follows"
             )
         return (
-            f"{place(self._index)}: lr * weight_decay expected at most (1 - sqrt(momentum))^2 = {most:.6g}, and less "
+            f"{place(self._at)}: lr * weight_decay expected at most (1 - sqrt(momentum))^2 = {most:.6g}, and less "
             f"than 1, with momentum {momentum!r}, beyond which no exponential learning rate follows weight decay; got "
             f"{lr!r} * {weight_decay!r} = {lr * weight_decay:.6g}"
         )
@@ -97,7 +108,7 @@ class GroupGauge:
         without = [i for i, g in enumerate(grads) if g is None]
         if without and len(without) < len(grads):
             raise ValueError(
-                f"{place(self._index)}: {_name(self._options, without[0])} has no gradient but others of its group "
+                f"{place(self._at)}: {_name(self._options, without[0])} has no gradient but others of its group "
                 'have; expected one for each, as decay="exponential" decays a group as a whole'
             )
         if not missing or self.step is None:
@@ -107,7 +118,7 @@ class GroupGauge:
             return
         if self.step.before[1] != 0 or self._options["dampening"] != 0 or self._options["momentum"] == 0:
             raise ValueError(
-                f"{place(self._index)}: {_name(self._options, missing[0])} has no {BUFFER} but others of its group "
+                f"{place(self._at)}: {_name(self._options, missing[0])} has no {BUFFER} but others of its group "
                 'have; expected all or none with decay="exponential"'
             )
 
@@ -139,9 +150,7 @@ class GroupGauge:
         return True
 
 
-def check_scale_invariance(
-    options: dict[str, Any], index: int, params: Sequence[Tensor], grads: Sequence[Tensor]
-) -> bool:
+def check_scale_invariance(options: dict[str, Any], at: At, params: Sequence[Tensor], grads: Sequence[Tensor]) -> bool:
     r"""Check that the group is scale-invariant, so that a learning rate can take the place of weight decay.
 
     For every parameter :math:`|\langle w,g\rangle| \le 10^{-3} |w| |g|`, or of the group as a whole where several
@@ -167,7 +176,7 @@ def check_scale_invariance(
             continue
         if w_sq[i] == 0 and p.numel():
             raise ValueError(
-                f'{place(index)}: {_name(options, i)} is all zeros, and decay="exponential" expected weights of which '
+                f'{place(at)}: {_name(options, i)} is all zeros, and decay="exponential" expected weights of which '
                 "only the direction matters. normkern.invariance.param_groups puts those into a group of their own; "
                 "scale_invariant=True in the group skips this check"
             )
@@ -176,7 +185,7 @@ def check_scale_invariance(
     if suspects and abs(sum(dots)) > _COSINE * sum(sizes[i] for i in suspects):
         i = max(suspects, key=lambda i: abs(dots[i]) / sizes[i])
         raise ValueError(
-            f"{place(index)}: {_name(options, i)} is not scale-invariant, and would lose its weight decay: "
+            f"{place(at)}: {_name(options, i)} is not scale-invariant, and would lose its weight decay: "
             f'decay="exponential" expected |<w,g>| of at most {_COSINE:g} |w| |g|, got {dots[i] / sizes[i]:.3g}. '
             "normkern.invariance.param_groups puts the scale-invariant parameters of a model into a group; give the "
             "others coupled decay"

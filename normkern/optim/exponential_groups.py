@@ -19,13 +19,13 @@ from .followers import FOLLOWERS, SLOW_WEIGHTS, Followers
 from .group_step import GroupStep
 from .options import GAUGE, NORM_BUFFERS
 from .parameter_names import PARAM_NAMES, all_names
-from .run_state import RunState
+from .run_state import SgdState
 from .written_behind import Versions, warn_of_written
 
 _Groups = Sequence[dict[str, Any]]
 
 
-def find_followers(run: RunState, param_groups: _Groups, index: int, where: str) -> Followers | None:
+def find_followers(run: SgdState, param_groups: _Groups, index: int, where: str) -> Followers | None:
     """Return the followers of a group, found when its option is seen for the first time; None: it has none.
 
     Raises:
@@ -47,7 +47,7 @@ def find_followers(run: RunState, param_groups: _Groups, index: int, where: str)
     return found
 
 
-def _norm_names(run: RunState, group: Mapping[str, Any]) -> list[str | None]:
+def _norm_names(run: SgdState, group: Mapping[str, Any]) -> list[str | None]:
     """Return the name of the module of each of the group's norms; None where it is not known."""
     given = group.get(NORM_BUFFERS) or []
     modules = {} if run.model is None else {id(m): name for name, m in run.model.named_modules()}
@@ -64,7 +64,7 @@ def _norm_names(run: RunState, group: Mapping[str, Any]) -> list[str | None]:
 
 
 def prepare(
-    run: RunState, param_groups: _Groups, groups: Sequence[GroupStep], name_of: Callable[[int, int], str]
+    run: SgdState, param_groups: _Groups, groups: Sequence[GroupStep], name_of: Callable[[int, int], str]
 ) -> str | None:
     """Find the followers before a step, and return the name of a weight that was written since the last; or None.
 
@@ -87,7 +87,7 @@ def prepare(
     return behind
 
 
-def follow(run: RunState, param_groups: _Groups, state: Any, group: GroupStep) -> bool:
+def follow(run: SgdState, param_groups: _Groups, state: Any, group: GroupStep) -> bool:
     """Commit the step of a group's gauge with all that follows; return whether the stored weights were rescaled."""
     gauge, own = group.gauge, param_groups[group.index]
     assert gauge is not None
@@ -108,7 +108,7 @@ def follow(run: RunState, param_groups: _Groups, state: Any, group: GroupStep) -
     return rescaled
 
 
-def _expect_versions(run: RunState, own: Mapping[str, Any], group: GroupStep) -> None:
+def _expect_versions(run: SgdState, own: Mapping[str, Any], group: GroupStep) -> None:
     """Note what the next step will find of the parameters, unless something else writes them."""
     if own["decay"] != "exponential":
         run.versions.pop(group.index, None)
@@ -120,7 +120,7 @@ def _expect_versions(run: RunState, own: Mapping[str, Any], group: GroupStep) ->
         run.versions[group.index] = Versions(group.params)
 
 
-def warn_once(run: RunState, param_groups: _Groups, rescaled: Sequence[int], behind: str | None) -> None:
+def warn_once(run: SgdState, param_groups: _Groups, rescaled: Sequence[int], behind: str | None) -> None:
     """Warn, once each, of what lags behind rescaled weights and of a weight that something else has written."""
     groups = [param_groups[index] for index in rescaled]
     lags = [
@@ -138,7 +138,7 @@ def warn_once(run: RunState, param_groups: _Groups, rescaled: Sequence[int], beh
 
 @contextmanager
 @torch.no_grad()
-def true_weights(run: RunState, param_groups: _Groups) -> Iterator[None]:
+def true_weights(run: SgdState, param_groups: _Groups) -> Iterator[None]:
     """Have the weights of the run with weight decay in the parameters, until the context ends.
 
     Raises:

@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.sgd import sgd as torch_sgd
 
-from .. import ops
 from ..tracing import is_materialized
 from .dtensor import is_dtensor, shard
 from .group_step import GroupStep
-from .options import BUFFER
 
 
 def sq_norms_with_torch(group: GroupStep, grad_scale: Tensor | None) -> list[tuple[int, Tensor]]:
@@ -48,42 +45,19 @@ def _p_norm(x: Tensor, p: float) -> Tensor:
 
 def step_with_torch(group: GroupStep, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
     """Step the parameters that no kernel takes, by torch's loop where it has all options of the group."""
-    gauge = None if group.gauge is None else group.gauge.step
-    if gauge is None and group.precision is None:
-        _step_with_torch(group, grad_scale, clip_coef)
-    else:
-        _step_with_reference(group, gauge, grad_scale, clip_coef)
+    is_plain = (group.gauge is None or group.gauge.step is None) and group.precision is None
+    (_step_with_torch if is_plain else _step_with_reference)(group, grad_scale, clip_coef)
 
 
 def _step_with_torch(group: GroupStep, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
-    options = group.options
-    params = [group.params[i] for i in group.left_to_torch]
-    grads = [_whole_gradient(group, i, grad_scale) for i in group.left_to_torch]
-    buffers = [group.buffers[i] for i in group.left_to_torch]
+    which = group.left_to_torch
+    grads = [_whole_gradient(group, i, grad_scale) for i in which]
     sparse = any(g.layout != torch.strided for g in grads)
-    before = [_local(p, p).clone() for p in params] if group.stats else []
-    with torch.set_grad_enabled(bool(options["differentiable"])):
+    before = [_local(group.params[i], group.params[i]).clone() for i in which] if group.stats else []
+    with torch.set_grad_enabled(bool(group.options["differentiable"])):
         clipped = grads if clip_coef is None else [g * clip_coef.to(g.device) for g in grads]
         for lr, some in _runs(group):
-            made = buffers[some]
-            torch_sgd(
-                params[some],
-                clipped[some],
-                made,
-                has_sparse_grad=sparse,
-                foreach=False,
-                fused=bool(options["fused"]) and sparse,  # raises torch's error
-                weight_decay=options["weight_decay"],
-                momentum=options["momentum"],
-                lr=lr,
-                dampening=options["dampening"],
-                nesterov=options["nesterov"],
-                maximize=options["maximize"],
-            )
-            buffers[some] = made
-    if options["momentum"] != 0:
-        for p, buffer in zip(params, buffers, strict=True):
-            group.state[p][BUFFER] = buffer
+            group.step_by_torch(which[some], clipped[some], lr, sparse)
     if group.stats:
         _measure(group, before, grads)
 
@@ -110,48 +84,20 @@ def _runs(group: GroupStep) -> list[tuple[Any, slice]]:
     return [(lr * group.multipliers.value(i), slice(k, k + 1)) for k, i in enumerate(group.left_to_torch)]
 
 
-def _step_with_reference(
-    group: GroupStep, gauge: ops.GaugeStep | None, grad_scale: Tensor | None, clip_coef: Tensor | None
-) -> None:
-    """Step with `reference.sgd_`, which has the options that torch's loop lacks."""
-    from ..reference import sgd_
-
-    options, pair, precision = group.options, group.pair, group.precision
+def _step_with_reference(group: GroupStep, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
+    pair = group.pair
     for i in group.left_to_torch:
-        p, buffers = group.params[i], [group.buffers[i]]
-        more: dict[str, Any] = {}
-        if precision is not None:
-            rounding = precision.rounding
-            more = {
-                "state_dtype": precision.state_dtype,
-                "masters": None if group.masters is None else [group.masters[i]],
-                "rounding": None if rounding is None else rounding._replace(first=precision.first + i),
-            }
+        p, more = group.params[i], group.reference_options(i)
         if pair is not None and pair.held[i] is not None:
             grad = pair.grads[i]
             more |= {"held": [_dense(pair.held[i])], "l": pair.l}
             more |= {"held_scale": 1 / pair.first_inverse_scale, "grad_scale": 1 / pair.second_inverse_scale}
         else:
             grad = _whole_gradient(group, i, grad_scale)
+        more["clip_coef"] = None if clip_coef is None else clip_coef.to(p.device)
+        more["lr_multipliers"] = None if group.multipliers is None else [float(group.multipliers.value(i))]
         stats = group.stats if is_materialized(p) else None
-        sums = sgd_(
-            [p],
-            [_dense(grad)],
-            buffers,
-            lr=group.lr,
-            momentum=float(options["momentum"]),
-            dampening=float(options["dampening"]),
-            weight_decay=float(options["weight_decay"]),
-            nesterov=bool(options["nesterov"]),
-            maximize=bool(options["maximize"]),
-            stats=stats,
-            gauge=gauge,
-            clip_coef=None if clip_coef is None else clip_coef.to(p.device),
-            lr_multipliers=None if group.multipliers is None else [float(group.multipliers.value(i))],
-            **more,
-        )
-        if buffers[0] is not None:
-            group.state[p][BUFFER] = buffers[0]
+        sums = group.step_by_reference(i, _dense(grad), stats, more)
         if sums is not None and stats is not None:
             group.torch_sums.append((group.first_slot(i), sums))
 

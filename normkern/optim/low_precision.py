@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .options import BUFFER, MASTER, place
+from .options import MASTER, At, place
 
 #: The group key that counts the steps that were rounded at random.
 ROUNDING_STEP = "rounding_step"
@@ -23,7 +23,7 @@ PRECISION: dict[str, Any] = {
 _STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 
 
-def check_precision(group: Mapping[str, Any], where: str | int) -> None:
+def check_precision(group: Mapping[str, Any], where: str | At) -> None:
     """Check a group's options for storage.
 
     Raises:
@@ -50,14 +50,14 @@ class GroupPrecision:
 
     __slots__ = ("first", "has_masters", "rounding", "state_dtype")
 
-    def __init__(self, options: dict[str, Any], index: int, first: int) -> None:
+    def __init__(self, options: dict[str, Any], at: At, first: int) -> None:
         """`first`: the index in the optimizer of the group's first parameter.
 
         Raises:
             ValueError: an option is unknown, or does not fit a parameter or the group.
             RuntimeError: random numbers would be captured in a graph.
         """
-        check_precision(options, index)
+        check_precision(options, at)
         self.first, self.state_dtype = first, options["state_dtype"]
         self.has_masters: bool = options["master_weights"]
         self.rounding: ops.Rounding | None = None
@@ -65,23 +65,23 @@ class GroupPrecision:
             self.rounding = ops.Rounding(options["rounding_seed"], options.get(ROUNDING_STEP, 0), first)
         if options["differentiable"]:
             raise ValueError(
-                f"{place(index)}: differentiable expected False with state_dtype, stochastic_rounding or "
+                f"{place(at)}: differentiable expected False with state_dtype, stochastic_rounding or "
                 "master_weights, got True"
             )
         for i, p in enumerate(options["params"]):
             if self.state_dtype is not None and p.dtype not in (torch.float32, *ops.LOW_PRECISION):
                 raise ValueError(
-                    f"{place(index)}: state_dtype expected float32, bfloat16 or float16 parameters, but params[{i}] is "
+                    f"{place(at)}: state_dtype expected float32, bfloat16 or float16 parameters, but params[{i}] is "
                     f"{ops.describe(p)}"
                 )
             if self.rounding is not None and p.dtype == torch.float16:
                 raise ValueError(
-                    f"{place(index)}: stochastic_rounding expected bfloat16 parameters, or of 32 and 64 bits, which "
+                    f"{place(at)}: stochastic_rounding expected bfloat16 parameters, or of 32 and 64 bits, which "
                     f"are stored as always, but params[{i}] is {ops.describe(p)}"
                 )
             if self.rounding is not None and p.is_cuda and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    f"{place(index)}: stochastic_rounding expected no CUDA graph: every replay would round with the "
+                    f"{place(at)}: stochastic_rounding expected no CUDA graph: every replay would round with the "
                     "same random numbers"
                 )
 
@@ -90,7 +90,7 @@ class GroupPrecision:
         return ops.precision(self.state_dtype, self.rounding, self.first + i)
 
     def buffer_dtype(self, p: Tensor) -> torch.dtype:
-        """Return the dtype of a parameter's new momentum buffer."""
+        """Return the dtype of a new buffer of a parameter."""
         return self.state_dtype or p.dtype
 
     def masters(self, params: list[Any], grads: list[Any], state: Any) -> tuple[list[Any] | None, list[int]]:
@@ -124,21 +124,24 @@ class GroupPrecision:
             group[ROUNDING_STEP] = self.rounding.step + 1
 
 
-def group_precision(options: dict[str, Any], index: int, first: int) -> GroupPrecision | None:
+def group_precision(options: dict[str, Any], at: At, first: int) -> GroupPrecision | None:
     """Return the storage of a group; None where everything is stored as the parameters are."""
     if options["state_dtype"] is None and not options["stochastic_rounding"] and not options["master_weights"]:
         return None
-    return GroupPrecision(options, index, first)
+    return GroupPrecision(options, at, first)
 
 
-def restore_precision(state: Any, groups: list[dict[str, Any]], saved: Mapping[str, Any]) -> None:
+def restore_precision(
+    state: Any, groups: list[dict[str, Any]], saved: Mapping[str, Any], buffers: Iterable[str]
+) -> None:
     """Load again from the checkpoint what `torch.optim.Optimizer.load_state_dict` has cast to the parameters' dtype.
 
-    A buffer is loaded as a step would make a new one; a master copy in float32.
+    A buffer, by its name, is loaded as a step would make a new one; a master copy in float32.
     """
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
         for p, key in zip(group["params"], saved_group["params"], strict=True):
             entry, given = state.get(p, {}), saved["state"].get(key, {})
-            for name, dtype in ((BUFFER, group["state_dtype"]), (MASTER, torch.float32)):
+            wanted = dict.fromkeys(buffers, group["state_dtype"]) | {MASTER: torch.float32}
+            for name, dtype in wanted.items():
                 if isinstance(entry.get(name), Tensor) and dtype is not None:
                     entry[name] = given[name].to(dtype=dtype, device=entry[name].device)

@@ -38,7 +38,7 @@ def _positions(index: int, group: Mapping[str, Any], params: Sequence[Tensor]) -
         return [f"{index}.{i}" for i in range(len(params))]
     if len(given) != len(params):
         raise ValueError(
-            f"SGD: param_groups[{index}] has {len(params)} params but {len(given)} {PARAM_NAMES}; "
+            f"param_groups[{index}] has {len(params)} params but {len(given)} {PARAM_NAMES}; "
             "opt.name_parameters(model) names them anew"
         )
     return list(given)
@@ -89,20 +89,20 @@ def remember_names(known: dict[Tensor, str], param_groups: Iterable[Mapping[str,
             del known[p]
 
 
-def names_from_model(model: Any, param_groups: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def names_from_model(model: Any, param_groups: Sequence[Mapping[str, Any]], who: str) -> list[list[str]]:
     """Return a name from the model for every parameter of every group.
 
     Raises:
         TypeError: it is no module. ValueError: a parameter is none of the model's.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"SGD.name_parameters: model expected a torch.nn.Module, got {type(model).__name__}")
+        raise TypeError(f"{who}.name_parameters: model expected a torch.nn.Module, got {type(model).__name__}")
     known = parameter_names(model)
     for index, group in enumerate(param_groups):
         for i, p in enumerate(group["params"]):
             if p not in known:
                 raise ValueError(
-                    f"SGD.name_parameters: model expected one that has all parameters of the optimizer, but "
+                    f"{who}.name_parameters: model expected one that has all parameters of the optimizer, but "
                     f"{type(model).__name__} lacks param_groups[{index}]['params'][{i}] of shape {tuple(p.shape)}"
                 )
     return [[known[p] for p in group["params"]] for group in param_groups]

@@ -38,10 +38,13 @@ def wrapper_that_splits() -> str | None:
     return None
 
 
-def check_whole(params: Iterable[Any], part_of: str | None, group: Any, measured: bool, clipped: bool) -> None:
+def check_whole(
+    who: str, params: Iterable[Any], part_of: str | None, group: Any, measured: bool, clipped: bool
+) -> None:
     """Check that what is summed over the parameters is of whole ones, or is added over the ranks.
 
     Args:
+        who: the optimizer's name.
         params: the parameters of all groups, with and without gradients.
         part_of: as in `RunState`.
         group: the process group that the user has named, or None.
@@ -53,28 +56,29 @@ def check_whole(params: Iterable[Any], part_of: str | None, group: Any, measured
     """
     if clipped and part_of is not None and group is None:
         raise RuntimeError(
-            f"SGD.step: max_norm needs the norm of all gradients, but {part_of} has given this rank a part of the "
+            f"{who}.step: max_norm needs the norm of all gradients, but {part_of} has given this rank a part of the "
             f'parameters; construct it with group="world", or the process group that it splits them over: {part_of}('
-            'params, normkern.SGD, ..., max_norm=1.0, group="world")'
+            f'params, normkern.{who}, ..., max_norm=1.0, group="world")'
         )
     if not several_processes():
         return
     params = list(params)
     if clipped and group is not None and has_dtensors(params):
         raise RuntimeError(
-            "SGD.step: parameters are DTensors, which know the processes that they are split over; expected group=None"
+            f"{who}.step: parameters are DTensors, which know the processes that they are split over; expected "
+            "group=None"
         )
     if not has_flat_shards(params):
         return
     if measured:
         raise RuntimeError(
-            "SGD.step: the parameters are shards of FullyShardedDataParallel, and no rank can measure whole parameters "
-            "(stats, SVAG's noise); use torch.distributed.fsdp.fully_shard, whose DTensors are summed over the ranks, "
-            "or stats=None"
+            f"{who}.step: the parameters are shards of FullyShardedDataParallel, and no rank can measure whole "
+            "parameters (stats, SVAG's noise); use torch.distributed.fsdp.fully_shard, whose DTensors are summed over "
+            "the ranks, or stats=None"
         )
     if clipped and group is None:
         raise RuntimeError(
-            "SGD.step: the parameters are shards of FullyShardedDataParallel, and max_norm needs the norm of all of "
+            f"{who}.step: the parameters are shards of FullyShardedDataParallel, and max_norm needs the norm of all of "
             "them; use torch.distributed.fsdp.fully_shard, or construct the optimizer with group=, the process group "
             'over which they are split ("world" for all processes), or clip by model.clip_grad_norm_'
         )

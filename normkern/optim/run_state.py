@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .clip_options import ClipOptions
+from .options import At
 
 if TYPE_CHECKING:
     from .followers import Followers
@@ -23,12 +24,11 @@ if TYPE_CHECKING:
 
 
 class RunState:
-    """The mutable state of an `SGD` beyond ``state`` and ``param_groups``."""
+    """The mutable state of an optimizer beyond ``state`` and ``param_groups``."""
 
     __slots__ = (
         "clip_options",
         "dlpack_refs",
-        "followers",
         "found_inf",
         "grad_norm",
         "grad_scale",
@@ -39,9 +39,8 @@ class RunState:
         "names",
         "owner",
         "part_of",
+        "places",
         "plan",
-        "true_weights",
-        "versions",
         "warned",
         "whole",
         "whole_for",
@@ -67,9 +66,19 @@ class RunState:
         #: What the loading hooks have made of a state dict, while it is loaded.
         self.loaded: dict[str, Any] | None = None
         self.warned: set[str] = set()
+        self.places: list[At] = []
         #: The name of each parameter that has one, and the model that it is from.
         self.names: dict[Tensor, str] = {}
         self.model: nn.Module | None = None
+
+
+class SgdState(RunState):
+    """The mutable state of an `SGD`."""
+
+    __slots__ = ("followers", "true_weights", "versions")
+
+    def __init__(self, optimizer: Any, clip_options: ClipOptions, part_of: str | None) -> None:
+        super().__init__(optimizer, clip_options, part_of)
         # Of groups with decay="exponential", by position.
         self.followers: dict[int, Followers] = {}
         self.versions: dict[int, Versions] = {}

@@ -64,6 +64,7 @@ class StepStats:
         lr: list[float | Tensor],
         totals: Tensor | None = None,
         part_of: str | None = None,
+        is_adaptive: bool = False,
     ) -> None:
         """Name the rows of a table.
 
@@ -71,6 +72,7 @@ class StepStats:
             table: columns `ops.SUMS`.
             names, offsets, lr: per parameter; `offsets` are where the slots begin.
             totals: (len(ops.SUMS),), the sums of all parameters; None: they are those of the table.
+            is_adaptive: the size of an update does not depend on that of the gradient, as with Adam.
             part_of: who has given the optimizer a part of the parameters only, with no `totals`; None: they are all.
         """
         ends = (*offsets[1:], table.shape[0])
@@ -79,7 +81,7 @@ class StepStats:
         self._table = table
         self._counts = [b - a for a, b in zip(offsets, ends, strict=True)]
         self._lr = lr
-        self._totals, self._part_of = totals, part_of
+        self._totals, self._part_of, self._is_adaptive = totals, part_of, is_adaptive
 
     @property
     def weight_sq(self) -> Tensor:
@@ -139,14 +141,18 @@ class StepStats:
 
     @cached_property
     def effective_lr(self) -> Tensor:
-        """lr / |w|^2, the learning rate on the unit sphere (arXiv 2010.02916, section 2); lr with its multiplier."""
+        """The learning rate on the unit sphere, lr with its multiplier: lr / |w|^2 (arXiv 2010.02916, section 2).
+
+        Of `AdamW` and `Adam`, whose updates are as large for any size of the gradient, lr / |w|.
+        """
+        divisor = self.weight_norm if self._is_adaptive else self.weight_sq
         parts = []
         for lr, slots in _runs(self._lr, self._counts):  # filled on the device: a copy from the host would wait
             if isinstance(lr, Tensor):
                 parts.append(lr.double().view(1).expand(slots))
             else:
                 parts.append(torch.full((slots,), lr, dtype=torch.float64, device=self._table.device))
-        return torch.cat(parts) / self.weight_sq if parts else self.weight_sq.clone()
+        return torch.cat(parts) / divisor if parts else divisor.clone()
 
     def scalars(self, quantities: str | Iterable[str] = _LOGGED, prefix: str = "") -> dict[str, float]:
         """Return one flat dict of plain numbers, as loggers take them: ``{prefix}{quantity}/{name}`` -> number.
@@ -176,7 +182,7 @@ class StepStats:
             table = torch.cat([table, totals.view(1, -1)])
             names.append("all")
             lr.append(lr[0] if lr and len(_runs(lr, [1] * len(lr))) == 1 else math.nan)
-        vectors = StepStats(table, [""] * len(names), tuple(range(len(names))), lr)
+        vectors = StepStats(table, [""] * len(names), tuple(range(len(names))), lr, is_adaptive=self._is_adaptive)
         rows = torch.stack([getattr(vectors, quantity) for quantity in chosen]).tolist() if chosen else []
         return {
             f"{prefix}{quantity}/{name}": x
@@ -209,7 +215,8 @@ class StepStats:
 class Measured:
     """The sums of a step, from which `stats()` makes its result; names are made when the caller asks for them."""
 
-    __slots__ = ("_stats", "clip_coef", "groups", "multipliers", "offsets", "part_of", "table", "totals")
+    __slots__ = ("_stats", "clip_coef", "groups", "is_adaptive", "multipliers", "offsets", "part_of", "table", "totals",
+                 "who")  # fmt: skip
 
     def __init__(
         self,
@@ -218,10 +225,13 @@ class Measured:
         groups: list[tuple[int, float | Tensor, list[Any], int]],
         multipliers: dict[int, ops.LrMultipliers],
         clip_coef: Tensor | None,
+        who: str,
+        is_adaptive: bool,
     ) -> None:
         """`groups`: index, lr, parameters and their number of each measured one; `multipliers` of the lr, by group."""
         self.table, self.offsets, self.groups = table, offsets, groups
         self.multipliers, self.clip_coef = multipliers, clip_coef
+        self.who, self.is_adaptive = who, is_adaptive
         self.totals: Tensor | None = None  # of all ranks, where the parameters are split over them
         self.part_of: str | None = None
         self._stats: StepStats | None = None
@@ -233,13 +243,13 @@ class Measured:
             for index, group_lr, params, size in self.groups:
                 if len(params) != size:
                     raise ValueError(
-                        f"SGD.stats: param_groups[{index}] has {len(params)} params, but had {size} at the last step; "
-                        "expected a step after params are added or removed"
+                        f"{self.who}.stats: param_groups[{index}] has {len(params)} params, but had {size} at the last "
+                        "step; expected a step after params are added or removed"
                     )
                 multipliers = self.multipliers.get(index)
                 lr += [group_lr if multipliers is None else group_lr * multipliers.value(i) for i in range(size)]
             names = names_of([(index, params) for index, _, params, _ in self.groups])
-            self._stats = StepStats(self.table, names, self.offsets, lr, self.totals, self.part_of)
+            self._stats = StepStats(self.table, names, self.offsets, lr, self.totals, self.part_of, self.is_adaptive)
         return self._stats
 
     def own_totals(self) -> Tensor:

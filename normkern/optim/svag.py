@@ -16,20 +16,23 @@ from .. import ops
 from ..noise.pairs import Noise, NoiseAverage
 from ..tracing import uncompiled
 from .clip_options import ClipOptions
+from .corrected_decay import with_decay_of_step
 from .dtensor import is_dtensor, sum_over_shards
-from .group_step import GroupStep, Pair
+from .group_step import Scaler
 from .low_precision import PRECISION
-from .options import number
+from .options import At, number
+from .pair import Pair
 from .pair_writes import ClippedPairs, SecondGradient, warn_of_clipped_pairs, writes
-from .run_state import RunState, scaler_attribute
+from .run_state import SgdState, scaler_attribute
 from .sgd import SGD
+from .sgd_group import SgdGroupStep
 
 _SCALINGS = ("fixed", "continuous")
 #: The entry of a pickled optimizer.
 _NOISE_DECAY = "noise_decay"
 
 
-class SvagState(RunState):
+class SvagState(SgdState):
     """The mutable state of an `SVAG`."""
 
     __slots__ = ("clipped_pairs", "held", "noise", "noise_offsets", "second")
@@ -359,18 +362,20 @@ class SVAG(SGD):
     def _kernel_may_skip(self, found_inf: Tensor) -> bool:
         return False  # a skipped step must release the held gradients, on the host
 
-    def _groups(self, inverse_scale: float, scaler: tuple[Tensor | None, Tensor] | None) -> list[GroupStep]:
+    def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[SgdGroupStep]:
         groups = []
-        for i, group in enumerate(self.param_groups):
-            options, pair = self._kernel_options(i, group), self._pair(i, group, inverse_scale)
-            groups.append(GroupStep(self._run.plan, self.state, i, options, inverse_scale, pair))
+        for at, group in zip(self._places(), self.param_groups, strict=True):
+            options = self._kernel_options(at.group, group)
+            pair = self._pair(at.group, group, inverse_scale)
+            groups.append(SgdGroupStep(self._run.plan, self.state, at, options, inverse_scale, pair=pair))
         return groups
 
     def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
         """Return the group as SGD must see it: lr and momentum as they are in the kernel, and always measured."""
         _check_own(group, self._place(index))
-        l, lr = group["l"], number(group["lr"], "lr", index)
-        momentum = number(group["momentum"], "momentum", index)
+        group = with_decay_of_step(group, "coupled", self._place(index))
+        l, lr = group["l"], number(group["lr"], "lr", At("SGD", index))
+        momentum = number(group["momentum"], "momentum", At("SGD", index))
         if group["momentum_scaling"] == "continuous":
             lr, momentum = lr / l**2, _continuous_momentum(momentum, l, self._place(index))
         else:

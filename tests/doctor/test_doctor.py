@@ -72,7 +72,7 @@ def breakage(monkeypatch):
 def test_every_op_isa_and_dtype_has_a_line():
     names = [check.name for check in [*numbers.checks(), *numbers.bits()]]
     for dtype in ("float64", "float32", "bfloat16", "float16"):
-        for op in ("sgd_", "sgd_ of pairs", "sgd_ of gauges", "svag_combine_", "pair_sums", "welford_"):
+        for op in ("sgd_", "sgd_ of pairs", "sgd_ of gauges", "adamw_", "svag_combine_", "pair_sums", "welford_"):
             assert f"{op} bits {dtype}" in names
             for isa in ops.supported_isas():
                 assert f"{op} {isa} {dtype}" in names
@@ -112,6 +112,29 @@ def test_another_gauge_is_found(monkeypatch, dtype):
     finding = numbers.against_reference(OPS["sgd_ of gauges"], BEST, dtype)
     assert finding.verdict == "failed"
     assert "torch.optim.SGD" in finding.cure
+
+
+@pytest.mark.parametrize("dtype", numbers.DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", ["weight", "average", "sum", "beside", "lr"])
+def test_a_wrong_step_of_adam_is_found(monkeypatch, wrong, dtype):
+    right = ops.adamw_
+    assert numbers.against_reference(OPS["adamw_"], BEST, dtype).verdict == "ok"
+
+    def other(params, grads, exp_avgs, exp_avg_sqs, steps, *, lr, **options):
+        lr = lr * 1.05 if wrong == "lr" else lr
+        table = right(params, grads, exp_avgs, exp_avg_sqs, steps, lr=lr, **options)
+        if wrong == "sum":
+            set_row(params, grads, exp_avgs, table)
+        if wrong == "beside":
+            write_beside(exp_avg_sqs, grads, exp_avgs, table)
+        if wrong in ("weight", "average"):
+            (params if wrong == "weight" else exp_avg_sqs)[4][2] = torch.nan
+        return table
+
+    monkeypatch.setattr(ops, "adamw_", other)
+    finding = numbers.against_reference(OPS["adamw_"], BEST, dtype)
+    assert finding.verdict == "failed"
+    assert "torch.optim.AdamW" in finding.cure
 
 
 def set_row(params, grads, buffers, table):

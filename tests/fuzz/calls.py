@@ -76,6 +76,40 @@ def sgd_(c, m):
     )
 
 
+def adamw_(c, m):
+    count = 1 + c.below(3)
+    params = tensors(c, m, count, none=False)
+    like = as_list(params)
+    averages = [tensors(c, m, count, like) for _ in range(2)]
+    steps = [m.tensor(c, (), torch.float32) if c.below(2) else None for _ in range(count)]
+    masters = tensors(c, m, count) if c.rarely(4) else None
+    options = {
+        "lr": number(c, 0.1), "beta1": number(c, 0.9), "beta2": number(c, 0.99), "eps": number(c, 1e-8),
+        "weight_decay": number(c, 0.0, 0.1), "decoupled": bool(c.below(2)), "maximize": bool(c.below(2)),
+        "grad_scale": number(c, 1.0, 2.0), "stats": c.of((None, "tensor", "row", "all", 3)),
+        "lr_multipliers": [number(c, 1.0) for _ in range(count)] if c.rarely(4) else None,
+        "state_dtype": c.of((None, torch.float32, torch.bfloat16, torch.int8, "f32")) if c.rarely(4) else None,
+        "rounding": ops.Rounding(number(c, 0, 7), number(c, 0, 5), number(c, 0)) if c.rarely(4) else None,
+        "clip_coef": m.tensor(c, (), torch.float64) if c.rarely() else None,
+        "found_inf": m.tensor(c, (), torch.float32) if c.rarely(16) else None,
+    }  # fmt: skip
+    grads = tensors(c, m, count, like)
+    lists = (*averages, steps, masters)
+    before = [list(x) if isinstance(x, list) else x for x in lists]
+
+    def unchanged():
+        return all(
+            not isinstance(x, list) or (len(x) == len(y) and all(a is b for a, b in zip(x, y, strict=True)))
+            for x, y in zip(lists, before, strict=True)
+        )
+
+    return (
+        lambda: ops.adamw_(params, grads, *averages, steps, masters=masters, **options),
+        [*like, *as_list(averages[0]), *as_list(averages[1]), *steps, *as_list(masters)],
+        unchanged,
+    )
+
+
 def pair(c, m):
     count = 1 + c.below(3)
     a = tensors(c, m, count)
@@ -186,7 +220,7 @@ def gauge_step(c, m):
 
 OPS = (
     sgd_, grad_sq_norms, svag_combine_, pair_sums, welford_, outer_moments, conv_moments, moments, row_sums, recentre_,
-    norm_sums, embedding_moments, clip_coef, gauge_step,
+    norm_sums, embedding_moments, clip_coef, gauge_step, adamw_,
 )  # fmt: skip
 
 

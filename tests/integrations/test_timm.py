@@ -46,6 +46,16 @@ def test_name_gives_normkerns_optimizer(factory, net, name):
     assert opt.stats().weight_norm.isfinite().all()
 
 
+def test_adamw_is_normkerns(factory, net):
+    opt = factory(net, opt="normkern_adamw", lr=0.1, weight_decay=0.05, betas=(0.8, 0.9), eps=1e-6)
+    assert type(opt) is normkern.AdamW
+    assert [g["weight_decay"] for g in opt.param_groups] == [0.0, 0.05]
+    assert all(g["betas"] == (0.8, 0.9) and g["eps"] == 1e-6 and g["stats"] == "tensor" for g in opt.param_groups)
+    net(torch.randn(5, 4)).square().mean().backward()
+    opt.step()
+    assert opt.stats().weight_norm.isfinite().all()
+
+
 def test_momentum_is_without_nesterov_and_other_names_are_timms(factory, net):
     assert not factory(net, opt="normkern_momentum", lr=0.1).param_groups[0]["nesterov"]
     assert type(factory(net, opt="sgd", lr=0.1)) is torch.optim.SGD
@@ -60,7 +70,7 @@ def test_lookahead_has_it_inside(factory, net):
 
 def test_unknown_name_is_refused(factory, net):
     with pytest.raises(
-        ValueError, match=r"^register_with_timm: expected normkern_sgd or normkern_momentum, got 'normk"
+        ValueError, match=r"^register_with_timm: expected normkern_sgd, normkern_momentum or normkern_adamw, got 'normk"
     ):
         factory(net, opt="normkern_svag", lr=0.1)
 

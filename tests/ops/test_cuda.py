@@ -191,6 +191,31 @@ def test_on_the_current_stream():
     assert table[0, 1].item() == 1_000_000
 
 
+@pytest.mark.parametrize("stats", [None, "tensor"])
+def test_adamw_in_a_graph_counts_its_steps(stats):
+    ours, theirs = parameters(), parameters()
+    lr, betas = torch.full((), 0.02, dtype=torch.float64), tuple(torch.tensor([0.8, 0.9], dtype=torch.float64))
+    a = normkern.AdamW(ours, lr=lr, betas=betas, capturable=True, stats=stats)
+    b = normkern.AdamW(theirs, lr=0.02, betas=(0.8, 0.9), stats=stats)
+    give_gradients(ours, theirs, seed=0)
+    a.step()
+    b.step()
+    graph, grads = torch.cuda.CUDAGraph(), [p.grad for p in ours]
+    with torch.cuda.graph(graph):
+        a.step()
+    for t in range(1, 4):
+        give_gradients(ours, theirs, seed=t)
+        for p, g in zip(ours, grads, strict=True):
+            g.copy_(p.grad)
+        graph.replay()
+        b.step()
+    assert all(same_bits(p, q) for p, q in zip(ours, theirs, strict=True))
+    assert all(a.state[p]["step"].is_cuda and a.state[p]["step"] == 4 for p in ours)
+    refused = pytest.raises(RuntimeError, match="AdamW.step: .*expected capturable=True or fused=True in a CUDA graph")
+    with refused, torch.cuda.graph(torch.cuda.CUDAGraph()):
+        b.step()
+
+
 @pytest.mark.parametrize("stats", [None, "tensor", "row"])
 def test_in_a_graph_with_a_learning_rate_that_changes(stats):
     ours, theirs = parameters(), parameters()

@@ -37,6 +37,14 @@ def sample(name, dtype, *, whole=False):
             lr = {"lr": torch.tensor(0.1), "weight_decay": torch.tensor(0.01), "grad_scale": torch.tensor(2.0)}
             lr |= {"clip_coef": torch.tensor(0.5, dtype=torch.float64), "lr_multipliers": torch.tensor([1.0, 0.5])}
             return (x, lists(dtype), []), {**lr, "stats": "tensor", "held": lists(dtype, none=none), "l": 2.0}
+        case "adamw_" | "adamw_.tensor":
+            state = lists(dtype), [v.square() for v in lists(dtype)], [torch.tensor(3.0), torch.tensor(0.0)]
+            numbers = {"lr": 0.1, "beta1": 0.8, "weight_decay": 0.1, "grad_scale": 2.0}
+            if name == "adamw_":
+                return (x, lists(dtype, none=none), *state), {**numbers, "stats": "row", "decoupled": False}
+            numbers = {key: torch.tensor(value) for key, value in numbers.items()}
+            more = {"clip_coef": torch.tensor(0.5, dtype=torch.float64), "lr_multipliers": torch.tensor([1.0, 0.5])}
+            return (x, lists(dtype, none=none), *state), {**numbers, **more, "stats": "tensor"}
         case "grad_sq_norms":
             return (lists(dtype, none=none),), {"grad_scale": 2.0, "held": lists(dtype, none=none), "l": 3.0}
         case "clip_coef":
@@ -106,6 +114,10 @@ def test_every_op_of_ops_is_there():
     assert redirects - {"kernels_take", "is_traced"} == {name.partition(".")[0] for name in NAMES}
 
 
+#: Ops that write several lists.
+IN_PLACE = ("welford_", "svag_combine_", "adamw_", "adamw_.tensor")
+
+
 #: The op's arguments as `ops` takes them, and its results as `ops` returns them.
 def directly(name, args, kwargs):
     if name == "sgd_":
@@ -115,13 +127,15 @@ def directly(name, args, kwargs):
         return [*args[0], *buffers, out]
     if name == "sgd_.tensor":
         return [*args[0], ops.sgd_(*args[:2], **kwargs)]
+    if name == "adamw_.tensor":
+        return [ops.adamw_(*args, **kwargs), args]
     if name in ("moments", "moments.list"):
         totals = torch.empty(2, dtype=torch.float64)
         return [ops.moments(*args, **kwargs, totals=totals), totals]
     if name == "recentre_":
         return [torch.tensor(ops.recentre_(*args)), args[0]]
     out = getattr(ops, name)(*args, **kwargs)
-    return [out, args if name in ("welford_", "svag_combine_") else None]
+    return [out, args if name in IN_PLACE else None]
 
 
 def through_torch(name, args, kwargs):
@@ -132,7 +146,7 @@ def through_torch(name, args, kwargs):
         return [*args[0], out]
     if name in ("moments", "moments.list"):
         return [out[:3], out[3]]
-    return [out, args[0]] if name == "recentre_" else [out, args if name in ("welford_", "svag_combine_") else None]
+    return [out, args[0]] if name == "recentre_" else [out, args if name in IN_PLACE else None]
 
 
 def leaves(x):
@@ -190,6 +204,8 @@ WRONG = {
     "dtype": (lambda x, y: nk.sgd_([x], [y.double()], [], lr=0.1), r"grads\[0\] is .*float64.* but params\[0\] is .*dtype"),
     "integers": (lambda x, y: nk.sgd_([x.int()], [y.int()], [], lr=0.1), r"params\[0\] is .*int32.*; expected a torch.Tensor"),
     "stats": (lambda x, y: nk.sgd_([x], [y], [], lr=0.1, stats="column"), 'stats expected None, "tensor" or "row"'),
+    "adamw": (lambda x, y: nk.adamw_([x], [y], [x], [y[1:]], [x.sum()], lr=0.1), r"exp_avg_sqs\[0\] has shape \(3, 4\)"),
+    "adamw steps": (lambda x, y: nk.adamw_([x], [y], [y], [y], [], lr=0.1), "adamw_: steps has 0 entries but params has 1"),
     "l": (lambda x, y: nk.sgd_([x], [y], [], lr=0.1, l=0.25), "sgd_: l expected a number of at least 1/2, got 0.25"),
     "pair": (lambda x, y: nk.svag_combine_([x], [y[1:]], 2.0), r"grads_b\[0\] has shape \(3, 4\) but grads_a\[0\]"),
     "partner": (lambda x, y: nk.pair_sums([x], [None]), r"grads_b\[0\] is None but its partner is not"),

@@ -175,7 +175,7 @@ def corrupted():
     yield (
         "decay",
         group(decay="linear"),
-        r'param_groups\[0\]: decay expected "coupled" or "exponential", got \'linear\'',
+        r'param_groups\[0\]: decay expected "coupled", "exponential" or "corrected", got \'linear\'',
     )
 
 

@@ -7,8 +7,13 @@ from torch import nn
 
 import normkern
 
+OPTIONS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1},
+    "AdamW": {"lr": 0.1, "weight_decay": 0.1},
+}
 
-def worker(rank, world, rendezvous, stats):
+
+def worker(rank, world, rendezvous, stats, kind):
     start(rank, world, rendezvous)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -18,8 +23,8 @@ def worker(rank, world, rendezvous, stats):
     placements = [[Shard(0)], [Replicate()], [Shard(0)]]  # the last one leaves a rank without rows
     ours = [nn.Parameter(distribute_tensor(w, mesh, p)) for w, p in zip(wholes, placements, strict=True)]
     theirs = [nn.Parameter(w.clone()) for w in wholes]
-    a = normkern.SGD(ours, lr=0.1, momentum=0.9, weight_decay=0.1, stats=stats)
-    b = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, weight_decay=0.1, foreach=False)
+    a = getattr(normkern, kind)(ours, stats=stats, **OPTIONS[kind])
+    b = getattr(torch.optim, kind)(theirs, foreach=False, **OPTIONS[kind])
     for t in range(3):
         before = [w.detach().clone() for w in theirs]
         for p, q, place in zip(ours, theirs, placements, strict=True):
@@ -31,9 +36,10 @@ def worker(rank, world, rendezvous, stats):
         assert all(p._version > v for p, v in zip(ours, versions, strict=True))
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.full_tensor(), q.detach())
-        buffer = a.state[p]["momentum_buffer"]
-        assert isinstance(buffer, DTensor)
-        torch.testing.assert_close(buffer.full_tensor(), b.state[q]["momentum_buffer"])
+        assert a.state[p].keys() == b.state[q].keys()
+        for key, entry in b.state[q].items():
+            assert isinstance(a.state[p][key], DTensor) == (key != "step")
+            torch.testing.assert_close(a.state[p][key] if key == "step" else a.state[p][key].full_tensor(), entry)
     if stats:
         s = a.stats()
         rows = before[0].double().square().sum(1)  # of all ranks; tests/ranks/sums.py has the rest
@@ -44,6 +50,6 @@ def worker(rank, world, rendezvous, stats):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("stats", [None, "row"])  # tests/ranks/sums.py has "tensor" too
-@pytest.mark.parametrize("world", [1, 2])
-def test_shards(world, stats, tmp_path):
-    run(worker, str(tmp_path / "rendezvous"), stats, processes=world)
+@pytest.mark.parametrize(("world", "kind"), [(1, "SGD"), (2, "SGD"), (2, "AdamW")])
+def test_shards(world, kind, stats, tmp_path):
+    run(worker, str(tmp_path / "rendezvous"), stats, kind, processes=world)

@@ -31,11 +31,13 @@ def test_unknown_decay(later):
     if later:
         _, opt = stepped()
         opt.param_groups[0]["decay"] = "linear"
-        text = r'SGD.step: param_groups\[0\]: decay expected "coupled" or "exponential", got \'linear\''
+        text = r'SGD.step: param_groups\[0\]: decay expected "coupled", "exponential" or "corrected", got \'linear\''
         with Unchanged(opt), pytest.raises(ValueError, match=text):
             opt.step()
     else:
-        with pytest.raises(ValueError, match=r'SGD: decay expected "coupled" or "exponential", got \'linear\''):
+        with pytest.raises(
+            ValueError, match=r'SGD: decay expected "coupled", "exponential" or "corrected", got \'linear\''
+        ):
             normkern.SGD(weights(), decay="linear")
 
 

@@ -74,7 +74,10 @@ def test_error_in_the_last_group_leaves_the_first_unwritten(spoil, error, text):
         ({"lr": "fast"}, r"param_groups\[0\]: lr expected a number, got 'fast'"),
         ({"weight_decay": None}, r"param_groups\[0\]: weight_decay expected a number, got None"),
         ({"stats": "column"}, r"param_groups\[0\]: stats expected None, \"tensor\" or \"row\", got 'column'"),
-        ({"decay": "linear"}, r"param_groups\[0\]: decay expected \"coupled\" or \"exponential\", got 'linear'"),
+        (
+            {"decay": "linear"},
+            r"param_groups\[0\]: decay expected \"coupled\", \"exponential\" or \"corrected\", got 'linear'",
+        ),
     ],
 )
 def test_bad_group_options(options, text):
@@ -91,7 +94,7 @@ def test_bad_group_options(options, text):
     ("options", "text"),
     [
         ({"stats": "all"}, "SGD: stats expected"),
-        ({"decay": "linear"}, 'SGD: decay expected "coupled" or "exponential", got \'linear\''),
+        ({"decay": "linear"}, 'SGD: decay expected "coupled", "exponential" or "corrected", got \'linear\''),
     ],
 )
 def test_bad_constructor_options(options, text):

@@ -1,5 +1,6 @@
 """Sums of a step over the mesh are those of one process, on every rank."""
 
+import functools
 import itertools
 
 import pytest
@@ -122,12 +123,10 @@ def halves(rank, world, t):
 
 def fully_sharded(rank, world):
     """FSDP2, and on two dimensions HSDP."""
-    for mesh, stats in itertools.product(meshes(world), ("tensor", "row")):
+    optimizers = (functools.partial(normkern.SGD, momentum=0.9), normkern.AdamW)
+    for mesh, stats, make in itertools.product(meshes(world), ("tensor", "row"), optimizers):
         ours, theirs = sharded_and_whole(mesh)
-        a, b = (
-            normkern.SGD(m.named_parameters(), lr=0.1, momentum=0.9, weight_decay=0.1, stats=stats)
-            for m in (ours, theirs)
-        )
+        a, b = (make(m.named_parameters(), lr=0.1, weight_decay=0.1, stats=stats) for m in (ours, theirs))
         for t in range(3):
             (whole, _), (part, _) = halves(rank, world, t)
             a.zero_grad()

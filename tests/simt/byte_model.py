@@ -19,6 +19,8 @@ class Rule:
     buffers: int = 0
     reads_buffers: bool = False
     writes_w: bool = True
+    counts: bool = False  # steps, one number of each tensor
+    has_pairs: bool = True
 
 
 def rules() -> dict[str, Rule]:
@@ -30,7 +32,10 @@ def rules() -> dict[str, Rule]:
         traits = re.search(rf"struct {name} \{{\s*static constexpr Traits traits = ([^;]*);", text)[1]
         kept = re.search(r"keeping\((\d)\)", traits)
         buffers = int(kept[1]) if kept else 0
-        found[name] = Rule(name, buffers, buffers > 0 and "first()" not in traits, "only_sums()" not in traits)
+        found[name] = Rule(
+            name, buffers, buffers > 0 and "first()" not in traits, "only_sums()" not in traits,
+            "counting()" in traits, "step()" in traits and "without_pairs()" not in traits,
+        )  # fmt: skip
     return found
 
 

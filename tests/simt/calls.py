@@ -19,6 +19,8 @@ STEPS = {
     "GaugedMomentum": {"momentum": MOMENTUM, "nesterov": True},
     "GaugedMomentumFirst": {"momentum": MOMENTUM},
 }
+#: Of Adam, and how many steps its parameters have taken.
+BETA1, BETA2, EPS, TAKEN = 0.9, 0.99, 1e-6, 4.0
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Call:
             refused = step.add("pair_sums", w, g, None, None, ops.Hyper(), code)
         elif self.rule == "Welford":
             refused = step.add("welford_", w, g, [v], None, ops.Hyper(share=1 / 7), code)
+        elif self.rule == "Adam":
+            refused = self._add_adam(step, w, g, v, h, code)
         else:
             refused = self._add_step(step, w, g, v, h, code)
         assert not refused
@@ -60,6 +64,13 @@ class Call:
                     blank(tensor)
         step.run(table, scratch)
         return table
+
+    def _add_adam(self, step, w, g, v, h, code, *, rounding=None, **more):
+        hyper = ops.Hyper(
+            lr=LR, beta1=BETA1, beta2=BETA2, eps=EPS, weight_decay=WEIGHT_DECAY, decoupled=self.measure == "step",
+            inverse_scale=0.5, rounding=rounding,
+        )  # fmt: skip
+        return step.add("adamw_", w, g, [v, squares(h)], None, hyper, code, counts=counts(w), **more)
 
     def _add_step(self, step, w, g, v, h, code):
         options = {"momentum": 0.0, "nesterov": False, **STEPS[self.rule]}
@@ -80,9 +91,22 @@ class Call:
         return step.add("sgd_", w, g, [v] if has_buffer else None, first, hyper, code, held=h if pair else None)
 
 
+def squares(tensors):
+    """The tensors, none of whose numbers is negative any more: averages of squares."""
+    for x in tensors:
+        x.abs_()
+    return tensors
+
+
+def counts(tensors):
+    """A count of steps for each tensor, in either dtype."""
+    return [torch.tensor(TAKEN + i % 3, dtype=torch.float64 if i % 2 else torch.float32) for i in range(len(tensors))]
+
+
 def every_call():
     """Whatever the update family has kernels for."""
     steps = [Call(rule, measure) for rule in STEPS for measure in MEASURES]
+    steps += [Call("Adam", measure) for measure in MEASURES if measure != "pair"]
     others = [("SvagCombine", "nothing"), ("Difference", "step"), ("Welford", "nothing"), ("Welford", "step")]
     every = steps + [Call(*other) for other in others]
     assert {call.rule for call in every} == set(rules())
@@ -158,4 +182,18 @@ def clipped_and_skipped(dtype, on_device):
     return [coef.view(1, 1)]
 
 
-SPECIAL = (numbers_on_device, nothing_found, skipped_tensors, clipped, clipped_and_skipped)
+def counted_on_device(dtype, on_device):
+    """Betas that the kernel reads, counts that it raises, of more tensors than a launch takes; a skipped step."""
+    number = torch.tensor if on_device else lambda x, dtype=None: torch.tensor(x, dtype=dtype).item()
+    w, g, m, v = random_lists([(5,), (8195,), *((1 + i % 7,) for i in range(1100))], dtype)
+    steps = counts(w)
+    betas = {"beta1": number(BETA1), "beta2": number(BETA2, dtype=torch.float64)}
+    for found in (0.0, 1.0, 0.0):
+        if on_device or not found:
+            more = {"found_inf": torch.tensor(found)} if on_device else {}
+            ops.adamw_(w, g, m, squares(v), steps, lr=LR, eps=EPS, decoupled=False, **betas, **more)
+    assert [t.item() for t in steps] == [t.item() + 2 for t in counts(w)]
+    return [*w, *m, *v]
+
+
+SPECIAL = (numbers_on_device, nothing_found, skipped_tensors, clipped, clipped_and_skipped, counted_on_device)

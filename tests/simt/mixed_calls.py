@@ -11,6 +11,8 @@ from .calls import LR, STEPS, WEIGHT_DECAY, Call, L
 #: What is done with buffers, and with weights.
 STORED = ("at random", "at random, float32 buffers", "float32 buffers", "master copies")
 
+ROUNDING = ops.Rounding(0x1234567890ABCDEF, 7, 5)
+
 
 @dataclass(frozen=True)
 class MixedCall(Call):
@@ -33,6 +35,14 @@ class MixedCall(Call):
                     master[::3] += 1
         return super().__call__(w, g, v, h, blank)
 
+    def _add_adam(self, step, w, g, v, h, code):
+        masters = h if self.stored == "master copies" else None
+        _, rounding, first = ops.precision(None, ROUNDING if "random" in self.stored else None, 5)
+        return super()._add_adam(
+            step, w, g, v, h if masters is None else [_as_laid(x) for x in w], code,
+            rounding=rounding, masters=masters, first_parameter=first,
+        )  # fmt: skip
+
     def _add_step(self, step, w, g, v, h, code):
         options = {"nesterov": False, **STEPS[self.rule]}
         momentum = options.get("momentum", 0.0)
@@ -40,8 +50,8 @@ class MixedCall(Call):
         gauge = None
         if self.rule.startswith("Gauged"):
             gauge = ops.gauge_step((1.2, 0.0, 5), LR, 0.0, 0.0, WEIGHT_DECAY, buffers=ops.Buffers.NONE)
-        pair, rounding = self.measure == "pair", ops.Rounding(0x1234567890ABCDEF, 7, 5)
-        _, seeded, first_parameter = ops.precision(None, rounding if "random" in self.stored else None, 5)
+        pair = self.measure == "pair"
+        _, seeded, first_parameter = ops.precision(None, ROUNDING if "random" in self.stored else None, 5)
         hyper = ops.Hyper(
             lr=LR, momentum=momentum, weight_decay=WEIGHT_DECAY, nesterov=options["nesterov"], inverse_scale=0.5,
             second_inverse_scale=0.25 if pair else 1.0, l=L if pair else 1.0, gauge=gauge, rounding=seeded,
@@ -67,3 +77,6 @@ def calls():
     yield MixedCall("SgdMomentumFirst", "nothing", stored="float32 buffers")
     yield MixedCall("SgdMomentum", "step", stored="master copies")
     yield MixedCall("Gauged", "step", "row", stored="master copies")
+    yield MixedCall("Adam", "step", "row")
+    yield MixedCall("Adam", "nothing", stored="at random, float32 buffers")
+    yield MixedCall("Adam", "step", stored="master copies")

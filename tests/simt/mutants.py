@@ -169,6 +169,16 @@ MUTANTS = [
         "sums are not the CPU's",
     ),
     Mutant(
+        "a count that stays", "run.cu",
+        "*static_cast<float*>(c.at) += 1;", "*static_cast<float*>(c.at) += 0;",
+        "differs from the CPU's",
+    ),
+    Mutant(
+        "both averages in one", "update.cuh",
+        "Pack<T>::store(t.v[b] + at, x.v[b]);", "Pack<T>::store(t.v[0] + at, x.v[b]);",
+        "differs from the CPU's",
+    ),
+    Mutant(
         "strides of another stream", "update.cuh",
         "at[stream] += k * t.strides[stream][d]", "at[stream] += k * t.strides[stream == kV ? kW : stream][d]",
         "access ",
@@ -318,7 +328,12 @@ def main(name: str) -> int:
         "mixed": (judgement, list(mixed_calls())),
         "updates": (
             judgement,
-            [Call("SgdMomentumFirst", "step"), Call("SgdMomentum", "step"), Call("SgdMomentum", "step", "row")],
+            [
+                Call("SgdMomentumFirst", "step"),
+                Call("SgdMomentum", "step"),
+                Call("SgdMomentum", "step", "row"),
+                Call("Adam", "step"),
+            ],
         ),
     }[mutant.family]
     backend = Backend(checked=True, kernels=mutant.sources())

@@ -237,7 +237,8 @@ class Grid:
 
     def _convert(self, instruction, lanes):
         *how, to, source = instruction.opcode[1:]
-        if to[:2] == "bf" or source[:2] == "bf" or (to[0] != "f" and source[0] == "f") or "ftz" in how:
+        is_cut = how == ["rzi"]  # towards zero, to a whole number
+        if to[:2] == "bf" or source[:2] == "bf" or (to[0] != "f" and source[0] == "f" and not is_cut) or "ftz" in how:
             raise PtxError(f"not known: {instruction.text}")
         if to[0] == "f" and int(to[1:]) <= int(source[1:] if source[0] == "f" else 64) and how not in (["rn"], []):
             raise PtxError(f"not known: {instruction.text}")
