@@ -135,7 +135,8 @@ def check_checkpoint(
             if all(option in group for option in options) and not all(name in group for name in identity):
                 raise ValueError(
                     f"{who}.load_state_dict: param_groups[{i}] expected the options of {who}, got "
-                    f"{' and '.join(options)}, which {whose}: this checkpoint is of another optimizer, so load the model's only"
+                    f"{' and '.join(options)}, which {whose}: this checkpoint is of another optimizer, so load the "
+                    "model's only"
                 )
         ids = group.get("params", [])
         if not isinstance(ids, (list, tuple)):
