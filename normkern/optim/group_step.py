@@ -158,11 +158,12 @@ class GroupStep:
         params, pair, precision = self.params, self.pair, self.precision
         self.has_entries = True
         self.grads: list[Any]
-        self.grads, lists, _ = ops.gather(params, self.state if keys else None, self.state_keys)
+        self.grads, lists, lacking = ops.gather(params, self.state if keys else None, self.state_keys)
         self.entries: dict[str, list[Any]] = dict(zip(self.state_keys, lists, strict=True))
         if pair is not None and not pair.has_own_grads:
             self.grads = pair.grads
-        missing = {key: self._missing(key) for key in keys}
+        is_complete = not lacking and (pair is None or pair.has_own_grads)
+        missing = {key: [] if is_complete else self._missing(key) for key in keys}
         if self.gauge is not None:
             self.gauge.check_complete(self.grads, [i for of_key in missing.values() for i in of_key])
         grads = [None] * len(params) if all_to_torch else self.grads
