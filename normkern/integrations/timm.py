@@ -15,7 +15,7 @@ _NAMES = ("sgd", "momentum", "adamw")
 
 
 def register_with_timm(**defaults: Any) -> None:
-    """Make "normkern_sgd", "normkern_momentum" and "normkern_adamw" names of timm's optimizers, as without "normkern_".
+    """Give timm the optimizers "normkern_sgd", "normkern_momentum" and "normkern_adamw".
 
     timm cuts a name at its last underscore, so that "normkern_sgd" is torch's SGD without this call. After it
     ``create_optimizer_v2(model, opt="normkern_sgd")`` and timm's training script (``--opt normkern_sgd``) use
