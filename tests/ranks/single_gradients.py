@@ -23,20 +23,8 @@ class Net(nn.Module):
     def forward(self, x, odd=True):
         h = torch.tanh(self.first(x))
         if self.odd is not None and odd:
-            h = h * Odd.apply(self.odd)
+            h = h * torch.dropout(self.odd, 1e-12, True)  # has no rule: random numbers are not drawn twice
         return self.second(h)
-
-
-class Odd(torch.autograd.Function):
-    """What hides the samples."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return g
 
 
 def parts(world):
