@@ -78,8 +78,7 @@ template <int N> NK_HD Side<float, N> store(AtRandom a, const Side<float, N>& x)
 }
 template <bool kWrites> NK_HD void prefetch(AtRandom a) { __builtin_prefetch(a.p, kWrites); }
 
-// ---- Weights of any kind: rounded at random, or with a master copy
-// ----------------------------------------------------
+// ---- Weights of any kind: rounded at random, or with a master copy --------------------------------------------------
 
 struct Weights {
   Any stored;

@@ -108,7 +108,6 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         numbers = {name: torchs[name] for name in self._numbers}
         self._begin(own_defaults, stored, clip_options, params, **numbers)
         torch.optim.Adam.__init__(self, params, **torchs)
-        self._finish()
 
     def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[AdamGroupStep]:
         plan, state = self._run.plan, self.state
@@ -129,7 +128,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
 
     def _check_state(self, state: Any, groups: list[dict[str, Any]]) -> None:
         super()._check_state(state, groups)
-        check_count(state, groups, (*self._buffers,), self._who)
+        check_count(state, groups, self._buffers, self._who)
 
 
 class AdamW(Adam, torch.optim.AdamW):

@@ -51,8 +51,9 @@ class AdamGroupStep(GroupStep):
                     f"{place(at)}: {name} expected a number of at least 0 and below 1, got {floats[name]!r}"
                 )
         self._arguments: _Arguments = (
-            *floats.values(), bool(options["decoupled_weight_decay"]), bool(options["maximize"]), inverse_scale,
-        )  # type: ignore[assignment]  # fmt: skip
+            floats["lr"], floats["betas[0]"], floats["betas[1]"], floats["eps"], floats["weight_decay"],
+            bool(options["decoupled_weight_decay"]), bool(options["maximize"]), inverse_scale,
+        )  # fmt: skip
         return self.state_keys
 
     def _check_capture(self) -> None:
@@ -93,8 +94,8 @@ class AdamGroupStep(GroupStep):
         dtype = p.dtype if self.precision is None else self.precision.buffer_dtype(p)
         return torch.zeros_like(p, dtype=dtype, requires_grad=False)
 
-    def _check_storage(self, i: int) -> None:
-        super()._check_storage(i)
+    def _check_for_torch(self, i: int) -> None:
+        super()._check_for_torch(i)
         if self.grads[i].layout != torch.strided:
             raise RuntimeError(
                 f"{place(self.at)}: Adam does not support sparse gradients, please consider SparseAdam instead; "
@@ -140,10 +141,11 @@ class AdamGroupStep(GroupStep):
 
     def _entry(self, p: Tensor, key: str) -> Tensor:
         """Return an entry of a parameter's state, made if there is none."""
-        entries = self.state[p]
-        if entries.get(key) is None:
-            entries[key] = self._new_entry(p, key)
-        return entries[key]  # type: ignore[no-any-return]
+        entries: dict[str, Tensor | None] = self.state[p]
+        entry = entries.get(key)
+        if entry is None:
+            entries[key] = entry = self._new_entry(p, key)
+        return entry
 
     def step_by_reference(self, i: int, grad: Tensor, stats: ops.Stats, more: dict[str, Any]) -> Tensor | None:
         """Step parameter i by `reference`, which has the options that torch's loop lacks; return the sums."""

@@ -84,6 +84,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._check_arguments(params, **numbers)
         clip_options.check(self._who)
         self._run = self._run_state(self, clip_options, wrapper_that_splits())
+        _alive.add(self)
 
     def _check_arguments(self, params: Any, **numbers: Any) -> None:
         """Raise for arguments that torch would refuse without their name."""
@@ -96,10 +97,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for name, x in numbers.items():
             if not isinstance(x, Tensor):  # reading one would wait for its device
                 number(x, name, who)
-
-    def _finish(self) -> None:
-        """End the construction; to be called after torch's constructor."""
-        _alive.add(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as in `torch.optim.Optimizer`, with the options of a group that the class names.

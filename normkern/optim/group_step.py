@@ -188,7 +188,7 @@ class GroupStep:
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
             for i in self.left_to_torch:
-                self._check_storage(i)
+                self._check_for_torch(i)
         elif refused:
             self._find_another_way(refused, {key: set(of_key) for key, of_key in missing.items()})
         if pair is not None:
@@ -211,7 +211,7 @@ class GroupStep:
             self.index, counts=entries.get(STEP), **more,
         )  # fmt: skip
 
-    def _check_storage(self, i: int) -> None:
+    def _check_for_torch(self, i: int) -> None:
         """Check that what torch's loop would read of parameter i is there."""
         lists = {
             "params": self.params, "grads": self.grads, **self.entries, MASTER: self.masters,
@@ -240,7 +240,7 @@ class GroupStep:
         where = place(self.at)
         for i in refused:
             p = self.params[i]
-            self._check_storage(i)
+            self._check_for_torch(i)
             if not (p.is_floating_point() or p.is_complex()):
                 raise RuntimeError(
                     f"{where}: params[{i}] is {ops.describe(p)}; expected a floating point or complex dtype"

@@ -195,7 +195,6 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._finish()
 
     def true_scale(self) -> list[float]:
         r"""Return the factors by which the param groups' weights are to be multiplied to get the run with weight decay.

@@ -1,4 +1,4 @@
-"""What normkern.AdamW has that torch's lacks: sums, clipping, multipliers, storage; and GradScaler, wrappers, threads."""
+"""What normkern.AdamW has that torch's lacks: sums, clipping, multipliers, storage; and wrappers, threads."""
 
 import copy
 import logging
@@ -223,40 +223,6 @@ def test_arguments_of_another_kind():
         ValueError, match=r"AdamW: param_groups\[0\]: unknown key 'state_dtyp'; did you mean 'state_dtype'"
     ):
         normkern.AdamW([{"params": parameters(), "state_dtyp": None}])
-
-
-@pytest.mark.parametrize("unscale_first", [False, True])
-@pytest.mark.parametrize("fused", [True, None])
-def test_grad_scaler(fused, unscale_first):
-    ours, theirs = parameters(), parameters()
-    a = normkern.AdamW(ours, lr=0.02, fused=fused, stats="tensor")
-    b = torch.optim.AdamW(theirs, lr=0.02, foreach=False)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
-    for t in range(6):
-        give_gradients(ours, theirs, seed=t)
-        scale = scaler.get_scale()
-        scaler.scale(torch.ones(()))
-        bad = t in (0, 3)
-        for i, p in enumerate(ours):
-            p.grad.mul_(scale)
-            if bad and i == 6:
-                p.grad[0] = torch.inf
-        before = [p.detach().clone() for p in ours], copy.deepcopy(a.state_dict())
-        scaled = [p.grad.clone() for p in ours]
-        if unscale_first:
-            scaler.unscale_(a)
-        scaler.step(a)
-        scaler.update()
-        if bad:
-            assert all(same_bits(p, q) for p, q in zip(ours, before[0], strict=True))
-            for key, entry in a.state_dict()["state"].items():
-                assert all(torch.equal(x, before[1]["state"][key][name]) for name, x in entry.items())
-        else:
-            b.step()
-            torch.testing.assert_close(a.stats().grad_sq, torch.stack([p.grad.double().square().sum() for p in theirs]))
-        if fused and not unscale_first:
-            assert all(torch.equal(p.grad, g) for p, g in zip(ours, scaled, strict=True)), "the gradients were written"
-        assert_follow(ours, theirs, steps=t + 1)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

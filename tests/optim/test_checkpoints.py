@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from support.copies import COPIES, copied
 from support.memory import same_bits
 from support.twins import assert_follow, give_gradients, parameters
 from torch import nn
@@ -77,18 +78,10 @@ def test_old_checkpoints():
     torch.testing.assert_close(other.state[twins[3]]["momentum_buffer"], -twins[3].grad)
 
 
-@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("way", COPIES)
 def test_copies_go_on_alike(way):
     params, opt = trained(normkern.SGD, fused=True, stats="tensor")
-    if way == "deepcopy":
-        twins, other = copy.deepcopy((params, opt))
-    elif way == "pickle":
-        twins, other = pickle.loads(pickle.dumps((params, opt)))
-    else:
-        file = io.BytesIO()
-        torch.save((params, opt), file)
-        file.seek(0)
-        twins, other = torch.load(file, weights_only=False)
+    twins, other = copied(way, (params, opt))
     assert other._step_supports_amp_scaling
     give_gradients(params, twins, seed=9)
     opt.step()

@@ -1,4 +1,4 @@
-"""normkern.SGD under a GradScaler: a skipped step leaves no trace, and nobody writes the gradients."""
+"""Optimizers under a GradScaler: a skipped step leaves no trace, and gradients are not written."""
 
 import copy
 
@@ -13,10 +13,11 @@ import normkern
 
 @pytest.mark.parametrize("unscale_first", [False, True])
 @pytest.mark.parametrize("fused", [True, None])
-def test_grad_scaler(fused, unscale_first):
+@pytest.mark.parametrize(("kind", "options"), [("SGD", {"lr": 0.1, "momentum": 0.9}), ("AdamW", {"lr": 0.02})])
+def test_grad_scaler(kind, options, fused, unscale_first):
     ours, theirs = parameters(), parameters()
-    a = normkern.SGD(ours, lr=0.1, momentum=0.9, fused=fused, stats="tensor")
-    b = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
+    a = getattr(normkern, kind)(ours, **options, fused=fused, stats="tensor")
+    b = getattr(torch.optim, kind)(theirs, **options, foreach=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
     for t in range(6):
         give_gradients(ours, theirs, seed=t)
@@ -35,7 +36,10 @@ def test_grad_scaler(fused, unscale_first):
         scaler.update()
         if bad:
             assert all(same_bits(p, q) for p, q in zip(ours, before[0], strict=True))
-            assert before[1]["state"].keys() == a.state_dict()["state"].keys(), "a skipped step made a buffer"
+            state = a.state_dict()["state"]
+            assert before[1]["state"].keys() == state.keys(), "a skipped step made a buffer"
+            for key, entries in state.items():
+                assert all(torch.equal(x, before[1]["state"][key][name]) for name, x in entries.items())
         else:
             b.step()
             torch.testing.assert_close(a.stats().grad_sq, torch.stack([p.grad.double().square().sum() for p in theirs]))

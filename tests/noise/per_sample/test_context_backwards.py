@@ -3,7 +3,6 @@
 import itertools
 import math
 import warnings
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from torch import nn
 
 import normkern
 
-from .budgets import BUDGET, TIERS, assert_says, close
+from .budgets import TIERS, assert_says, close
 from .case import numbers, squares
 from .contexts import F64
 from .left_behind import assert_nothing_left, snapshot
@@ -203,24 +202,6 @@ def test_gradients_of_inputs_are_autograds(gpt):
     ours, x.grad = x.grad, None
     block(x).square().sum().backward()
     torch.testing.assert_close(ours, x.grad, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("uncovered", ["raise", "estimate"])
-@pytest.mark.parametrize("name", ["mlp", "lstm"])
-def test_an_attack_on_the_inputs_is_not_measured(name, uncovered):
-    """Gradients of the inputs alone, of forwards before and of the measured one."""
-    problem = problem_of(name)
-    (x,) = problem.inputs
-    noise = noise_of(problem, ("variance",), uncovered=uncovered)
-    with noise:
-        z = x.clone().requires_grad_()
-        (slope,) = torch.autograd.grad(problem.loss(problem.model(z), problem.target), z)
-        attacked = (z + 0.1 * slope.sign()).detach().requires_grad_()
-        loss = problem.loss(problem.model(attacked), problem.target)
-        torch.autograd.grad(loss, [attacked], retain_graph=True)
-        loss.backward()
-    wanted = told_of(replace(problem, inputs=(attacked.detach(),)))
-    assert_says(noise.result(), wanted, ("variance",), BUDGET[F64])
 
 
 def test_a_part_of_a_model(gpt):
