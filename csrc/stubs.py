@@ -33,6 +33,7 @@ TYPES = {
     "list[list[Any]] | None": "buffers",
     "list[Any] | None": "held masters counts",
     "tuple[str, ...]": "keys",
+    "dict[str, int]": "shim",
     "dict[int, tuple[Any, Hyper]]": "Pass.hypers()",
     "list[int] | None": "first slots",
     "tuple[Tensor | None, ...] | None": "on_device",

@@ -129,7 +129,9 @@ class Pass:
 def clip_coef(
     sq_norms: Tensor, max_norm: float, norm: Tensor, coef: Tensor, found_inf: Tensor | None = None
 ) -> None: ...
-def connect(exchange_api: object, parallel_for: int, tensor: type, parameter: type) -> None: ...
+def connect(
+    exchange_api: object, parallel_for: int, tensor: type, parameter: type, shim: dict[str, int], shim_offset: int
+) -> None: ...
 def conv_moments(
     x: Tensor,
     g: Tensor,

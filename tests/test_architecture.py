@@ -239,7 +239,7 @@ LAYERS = [
     {"normkern.__main__"},
 ]
 #: The files of normkern/ops. The ops themselves, all other files, form one layer between the two lists.
-BELOW_THE_OPS = [{"_load"}, {"_binary"}, {"types"}, {"checks", "launch"}, {"step_arguments"}]
+BELOW_THE_OPS = [{"_load", "_torch_library"}, {"_binary"}, {"types"}, {"checks", "launch"}, {"step_arguments"}]
 ABOVE_THE_OPS = [{"fake"}, {"schemas"}, {"__init__"}]
 
 

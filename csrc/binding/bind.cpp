@@ -12,8 +12,8 @@
 namespace nk {
 namespace {
 
-void connect(const py::object& exchange_api, uintptr_t parallel_for, const py::type& tensor,
-             const py::type& parameter) {
+void connect(const py::object& exchange_api, uintptr_t parallel_for, const py::type& tensor, const py::type& parameter,
+             const py::dict& shim, int64_t shim_offset) {
   auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange_api.ptr(), "dlpack_exchange_api"));
   if (!api) throw py::error_already_set();
   if (api->header.version.major != 1)
@@ -24,6 +24,7 @@ void connect(const py::object& exchange_api, uintptr_t parallel_for, const py::t
   torch.parameter = reinterpret_cast<PyTypeObject*>(parameter.ptr());
   torch.grad = py::object(tensor.attr("grad")).release().ptr();
   torch.is_neg = py::object(tensor.attr("is_neg")).release().ptr();  // held for the life of the process
+  torch.shim.connect(shim.cast<std::map<std::string, uintptr_t>>(), shim_offset);
   cpu::set_parallel_for(reinterpret_cast<cpu::ParallelFor>(parallel_for));
 }
 
@@ -56,7 +57,7 @@ std::vector<std::string> supported_isas() {
 PYBIND11_MODULE(_C, m) {
   using namespace nk;
   using namespace py::literals;
-  m.def("connect", connect, "exchange_api"_a, "parallel_for"_a, "tensor"_a, "parameter"_a);
+  m.def("connect", connect, "exchange_api"_a, "parallel_for"_a, "tensor"_a, "parameter"_a, "shim"_a, "shim_offset"_a);
   m.def("isa", cpu::isa);
   m.def("supported_isas", supported_isas);
   m.def("select_isa", [](const std::string& name) { return cpu::select_isa(name.c_str()); }, "name"_a);

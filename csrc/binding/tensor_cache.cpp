@@ -1,8 +1,6 @@
 // tensor_cache.cpp - see tensor_cache.h.
 #include "tensor_cache.h"
 
-#include <cstring>
-
 namespace nk {
 namespace {
 
@@ -17,31 +15,36 @@ uint64_t layout_of(const View& v) {
 
 }  // namespace
 
-bool CachedView::is_as_before(const DLTensor& t) const {
-  if (!view_ || !view_->data || view_->data != static_cast<char*>(t.data) + t.byte_offset) return false;
-  if (t.ndim != view_->ndim || t.ndim > kKeptDims || t.shape != view_->shape || t.strides != view_->strides)
-    return false;
-  if (std::memcmp(&t.dtype, &dtype_, sizeof dtype_) != 0 || std::memcmp(&t.device, &device_, sizeof device_) != 0)
-    return false;
-  for (int d = 0; d < t.ndim; d++)
-    if (t.shape[d] != dims_[d] || t.strides[d] != dims_[kKeptDims + d]) return false;
+// Of an object at the address of the last one.
+bool CachedView::is_as_before(PyObject* object, bool was_held) const {
+  if (!last_.data || !is_plain(object)) return false;
+  if (torch.shim.is_there()) {
+    if (!torch.shim.is_still(object, last_)) return false;
+  } else {
+    DLTensor t;
+    if (!read_tensor(object, t) || !(Description::of(t) == last_)) return false;
+    if (!was_held && has_negative_bit(object)) return false;
+  }
+  for (int64_t d = 0; d < last_.ndim; d++)
+    if (last_.shape[d] != dims_[d] || last_.strides[d] != dims_[kKeptDims + d]) return false;
   return true;
 }
 
-void CachedView::keep_dims(const DLTensor& t) {
-  dtype_ = t.dtype, device_ = t.device;
+void CachedView::keep(PyObject* object, const DLTensor& t) {
+  last_ = Description::of(t);
+  if (t.ndim > kKeptDims || (torch.shim.is_there() && !torch.shim.read(object, last_))) last_ = {};
   for (int d = 0; d < t.ndim && d < kKeptDims; d++) dims_[d] = t.shape[d], dims_[kKeptDims + d] = t.strides[d];
 }
 
 const View* CachedView::refresh(PyObject* object, bool is_kept, bool& changed, bool& moved) {
   const bool was_here = object == object_, was_held = was_here && is_kept && was_kept_;
-  DLTensor t;
-  const bool is_tensor = read_tensor(object, t);
-  if (was_here && is_tensor && is_as_before(t) && (was_held || !has_negative_bit(object))) return &*view_;
+  if (was_here && is_as_before(object, was_held)) return &*view_;
   changed = true;
   const void* const data = view_ ? view_->data : nullptr;
-  view_ = is_tensor ? view(t, object, was_held ? data : nullptr) : std::nullopt;
-  if (view_) keep_dims(t);
+  DLTensor t;
+  view_ = read_tensor(object, t) ? view(t, object, was_held ? data : nullptr) : std::nullopt;
+  last_ = {};
+  if (view_) keep(object, t);
   const uint64_t layout = view_ ? layout_of(*view_) : 0;
   moved = moved || !was_here || data != (view_ ? view_->data : nullptr) || layout != layout_;
   object_ = object, layout_ = layout, was_kept_ = is_kept;

@@ -46,8 +46,10 @@ bool is_dense(const DLTensor& t, int64_t numel) {
 
 }  // namespace
 
+bool is_plain(PyObject* object) { return Py_TYPE(object) == torch.tensor || Py_TYPE(object) == torch.parameter; }
+
 bool read_tensor(PyObject* object, DLTensor& t) {
-  if (Py_TYPE(object) != torch.tensor && Py_TYPE(object) != torch.parameter) return false;
+  if (!is_plain(object)) return false;
   if (torch.exchange->dltensor_from_py_object_no_sync(object, &t) == 0) return true;
   PyErr_Clear();
   return false;
@@ -60,6 +62,7 @@ std::optional<View> view(PyObject* object, const void* last) {
 }
 
 bool has_negative_bit(PyObject* tensor) {
+  if (torch.shim.is_there()) return torch.shim.is_negative(tensor);
   PyObject* negative = PyObject_Vectorcall(torch.is_neg, &tensor, 1, nullptr);
   if (!negative) PyErr_Clear();
   Py_XDECREF(negative);
@@ -71,7 +74,7 @@ std::optional<View> view(const DLTensor& t, PyObject* object, const void* last) 
   const auto device = device_of(t.device);
   if (!dtype || !device) return {};
   void* data = static_cast<char*>(t.data) + t.byte_offset;
-  if ((!data || data != last) && has_negative_bit(object)) return {};
+  if ((torch.shim.is_there() || !data || data != last) && has_negative_bit(object)) return {};
   int64_t numel = 1;
   for (int d = 0; d < t.ndim; d++) numel *= t.shape[d];
   if (numel > 0 && !t.data) return {};

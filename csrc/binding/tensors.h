@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../core/backend.h"
+#include "description.h"
 #include "dlpack.h"
 
 namespace nk {
@@ -21,6 +22,7 @@ struct Torch {
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
   PyObject* is_neg = nullptr;  // torch.Tensor.is_neg
   PyObject* grad = nullptr;    // torch.Tensor.grad, the descriptor
+  Shim shim;
 };
 extern Torch torch;
 
@@ -40,11 +42,14 @@ struct View {
 };
 
 // The view, or nothing if no kernel can take the object: a subclass, another layout, device or dtype, a tensor whose
-// negative bit is set (the exchange API would return the wrong sign). Never leaves a Python error behind. To read the
-// negative bit costs as much as the rest: `last` is where the object's memory was when the bit was last read.
+// negative bit is set (the exchange API would return the wrong sign). Never leaves a Python error behind. Without
+// torch's shim, to read the negative bit costs as much as the rest: `last` is where the object's memory was when it was
+// last read.
 std::optional<View> view(PyObject* object, const void* last = nullptr);
 
-// The two halves of `view`: read the DLPack description of a plain tensor (false for other objects), and make its view.
+// Whether it is a tensor or parameter and no subclass. Then the two halves of `view`: read the DLPack description of a
+// plain tensor (false for other objects), and make its view.
+bool is_plain(PyObject* object);
 bool read_tensor(PyObject* object, DLTensor&);
 bool has_negative_bit(PyObject* tensor);
 std::optional<View> view(const DLTensor&, PyObject* object, const void* last);

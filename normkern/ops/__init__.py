@@ -24,8 +24,8 @@ from ._binary import (
     shared_pair,
     slot_count,
     supported_isas,
-    torch_symbol,
 )
+from ._torch_library import torch_symbol
 from .adam import adamw_
 from .checks import check_l, check_pairs, check_storage, kernels_take, would_take
 from .clipping import check_max_norm, clip_coef, grad_sq_norms, sq_norm_tables

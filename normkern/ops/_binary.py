@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 
 import torch
 
 from ._load import provide_binary, why_missing
+from ._torch_library import torch_shim, torch_symbol
 
 provide_binary()
 try:
@@ -51,21 +50,12 @@ def select_isa(name: str) -> None:
         raise ValueError(f"select_isa: expected one of {', '.join(supported_isas())} on this machine, got {name!r}")
 
 
-def torch_symbol(name: str) -> int:
-    """Return the address of one of torch's C functions, from the library that torch itself has loaded."""
-    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
-    file = {"win32": "torch_cpu.dll", "darwin": "libtorch_cpu.dylib"}.get(sys.platform, "libtorch_cpu.so")
-    library = ctypes.CDLL(os.path.join(folder, file))
-    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-    assert address is not None
-    return address
-
-
 _C.connect(
     torch.Tensor.__dlpack_c_exchange_api__,
     torch_symbol("torch_parallel_for"),
     torch.Tensor,
     torch.nn.Parameter,
+    *torch_shim(),
 )
 if "NORMKERN_ISA" in os.environ:
     try:

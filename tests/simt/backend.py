@@ -47,7 +47,7 @@ class Backend:
         self.binary = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
         loader.exec_module(self.binary)
         self.binary.connect(
-            self._exchange_api(), ops.torch_symbol("torch_parallel_for"), torch.Tensor, torch.nn.Parameter
+            self._exchange_api(), ops.torch_symbol("torch_parallel_for"), torch.Tensor, torch.nn.Parameter, {}, 0
         )
 
     def _exchange_api(self):
