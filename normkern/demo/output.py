@@ -115,9 +115,9 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
         "torch-foreach": "torch.optim.SGD(foreach=True), norms eagerly",
         "torch-fused": "torch.optim.SGD(fused=True), norms eagerly",
         "adamw": 'normkern.AdamW(stats="tensor")',
-        "torch-adamw": "torch.optim.AdamW, norms eagerly",
-        "torch-adamw-foreach": "torch.optim.AdamW(foreach=True), norms eagerly",
-        "torch-adamw-fused": "torch.optim.AdamW(fused=True), norms eagerly",
+        "torch-adamw": "torch's AdamW, norms eagerly",
+        "torch-adamw-foreach": "torch's AdamW(foreach=True), norms eagerly",
+        "torch-adamw-fused": "torch's AdamW(fused=True), norms eagerly",
     }
     ours = next(iter(seconds.values()))
     for name, time_of_step in seconds.items():
