@@ -38,9 +38,9 @@ def step_and_norms(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> tu
 
 
 def time_steps(model: nn.Module, settings: Settings, rounds: int = 300) -> dict[str, float]:
-    """Return the median seconds of `step_and_norms`, each on a copy of the weights and last gradients.
+    """Return the median seconds of `step_and_norms` for every implementation of the optimizer that has trained.
 
-    Per implementation of the optimizer that has trained.
+    Each steps a copy of the weights with the last gradients.
     """
     optimizers = ADAMWS if settings.is_adamw else SGDS
     seconds: dict[str, list[float]] = {name: [] for name in optimizers}

@@ -16,8 +16,8 @@ _COSINE = 1e-2
 #: A length has settled where |w|^4 is as close as this to its value at equilibrium, in relation to that value.
 _SETTLED = 0.1
 #: The averaged columns: balance_sq is the |w|^2 at which |g|^2 and <b,g> of a step would balance, balance_update_sq
-#: the |u|^2 there, balanced_weight_sq the |w|^2 that it is compared with; all are 0 in steps without equilibrium. Of
-#: AdamW |s|^2 of its step eta s takes the place of |g|^2 and of unit_grad_sq, as it does not depend on |w|.
+#: the |u|^2 there, balanced_weight_sq the |w|^2 that it is compared with; all are 0 in steps without equilibrium. For
+#: AdamW |s|^2 of the step eta s takes the place of |g|^2 and of unit_grad_sq, as it does not depend on |w|.
 COLUMNS = (
     "weight_sq",
     "grad_sq",
@@ -43,13 +43,13 @@ class Equilibrium(ReportEntry):
         group: position of the param group.
         steps: number of steps read, without those where it was not stepped or a sum was not finite.
         weight_norm, grad_norm: root mean squares of :math:`|w|` and :math:`|g|`.
-        effective_lr: :math:`\eta/|w|^2`, a ratio of means; of AdamW :math:`\eta/|w|`.
+        effective_lr: :math:`\eta/|w|^2`, a ratio of means; for AdamW :math:`\eta/|w|`.
         intrinsic_lr: :math:`\eta\lambda` of the last step.
         angular_update: root mean square of the angle between w and w', in radians.
         predicted_angular_update: the same at equilibrium, `normkern.theory.equilibrium_angle`: lr, weight decay and
-            momentum alone decide it, except that with nesterov the correlation has a part; of AdamW
+            momentum alone decide it, except that with nesterov the correlation has a part; for AdamW
             `normkern.theory.adamw_equilibrium_angle`.
-        residual: :math:`|w|_*^4/|w|^4 - 1`, where :math:`|w|_*` is the length at which the present gradients (of AdamW
+        residual: :math:`|w|_*^4/|w|^4 - 1`, where :math:`|w|_*` is the length at which the present gradients (for AdamW
             the present steps without decay) would be in balance: 0 at equilibrium, above where the norm will grow,
             below where it will shrink.
         equilibrium_weight_norm: that length, for the hyperparameters of the last step.

@@ -16,8 +16,6 @@ from ..optim.options import LR_MULTIPLIERS, number
 from ..optim.pair_steps import PairSteps
 from ..optim.parameter_names import all_names
 from ..optim.step_stats import StepStats
-from ..optim.svag import SVAG
-from ..optim.svag_adam import SVAGAdam
 from ..optim.unwrap import expect_fused, expect_sgd
 
 
@@ -182,10 +180,8 @@ class StepReader:
     def _hyperparameters(self, index: int, lr: float) -> Hyperparameters:
         options = self.optimizer.param_groups[index]
         where = f"{self._who}: param_groups[{index}]"
-        if isinstance(self.optimizer, SVAG):
+        if isinstance(self.optimizer, PairSteps):
             options = self.optimizer._kernel_options(index, options)
-        elif isinstance(self.optimizer, SVAGAdam):
-            options = self.optimizer._kernel_options(options, where)
         if "betas" in options:
             return self._hyperparameters_of_adam(options, lr, where)
         options = with_decay_of_step({**options, "lr": lr}, "coupled", where)

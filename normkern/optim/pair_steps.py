@@ -61,6 +61,10 @@ class PairSteps(FusedOptimizer):
         """Check the options of `_options_of_svag` in a group."""
         raise NotImplementedError
 
+    def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a group as the optimizer without pairs must see it, with the numbers of one step, always measured."""
+        raise NotImplementedError
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as the optimizer without pairs does; `l` and the other options of pairs may be keys of it."""
         self._own_defaults.update(self._options_of_svag)

@@ -166,7 +166,6 @@ class SVAG(PairSteps, SGD):
         return groups
 
     def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
-        """Return the group as SGD must see it: lr and momentum as they are in the kernel, and always measured."""
         self._check_own(group, self._place(index))
         group = with_decay_of_step(group, "coupled", self._place(index))
         l, lr = group["l"], number(group["lr"], "lr", At("SGD", index))

@@ -13,7 +13,7 @@ from ..theory import svag_adam, svag_adam_fraction
 from .adam import Adam, AdamW
 from .adam_group import AdamGroupStep, AdamWGroupStep, check_betas
 from .clip_options import ClipOptions
-from .corrected_decay import with_decay_of_step
+from .corrected_decay import CORRECTED, with_decay_of_step
 from .dtensor import is_dtensor
 from .group_step import Scaler, share_memory
 from .low_precision import PRECISION
@@ -179,7 +179,7 @@ class SVAGAdam(PairSteps, Adam):
     def _group_step(self, index: int, group: dict[str, Any], inverse_scale: float) -> AdamGroupStep:
         run, at, where = self._run, self._places()[index], self._place(index)
         self._check_own(group, where)
-        options = self._kernel_options(group, where)
+        options = self._kernel_options(index, group)
         kind = AdamWGroupStep if group["decoupled_weight_decay"] else AdamGroupStep
         gradients = self._two_gradients(index, group)
         if gradients is None:
@@ -192,8 +192,8 @@ class SVAGAdam(PairSteps, Adam):
         pair = Pair(nothing, two.combined(group["l"]), False, 1.0, two.inverse_scale, two.inverse_scale)
         return kind(run.plan, self.state, at, options, two.inverse_scale, pair=pair)
 
-    def _kernel_options(self, group: dict[str, Any], where: str) -> dict[str, Any]:
-        """Return the group as Adam must see it: its numbers as they are in the kernel, and always measured."""
+    def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
+        where = self._place(index)
         betas = check_betas(group["betas"], where)
         numbers: dict[str, Any] = {name: number(group[name], name, where) for name in ("lr", "eps", "weight_decay")}
         numbers["betas"] = tuple(number(beta, f"betas[{i}]", where) for i, beta in enumerate(betas))
@@ -269,6 +269,7 @@ class SVAGAdamW(SVAGAdam, AdamW):
     _called = "SVAGAdamW"
     _own_options = ("stats", "decay", *PRECISION, "l")
 
-    def _kernel_options(self, group: dict[str, Any], where: str) -> dict[str, Any]:
-        check_decay(group["decay"], ("decoupled", "corrected"), where)
-        return super()._kernel_options(with_decay_of_step(group, "decoupled", where), where)
+    def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
+        where = self._place(index)
+        check_decay(group["decay"], ("decoupled", CORRECTED), where)
+        return super()._kernel_options(index, with_decay_of_step(group, "decoupled", where))

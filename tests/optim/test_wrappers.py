@@ -219,7 +219,7 @@ def test_monitors_look_inside(attribute, depth):
 
 def test_a_wrapper_of_another_optimizer_is_named():
     wrapped = Proxy(torch.optim.SGD(net().parameters(), lr=0.1))
-    text = r"EquilibriumMonitor: optimizer expected a normkern.SGD or SVAG, .* got torch.optim.SGD as Proxy.optimizer"
+    text = r"EquilibriumMonitor: optimizer expected a normkern.SGD, AdamW or SVAG, .* got torch.optim.SGD as Proxy.optimizer"
     with pytest.raises(TypeError, match=text):
         normkern.EquilibriumMonitor(wrapped)
     with pytest.raises(TypeError, match=r"A: optimizer expected a normkern.SGD or SVAG, .* got int"):
