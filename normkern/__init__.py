@@ -45,6 +45,7 @@ try:
     from .optim.sgd import SGD
     from .optim.step_stats import StepStats
     from .optim.svag import SVAG, svag_combine_
+    from .optim.svag_adam import SVAGAdam, SVAGAdamW
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
 except Exception as _error:
     # `python -m normkern` imports the package before its command line can print anything: a sentence is more useful
@@ -78,6 +79,8 @@ __all__ = [
     "Noise",
     "PowerDecayLR",
     "RunningMoments",
+    "SVAGAdam",
+    "SVAGAdamW",
     "StepStats",
     "SvagSchedule",
     "__version__",

@@ -108,9 +108,14 @@ def _add_train(commands: Commands) -> None:
         "--optimizer",
         choices=(*settings.OPTIMIZERS, "svag"),
         default=settings.Settings.optimizer,
-        help="the optimizer: normkern's SGD, one of torch's implementations of SGD, or normkern's SVAG",
+        help="the optimizer: normkern's SGD or AdamW, one of torch's implementations of them, or normkern's SVAG",
     )
-    parser.add_argument("--lr", type=_positive_number, default=settings.LR, help="the learning rate at the start")
+    parser.add_argument(
+        "--lr",
+        type=_positive_number,
+        default=argparse.SUPPRESS,
+        help=f"the learning rate at the start (default: {settings.LR:g}; of AdamW {settings.ADAMW_LR:g})",
+    )
     parser.add_argument(
         "--l",
         type=_number_of_at_least_a_half,

@@ -9,6 +9,9 @@ and the momentum only. The demo prints and draws that angle beside its predictio
 training time as an epoch of the others: l times the steps, 2l times the passes over the data. SVAG also measures the
 gradient noise.
 
+With ``--optimizer adamw`` `normkern.AdamW` trains. Its learning rate and weight decay are chosen so that the predicted
+angle is the same.
+
 With ``--noise-every 10`` the demo measures, at every tenth batch, the noise of the gradients of its samples. The run
 stays the same to the bit.
 

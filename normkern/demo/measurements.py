@@ -9,7 +9,7 @@ from torch import Tensor
 
 import normkern
 
-from .settings import MOMENTUM, WEIGHT_DECAY
+from .settings import ADAMW_BETAS, ADAMW_WEIGHT_DECAY, MOMENTUM, WEIGHT_DECAY
 
 
 def measured(steps: list[normkern.StepStats], names: list[str]) -> tuple[Tensor, Tensor]:
@@ -25,12 +25,16 @@ def root_mean_square(x: Tensor, dim: int | None = None) -> Tensor:
     return x.square().mean(dim).sqrt()
 
 
-def predicted_angle(lr: float) -> float:
+def predicted_angle(lr: float, is_adamw: bool = False) -> float:
     r"""Return the angular update at equilibrium, in radians: :math:`\sqrt{2 \eta \lambda / (1 + \mu)}`.
 
-    The root mean square over the steps, for scale-invariant weights under SGD with momentum and coupled weight decay
-    (arXiv 2006.08419; arXiv 2305.17212). It depends neither on the network nor on the data.
+    The root mean square over the steps, for scale-invariant weights under SGD with momentum and coupled weight decay;
+    :math:`\sqrt{2 \eta \lambda (1-\beta_1) / (1+\beta_1)}` under AdamW (arXiv 2006.08419; arXiv 2305.17212). It
+    depends neither on the network nor on the data.
     """
+    if is_adamw:
+        beta1 = ADAMW_BETAS[0]
+        return math.sqrt(2 * lr * ADAMW_WEIGHT_DECAY * (1 - beta1) / (1 + beta1))
     return math.sqrt(2 * lr * WEIGHT_DECAY / (1 + MOMENTUM))
 
 

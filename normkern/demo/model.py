@@ -50,10 +50,12 @@ class ResNet(nn.Module):
         return logits
 
 
-def find_groups(model: nn.Module, images: Tensor, labels: Tensor, decay: str = "coupled") -> list[dict[str, Any]]:
+def find_groups(
+    model: nn.Module, images: Tensor, labels: Tensor, decay: str = "coupled", weight_decay: float = WEIGHT_DECAY
+) -> list[dict[str, Any]]:
     """Return param groups, found by measurement on a few images; only the scale-invariant parameters decay."""
     found = invariance.find(model, F.cross_entropy, [(images[:16], labels[:16])], granularity="tensor")
-    decaying: dict[str, Any] = {"weight_decay": WEIGHT_DECAY}
+    decaying: dict[str, Any] = {"weight_decay": weight_decay}
     if decay == "exponential":
         norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
         decaying |= {"decay": decay, "norm_buffers": norms, "followers": []}

@@ -18,7 +18,7 @@ class SampleNoise:
     #: The sums of a measurement, in this order.
     SUMS = ("trace_sigma", "grad_sq_norm", "grad_sq_norm_unbiased")
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.SGD, every: int) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, every: int) -> None:
         self.model, self.optimizer, self.every = model, optimizer, every
         self.steps = 0
         self.measured: list[tuple[int, Tensor]] = []  # since the last `take`: batch size, `SUMS`

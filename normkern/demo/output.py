@@ -23,12 +23,19 @@ def group_sizes(groups: list[dict[str, Any]]) -> str:
 
 
 def introduction(
-    convolutions: int, l: float | None, svag_steps: int, epoch_steps: int, noise_every: int | None, decay: str
+    convolutions: int,
+    l: float | None,
+    svag_steps: int,
+    epoch_steps: int,
+    noise_every: int | None,
+    decay: str,
+    is_adamw: bool = False,
 ) -> str:
     """Return what the columns of `epoch_line` are, and their heads. `l` is None without SVAG."""
+    predicted = "weight_decay * (1 - beta1) / (1 + beta1)" if is_adamw else "weight_decay / (1 + momentum)"
     text = (
         f"Effective LR: mean over the {convolutions} convolutions. Angular update: root mean square, in radians;\n"
-        "predicted: sqrt(2 * lr * weight_decay / (1 + momentum)).\n"
+        f"predicted: sqrt(2 * lr * {predicted}).\n"
     )
     heads = "\nepoch     loss   test accuracy   effective LR   angular update   predicted"
     if l is not None:
@@ -94,7 +101,7 @@ def advice(curves: list[dict[str, Any]]) -> str | None:
 
 
 def print_times(console: Console, seconds: dict[str, float], parameters: int) -> None:
-    """Print the table of `timing.time_steps`."""
+    """Print the table of `timing.time_steps`, whose first entry is normkern's."""
     from rich.table import Table
 
     title = f"A step with |w|, |g|, <w,g>, |u|, <w,u> of all {parameters} parameter tensors"
@@ -107,7 +114,12 @@ def print_times(console: Console, seconds: dict[str, float], parameters: int) ->
         "torch": "torch.optim.SGD, norms eagerly",
         "torch-foreach": "torch.optim.SGD(foreach=True), norms eagerly",
         "torch-fused": "torch.optim.SGD(fused=True), norms eagerly",
+        "adamw": 'normkern.AdamW(stats="tensor")',
+        "torch-adamw": "torch's AdamW, norms eagerly",
+        "torch-adamw-foreach": "torch's AdamW(foreach=True), norms eagerly",
+        "torch-adamw-fused": "torch's AdamW(fused=True), norms eagerly",
     }
+    ours = next(iter(seconds.values()))
     for name, time_of_step in seconds.items():
-        table.add_row(labels[name], f"{1e6 * time_of_step:.0f}", f"{time_of_step / seconds['normkern']:.2f}")
+        table.add_row(labels[name], f"{1e6 * time_of_step:.0f}", f"{time_of_step / ours:.2f}")
     console.print(table)

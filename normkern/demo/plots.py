@@ -21,11 +21,13 @@ def plot(
     steps: list[normkern.StepStats],
     names: list[str],
     lr: float = LR,
+    is_adamw: bool = False,
 ) -> None:
     """Draw panels over the epochs, as PNG: loss, test accuracy, effective LR, angular update and its prediction.
 
     A run that measured the gradient noise has two more: the noise-to-signal ratio or the noise scale, and the parts of
-    that ratio. `lr` is the learning rate at the start; epochs with a smaller one are grey.
+    that ratio. `lr` is the learning rate at the start; epochs with a smaller one are grey. `is_adamw`:
+    of a run of AdamW.
     """
     from matplotlib.figure import Figure
 
@@ -43,7 +45,7 @@ def plot(
     correct.plot(ends, [100 * row["test_accuracy"] for row in curves], marker=".")
     correct.set(title=f"Test accuracy: {curves[-1]['test_accuracy']:.2%} at the end", ylabel="correct (%)")
 
-    rate.set(title="Effective learning rate", ylabel="lr / |w|$^2$")
+    rate.set(title="Effective learning rate", ylabel="lr / |w|" if is_adamw else "lr / |w|$^2$")
     angle.set(title="Angular update", ylabel="angle that w turns in a step (rad)")
     if steps:
         when = [(i + 1) * len(curves) / len(steps) for i in range(len(steps))]
@@ -56,11 +58,12 @@ def plot(
         angle.plot(when, root_mean_square(angular_update, 1), color="C1", alpha=0.35, linewidth=0.8, label="each step")
         angle.plot(middles, [row["angular_update"] for row in curves], color="C1", label="each epoch")
     else:
-        rate.text(0.5, 0.5, "torch.optim.SGD does not measure it", transform=rate.transAxes, ha="center")
+        rate.text(0.5, 0.5, "torch's optimizers do not measure it", transform=rate.transAxes, ha="center")
     predicted = [row["predicted_angular_update"] for row in curves]
+    factor = r"(1 - \beta_1) / (1 + \beta_1)" if is_adamw else r"/ (1 + \mathrm{momentum})"
     angle.plot(
         [0, *ends], [predicted[0], *predicted], drawstyle="steps-pre", color="black", linestyle="--",
-        label=r"at equilibrium: $\sqrt{2 \cdot \mathrm{lr} \cdot \mathrm{wd} / (1 + \mathrm{momentum})}$",
+        label=rf"at equilibrium: $\sqrt{{2 \cdot \mathrm{{lr}} \cdot \mathrm{{wd}} \, {factor}}}$",
     )  # fmt: skip
     angle.set_ylim(bottom=0)
     angle.legend(loc="upper right")

@@ -12,17 +12,17 @@ from torch import Tensor, nn
 
 import normkern
 
-from .settings import LR, MOMENTUM, OPTIMIZERS, WEIGHT_DECAY
+from .settings import ADAMWS, SGDS, Settings
 
 
 @torch.no_grad()
-def step_and_norms(optimizer: torch.optim.SGD, before: list[Tensor]) -> tuple[list[Tensor], ...]:
+def step_and_norms(optimizer: torch.optim.Optimizer, before: list[Tensor]) -> tuple[list[Tensor], ...]:
     """Take a step and return |w|, |g|, <w, g>, |u| and <w, u> of every parameter; `before` receives a copy of w.
 
-    `normkern.SGD` returns them with the step. For another optimizer torch's operations compute them, batched where
+    An optimizer of normkern returns them with the step. For another one torch's operations compute them, batched where
     torch can.
     """
-    if isinstance(optimizer, normkern.SGD):
+    if isinstance(optimizer, (normkern.SGD, normkern.AdamW)):
         optimizer.step()
         s = optimizer.stats()
         return ([s.weight_norm], [s.grad_norm], [s.weight_grad_dot], [s.update_norm], [s.weight_update_dot])
@@ -37,15 +37,20 @@ def step_and_norms(optimizer: torch.optim.SGD, before: list[Tensor]) -> tuple[li
     return weight_norms, grad_norms, weight_grad_dots, update_norms, weight_update_dots
 
 
-def time_steps(model: nn.Module, lr: float = LR, rounds: int = 300) -> dict[str, float]:
-    """Return the median seconds of `step_and_norms` per optimizer, each on a copy of the weights and last gradients."""
-    seconds: dict[str, list[float]] = {name: [] for name in OPTIMIZERS}
+def time_steps(model: nn.Module, settings: Settings, rounds: int = 300) -> dict[str, float]:
+    """Return the median seconds of `step_and_norms` for every implementation of the optimizer that has trained.
+
+    Each steps a copy of the weights with the last gradients.
+    """
+    optimizers = ADAMWS if settings.is_adamw else SGDS
+    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
     runs = {}
-    for name, construct in OPTIMIZERS.items():
+    for name, construct in optimizers.items():
         params = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
         for copy, p in zip(params, model.parameters(), strict=True):
             copy.grad = None if p.grad is None else p.grad.clone()
-        optimizer = construct(params, lr=lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        numbers = {"lr": settings.first_lr, "weight_decay": settings.weight_decay, **settings.hyperparameters}
+        optimizer = construct(params, **numbers)
         runs[name] = partial(step_and_norms, optimizer, [torch.empty_like(p) for p in params])
     wait: Callable[[], object] = torch.cuda.synchronize if next(model.parameters()).is_cuda else lambda: None
     # The optimizers take turns, so that other load on the machine slows all of them.

@@ -23,12 +23,12 @@ from .data import batches_of_pairs, digits, shifted
 from .measurements import exponential_lr, measured, predicted_angle, root_mean_square
 from .model import ResNet, accuracy, find_groups
 from .noise import SampleNoise, pair_noise
-from .settings import BATCH_SIZE, MOMENTUM, WEIGHT_DECAY, Settings, make_optimizer
+from .settings import BATCH_SIZE, Settings, make_optimizer
 
 
 def train_epoch(
     model: nn.Module,
-    optimizer: torch.optim.SGD,
+    optimizer: torch.optim.Optimizer,
     images: Tensor,
     labels: Tensor,
     generator: torch.Generator,
@@ -48,7 +48,7 @@ def train_epoch(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        if isinstance(optimizer, normkern.SGD):
+        if isinstance(optimizer, (normkern.SGD, normkern.AdamW)):
             steps.append(optimizer.stats())
         total += loss.detach() * len(batch)
         after_step()
@@ -97,14 +97,14 @@ def run(settings: Settings) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    l, epochs = settings.l, settings.epochs
+    l, epochs, lr = settings.l, settings.epochs, settings.first_lr
     device = torch.device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     images, labels, test_images, test_labels = (x.to(device) for x in digits())
     torch.manual_seed(settings.seed)
     generator = torch.Generator().manual_seed(settings.seed)
     model = ResNet().to(device)
-    groups = find_groups(model, images, labels, settings.decay)
-    optimizer = make_optimizer(settings.optimizer, groups, settings.lr, l)
+    groups = find_groups(model, images, labels, settings.decay, settings.weight_decay)
+    optimizer = make_optimizer(settings, groups)
     epoch_steps = math.ceil(len(images) / BATCH_SIZE)
     names = [name for name, _ in groups[0]["params"]]
     sample_noise = None if settings.noise_every is None else SampleNoise(model, optimizer, settings.noise_every)
@@ -127,8 +127,9 @@ def run(settings: Settings) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     introduction = output.introduction(
-        len(names), l if pairs else None, epoch_ends[1], epoch_steps, settings.noise_every, settings.decay
-    )
+        len(names), l if pairs else None, epoch_ends[1], epoch_steps, settings.noise_every, settings.decay,
+        settings.is_adamw,
+    )  # fmt: skip
     console.print(
         f"A ResNet of {sum(p.numel() for p in model.parameters())} weights on {len(images)} handwritten digits, "
         f"{len(test_images)} to test, on {device}.\n{output.group_sizes(groups)}\n{introduction}"
@@ -147,9 +148,9 @@ def run(settings: Settings) -> None:
                 row["loss"], new_steps = train_epoch(model, optimizer, images, labels, generator, advance, sample_noise)
                 schedule.step()
             if not math.isfinite(row["loss"]):
-                raise Diverged(f"the loss of epoch {epoch} is {row['loss']}: try an --lr below {settings.lr:g}")
+                raise Diverged(f"the loss of epoch {epoch} is {row['loss']}: try an --lr below {lr:g}")
             row["test_accuracy"] = accuracy(model, test_images, test_labels)
-            row["predicted_angular_update"] = predicted_angle(row["lr"] / l if pairs else row["lr"])
+            row["predicted_angular_update"] = predicted_angle(row["lr"] / l if pairs else row["lr"], settings.is_adamw)
             row["effective_lr"] = row["angular_update"] = None
             if new_steps:
                 effective_lr, angular_update = measured(new_steps, names)
@@ -168,11 +169,11 @@ def run(settings: Settings) -> None:
 
     if (advice := output.advice(curves)) is not None:
         console.print(advice)
-    step_seconds = timing.time_steps(model, settings.lr)
+    step_seconds = timing.time_steps(model, settings)
     console.print()
     output.print_times(console, step_seconds, len(list(model.parameters())))
-    hyperparameters: dict[str, float | str] = {
-        "lr": settings.lr, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY, "batch_size": BATCH_SIZE
+    hyperparameters: dict[str, Any] = {
+        "lr": lr, **settings.hyperparameters, "weight_decay": settings.weight_decay, "batch_size": BATCH_SIZE
     }  # fmt: skip
     if pairs:
         hyperparameters["l"] = l
@@ -196,5 +197,5 @@ def run(settings: Settings) -> None:
     report, picture = settings.out / "train.json", settings.out / "curves.png"
     report.write_text(json.dumps(result, indent=2) + "\n")
     title = f"A small ResNet on handwritten digits, {settings.options}, seed {settings.seed}"
-    plots.plot(picture, title, curves, steps, names, settings.lr)
+    plots.plot(picture, title, curves, steps, names, lr, settings.is_adamw)
     console.print(f"\n{result['test_accuracy']:.2%} test accuracy; wrote {report} and {picture}")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..optim.adam import Adam
+from ..optim.pair_steps import PairSteps
 from ..optim.sgd import SGD
-from ..optim.svag import SVAG
 from .equilibrium_report import COLUMNS, EquilibriumReport, equilibrium, numbers
 from .momentum_sums import MomentumSums
 from .report import arrange
@@ -33,10 +34,13 @@ class EquilibriumMonitor:
     lr, weight decay and momentum alone decide: :math:`\sqrt{2\eta\lambda/(1+\mu)}`. The monitor compares measured
     and predicted values: see `Equilibrium` for the results, and :mod:`normkern.theory` for the formulas. Groups may
     differ in all options; nesterov, dampening, ``decay="exponential"`` (with weights at their true scale),
-    ``stats="row"`` and SVAG (with lr and momentum as the kernel has them) are supported.
+    ``stats="row"`` and SVAG (with lr and momentum as the kernel has them) are supported, and AdamW: there the angle is
+    :math:`\sqrt{2\eta\lambda(1-\beta_1)/(1+\beta_1)}`, and the length follows from the measured size of the steps. The
+    weight decay of Adam, which is part of its gradient, has no formula.
 
     Args:
-        optimizer: a `normkern.SGD` or `SVAG` with statistics, or what a framework has wrapped around it.
+        optimizer: a `normkern.SGD`, `AdamW`, or SVAG of them with statistics, or what a framework has wrapped around
+            it.
         ema: decay of the averages per step, in [0, 1). Their weights are normalised, so that the first steps are not
             biased towards zero; 0 keeps the last step alone.
 
@@ -44,9 +48,10 @@ class EquilibriumMonitor:
     or ``stats`` changes, the averages begin anew.
 
     Raises:
-        TypeError: the optimizer is no `normkern.SGD`. ValueError: it has no statistics, or `ema` is outside [0, 1).
+        TypeError: the optimizer is none of normkern's. ValueError: it has no statistics, or `ema` is outside [0, 1).
 
-    Reference: Li, Lyu, Arora 2020, arXiv 2010.02916; Wan et al., arXiv 2006.08419.
+    Reference: Li, Lyu, Arora 2020, arXiv 2010.02916; Wan et al., arXiv 2006.08419; for AdamW Kosson, Messmer, Jaggi
+    2023, arXiv 2305.17212, to leading order.
 
     >>> import normkern
     >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -66,8 +71,8 @@ class EquilibriumMonitor:
     ema: float
     steps: int
 
-    def __init__(self, optimizer: SGD, ema: float = 0.99) -> None:
-        self._reader = StepReader(optimizer, "EquilibriumMonitor")
+    def __init__(self, optimizer: SGD | Adam, ema: float = 0.99) -> None:
+        self._reader = StepReader(optimizer, "EquilibriumMonitor", takes_adam=True)
         if isinstance(ema, bool) or not isinstance(ema, Real) or not 0 <= ema < 1:
             raise ValueError(f"EquilibriumMonitor: ema expected a number in [0, 1), got {ema!r}")
         self.ema = float(ema)
@@ -104,18 +109,28 @@ class EquilibriumMonitor:
         if step.groups != self._groups:
             self._groups = step.groups
             self._numbers = step.row_index.of_groups([numbers(h) for h in step.groups], x.weight_sq.device)
-        lr, decay, balanced, weight_of_grad, weight_of_dot, update_of_grad, update_of_dot = self._numbers.unbind(1)
+        lr, decay, is_sgd, balanced, weight_of_grad, weight_of_dot, update_of_grad, update_of_dot = (
+            self._numbers.unbind(1)
+        )
         w, g, dot = x.weight_sq, x.grad_sq, self._momentum_sums.dots(step)
+        force, unit = g, w * g
+        if any(h.rule != "sgd" for h in step.groups):
+            # |s|^2 of u = -lr (s + weight_decay w)
+            shrink = lr * decay
+            moved_sq = x.update_sq + shrink * (2 * x.weight_update_dot + shrink * w)
+            step_sq = moved_sq / torch.where(lr > 0, lr, 1.0).square()
+            force, unit = torch.where(is_sgd > 0, g, step_sq), torch.where(is_sgd > 0, unit, step_sq)
+            dot = torch.where(is_sgd > 0, dot, 0.0)
         columns = torch.stack(
             [
                 w,
                 g,
-                w * g,
+                unit,
                 x.angular_update.square(),
                 lr,
                 dot,
-                weight_of_grad * g + weight_of_dot * dot,
-                update_of_grad * g + update_of_dot * dot,
+                weight_of_grad * force + weight_of_dot * dot,
+                update_of_grad * force + update_of_dot * dot,
                 balanced * w,
                 x.weight_grad_dot.square() / torch.where(g > 0, w * g, 1.0),
             ],
@@ -123,7 +138,7 @@ class EquilibriumMonitor:
         )
         self._seen = columns.isfinite().all(1, keepdim=True)
         self._average.add(columns, self._seen)
-        self._time = self._time + torch.where(self._seen, decay.unsqueeze(1), 0.0)
+        self._time = self._time + torch.where(self._seen, (lr * decay).unsqueeze(1), 0.0)
         self.steps += 1
         if self.steps % self._interval == 0:
             self._remember()
@@ -162,7 +177,7 @@ class EquilibriumMonitor:
 
     def _nsr(self, row_index: RowIndex) -> list[float | None]:
         optimizer = self._reader.optimizer
-        if not isinstance(optimizer, SVAG):
+        if not isinstance(optimizer, PairSteps):
             return [None] * row_index.rows
         try:
             noise = optimizer.noise()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from ..theory.decoupled import adamw_balance, adamw_steps_to_equilibrium
 from ..theory.equilibrium import Balance, balance
 from ..theory.relaxation import steps_to_equilibrium
 from .report import Report, ReportEntry, table
@@ -15,7 +16,8 @@ _COSINE = 1e-2
 #: A length has settled where |w|^4 is as close as this to its value at equilibrium, in relation to that value.
 _SETTLED = 0.1
 #: The averaged columns: balance_sq is the |w|^2 at which |g|^2 and <b,g> of a step would balance, balance_update_sq
-#: the |u|^2 there, balanced_weight_sq the |w|^2 that it is compared with; all are 0 in steps without equilibrium.
+#: the |u|^2 there, balanced_weight_sq the |w|^2 that it is compared with; all are 0 in steps without equilibrium. For
+#: AdamW |s|^2 of the step eta s takes the place of |g|^2 and of unit_grad_sq, as it does not depend on |w|.
 COLUMNS = (
     "weight_sq",
     "grad_sq",
@@ -41,13 +43,15 @@ class Equilibrium(ReportEntry):
         group: position of the param group.
         steps: number of steps read, without those where it was not stepped or a sum was not finite.
         weight_norm, grad_norm: root mean squares of :math:`|w|` and :math:`|g|`.
-        effective_lr: :math:`\eta/|w|^2`, a ratio of means.
+        effective_lr: :math:`\eta/|w|^2`, a ratio of means; for AdamW :math:`\eta/|w|`.
         intrinsic_lr: :math:`\eta\lambda` of the last step.
         angular_update: root mean square of the angle between w and w', in radians.
         predicted_angular_update: the same at equilibrium, `normkern.theory.equilibrium_angle`: lr, weight decay and
-            momentum alone decide it, except that with nesterov the correlation has a part.
-        residual: :math:`|w|_*^4/|w|^4 - 1`, where :math:`|w|_*` is the length at which the present gradients would be
-            in balance: 0 at equilibrium, above where the norm will grow, below where it will shrink.
+            momentum alone decide it, except that with nesterov the correlation has a part; for AdamW
+            `normkern.theory.adamw_equilibrium_angle`.
+        residual: :math:`|w|_*^4/|w|^4 - 1`, where :math:`|w|_*` is the length at which the present gradients (for AdamW
+            the present steps without decay) would be in balance: 0 at equilibrium, above where the norm will grow,
+            below where it will shrink.
         equilibrium_weight_norm: that length, for the hyperparameters of the last step.
         steps_to_equilibrium: steps in which :math:`|w|^4` approaches it by a factor of e; inf without equilibrium.
         steps_left: about how many more steps |w| takes to settle, if the gradients stay as they are: 0 if |w|^4 is
@@ -55,7 +59,8 @@ class Equilibrium(ReportEntry):
             prediction.
         time: the sum of lr * weight_decay over its steps; of order 1 once equilibrium can have been reached.
         correlation: :math:`r = \langle b,g\rangle/|g|^2`, b the momentum buffer before the step, ratio of means: 0
-            where noise dominates. The predictions include it (see :mod:`normkern.theory`).
+            where noise dominates. The predictions include it (see :mod:`normkern.theory`). 0 for AdamW, whose
+            predictions take the size of its steps as it is.
         cosine: root mean square of :math:`\langle w,g\rangle/(|w||g|)`: 0 where the loss is scale-invariant.
         nsr: noise-to-signal ratio of the batch gradient, from `SVAG.noise`; None with other optimizers.
         reason: why there is no prediction, or what is missing; else None.
@@ -138,8 +143,10 @@ def _why_none(h: Hyperparameters) -> str | None:
         return "lr is 0: nothing moves"
     if h.weight_decay == 0:
         return "weight_decay is 0: no equilibrium, the norm grows for ever"
+    if h.rule == "adam":
+        return "weight_decay of Adam is part of the gradient: no formula, AdamW has one"
     try:
-        balance("equilibrium", *_arguments(h))
+        _balance(h)
     except ValueError as error:
         return str(error)
     return None
@@ -150,10 +157,24 @@ def _arguments(h: Hyperparameters) -> tuple[float, float, float, bool]:
     return h.lr * (1 - h.dampening), h.weight_decay, h.momentum, h.nesterov
 
 
+def _balance(h: Hyperparameters) -> Balance:
+    if h.rule == "adamw":
+        return adamw_balance("equilibrium", h.lr, h.weight_decay, h.momentum)
+    return balance("equilibrium", *_arguments(h))
+
+
+def _slow(h: Hyperparameters) -> float:
+    """Return the steps in which |w|^4 approaches equilibrium by a factor of e."""
+    if h.rule == "adamw":
+        return adamw_steps_to_equilibrium("equilibrium", h.lr, h.weight_decay)
+    lr, decay, momentum, _ = _arguments(h)
+    return steps_to_equilibrium(lr=lr, weight_decay=decay, momentum=momentum)
+
+
 def numbers(h: Hyperparameters) -> list[float]:
-    """Return lr, lr * weight_decay, whether there is an equilibrium, and its `Balance`, of a group."""
-    at = _NO_BALANCE if _why_none(h) else balance("equilibrium", *_arguments(h))
-    return [h.lr, h.lr * h.weight_decay, float(at is not _NO_BALANCE), *at]
+    """Return lr, weight_decay, whether it is SGD, whether there is an equilibrium, and its `Balance`, of a group."""
+    at = _NO_BALANCE if _why_none(h) else _balance(h)
+    return [h.lr, h.weight_decay, float(h.rule == "sgd"), float(at is not _NO_BALANCE), *at]
 
 
 _NO_BALANCE = Balance(0.0, 0.0, 0.0, 0.0)
@@ -165,10 +186,8 @@ def equilibrium(
     """Return the results of one row from its means, in the order of `COLUMNS`."""
     m = dict(zip(COLUMNS, means if steps else [math.nan] * len(means), strict=True))
     reason, cosine = _why_none(h), math.sqrt(m["cosine_sq"])
-    slow = math.inf
-    if reason is None:
-        lr, decay, momentum, _ = _arguments(h)
-        slow = steps_to_equilibrium(lr=lr, weight_decay=decay, momentum=momentum)
+    slow = _slow(h) if reason is None else math.inf
+    is_sgd = h.rule == "sgd"
     if steps == 0:
         reason = "not measured: never stepped with finite numbers"
     elif reason is None and m["balanced_weight_sq"] == 0:
@@ -178,15 +197,18 @@ def equilibrium(
     predicted = residual = norm = left = None
     correlation = m["buffer_grad_dot"] / m["grad_sq"] if m["grad_sq"] else 0.0
     if reason is None:
-        at = balance("equilibrium", *_arguments(h))
+        at = _balance(h)
         length = at.weight_of_grad + correlation * at.weight_of_dot
-        if length <= 0 or (m["balance_sq"] <= 0) != (m["grad_sq"] == 0) or m["balance_update_sq"] < 0:
+        has_no_balance = (m["balance_sq"] <= 0) != (m["grad_sq"] == 0) or m["balance_update_sq"] < 0
+        if length <= 0 or (is_sgd and has_no_balance):
             reason = "gradients undo the momentum buffer: it shrinks, and nothing balances yet"
         else:
             of_nothing = at.update_of_grad / at.weight_of_grad
             predicted = math.sqrt(m["balance_update_sq"] / m["balance_sq"] if m["balance_sq"] else of_nothing)
-            residual = m["balance_sq"] / m["balanced_weight_sq"] - 1
-            norm = (length * m["unit_grad_sq"]) ** 0.25
+            # Gradients shrink as 1/|w|, and so |w|^2 of balance is |w|_*^4/|w|^2; steps of AdamW do not depend on |w|.
+            ratio = m["balance_sq"] / m["balanced_weight_sq"]
+            residual = (ratio if is_sgd else ratio**2) - 1
+            norm = (length * m["unit_grad_sq"]) ** (0.25 if is_sgd else 0.5)
             left = _steps_left(residual, slow)
     if reason is None and not seen:
         reason = "not measured in the last step: not stepped, or no finite numbers"
@@ -195,7 +217,7 @@ def equilibrium(
         steps=steps,
         weight_norm=math.sqrt(m["weight_sq"]),
         grad_norm=math.sqrt(m["grad_sq"]),
-        effective_lr=m["lr"] / m["weight_sq"],
+        effective_lr=m["lr"] / (m["weight_sq"] if is_sgd else math.sqrt(m["weight_sq"])),
         intrinsic_lr=h.lr * h.weight_decay,
         angular_update=math.sqrt(m["angle_sq"]),
         predicted_angular_update=predicted,

@@ -29,7 +29,7 @@ class MomentumSums:
     def dots(self, step: Step) -> Tensor:
         """Return <b,g> of each row in this step."""
         x = step.sums
-        if all(h.momentum == 0 for h in step.groups):
+        if all(h.momentum == 0 or h.rule != "sgd" for h in step.groups):
             self.buffer_sq = torch.full_like(self.buffer_sq, torch.nan)
             return torch.zeros_like(x.weight_sq)
         numbers = [_numbers(h) for h in step.groups]

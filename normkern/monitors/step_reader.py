@@ -13,20 +13,24 @@ from torch import Tensor
 from .. import ops
 from ..optim.corrected_decay import with_decay_of_step
 from ..optim.options import LR_MULTIPLIERS, number
+from ..optim.pair_steps import PairSteps
 from ..optim.parameter_names import all_names
 from ..optim.step_stats import StepStats
-from ..optim.svag import SVAG
-from ..optim.unwrap import expect_sgd
+from ..optim.unwrap import expect_fused, expect_sgd
 
 
 class Hyperparameters(NamedTuple):
-    """The hyperparameters of one param group in one step, as the kernel has them."""
+    """The hyperparameters of one param group in one step, as the kernel has them.
+
+    `rule`: "sgd"; or with beta1 as the momentum "adamw", or "adam", whose weight decay is part of the gradient.
+    """
 
     lr: float
     momentum: float
     dampening: float
     weight_decay: float
     nesterov: bool
+    rule: str = "sgd"
 
 
 class Step(NamedTuple):
@@ -99,8 +103,9 @@ class RowIndex:
 class StepReader:
     """Reads the steps of an optimizer, each one once."""
 
-    def __init__(self, optimizer: Any, who: str) -> None:
-        self.optimizer, self._who = expect_sgd(optimizer, who), who
+    def __init__(self, optimizer: Any, who: str, takes_adam: bool = False) -> None:
+        expect = expect_fused if takes_adam else expect_sgd
+        self.optimizer, self._who = expect(optimizer, who), who
         part_of = self.optimizer._run.part_of
         if part_of is not None:
             warnings.warn(
@@ -133,7 +138,7 @@ class StepReader:
 
     def row_index(self) -> RowIndex:
         """Return the rows of the next step, according to the param groups."""
-        default = "tensor" if isinstance(self.optimizer, SVAG) else None  # SVAG always measures
+        default = "tensor" if isinstance(self.optimizer, PairSteps) else None  # SVAG always measures
         groups: list[tuple[int, list[int]]] = []
         for i, group in enumerate(self.optimizer.param_groups):
             stats = group["stats"] or default
@@ -175,11 +180,22 @@ class StepReader:
     def _hyperparameters(self, index: int, lr: float) -> Hyperparameters:
         options = self.optimizer.param_groups[index]
         where = f"{self._who}: param_groups[{index}]"
-        if isinstance(self.optimizer, SVAG):
+        if isinstance(self.optimizer, PairSteps):
             options = self.optimizer._kernel_options(index, options)
+        if "betas" in options:
+            return self._hyperparameters_of_adam(options, lr, where)
         options = with_decay_of_step({**options, "lr": lr}, "coupled", where)
         momentum, dampening, decay = (number(options[k], k, where) for k in ("momentum", "dampening", "weight_decay"))
         return Hyperparameters(lr, momentum, dampening if momentum else 0.0, decay, bool(options["nesterov"]))
+
+    @staticmethod
+    def _hyperparameters_of_adam(options: dict[str, Any], lr: float, where: str) -> Hyperparameters:
+        if "decay" in options:
+            options = with_decay_of_step({**options, "lr": lr}, "decoupled", where)
+        beta1 = number(options["betas"][0], "betas[0]", where)
+        decay = number(options["weight_decay"], "weight_decay", where)
+        rule = "adamw" if options["decoupled_weight_decay"] or decay == 0 else "adam"
+        return Hyperparameters(lr, beta1, 0.0, decay, False, rule)
 
     def names(self, row_index: RowIndex) -> list[str]:
         """Return the names of the parameters."""

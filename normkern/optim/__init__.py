@@ -4,5 +4,6 @@ from .adam import Adam, AdamW
 from .sgd import SGD
 from .step_stats import StepStats
 from .svag import SVAG, svag_combine_
+from .svag_adam import SVAGAdam, SVAGAdamW
 
-__all__ = ["SGD", "SVAG", "Adam", "AdamW", "StepStats", "svag_combine_"]
+__all__ = ["SGD", "SVAG", "Adam", "AdamW", "SVAGAdam", "SVAGAdamW", "StepStats", "svag_combine_"]

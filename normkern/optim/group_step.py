@@ -232,7 +232,7 @@ class GroupStep:
                     f"{place(self.at)}: held[{i}] has shape {tuple(held.shape)} but params[{i}] has shape "
                     f"{tuple(p.shape)}"
                 )
-            if _share_memory(held, pair.grads[i]):
+            if share_memory(held, pair.grads[i]):
                 raise RuntimeError(ops.shared_pair(self.index, i))
 
     def _find_another_way(self, refused: list[int], missing: dict[str, set[int]]) -> None:
@@ -325,7 +325,7 @@ def _warn_of_gpu() -> None:
     )
 
 
-def _share_memory(a: Tensor, b: Tensor) -> bool:
+def share_memory(a: Tensor, b: Tensor) -> bool:
     """Return whether two gradients overlap in memory."""
     if a is b:
         return True

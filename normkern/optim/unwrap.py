@@ -6,6 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from .adam import Adam
 from .sgd import SGD
 
 #: Where wrappers keep the optimizer that they wrap.
@@ -40,19 +41,33 @@ def expect_sgd(optimizer: Any, who: str) -> SGD:
     Raises:
         TypeError: there is none.
     """
+    found: SGD = _expect(optimizer, who, (SGD,), "a normkern.SGD or SVAG")
+    return found
+
+
+def expect_fused(optimizer: Any, who: str) -> SGD | Adam:
+    """Return the `normkern.SGD`, `Adam` or `AdamW` inside of what a framework hands out.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found: SGD | Adam = _expect(optimizer, who, (SGD, Adam), "a normkern.SGD, AdamW or SVAG")
+    return found
+
+
+def _expect(optimizer: Any, who: str, kinds: tuple[type, ...], words: str) -> Any:
     layers = _layers(optimizer)
     innermost = layers[-1][1]
-    if isinstance(innermost, SGD):
+    if isinstance(innermost, kinds):
         return innermost
     path = "".join(f".{name}" for name, _ in layers[1:])
     kind = type(innermost)
     module = "torch.optim" if kind.__module__.startswith("torch.optim.") else kind.__module__
     got = f"{module}.{kind.__name__}" if path or module == "torch.optim" else kind.__name__
     inside = f" as {type(optimizer).__name__}{path}" if path else ""
-    cure = next((f"; pass its .{name}" for name, x in _attributes(innermost) if isinstance(x, SGD)), "")
+    cure = next((f"; pass its .{name}" for name, x in _attributes(innermost) if isinstance(x, kinds)), "")
     raise TypeError(
-        f'{who}: optimizer expected a normkern.SGD or SVAG, constructed with stats="tensor" or "row", got {got}{inside}'
-        f"{cure}"
+        f'{who}: optimizer expected {words}, constructed with stats="tensor" or "row", got {got}{inside}{cure}'
     )
 
 

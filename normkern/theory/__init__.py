@@ -42,15 +42,26 @@ from .relaxation import (
     steps_to_equilibrium,
     weight_sq_after,
 )
-from .scaling import AdamScaling, linear_scaling, square_root_scaling
+from .scaling import (
+    AdamScaling,
+    beta_by_samples,
+    decay_timescale,
+    linear_scaling,
+    square_root_scaling,
+    square_root_weight_decay,
+)
 from .svag import SvagCoefficients, svag_coefficients, svag_effective_steps, svag_equilibrium, svag_fraction, svag_steps
+from .svag_adam import SvagAdam, svag_adam, svag_adam_fraction
 
 __all__ = [
     "AdamScaling",
     "Norms",
+    "SvagAdam",
     "SvagCoefficients",
     "adamw_equilibrium_angle",
     "adamw_equilibrium_weight_sq",
+    "beta_by_samples",
+    "decay_timescale",
     "effective_lr",
     "effective_lr_after",
     "equilibrium_angle",
@@ -78,9 +89,12 @@ __all__ = [
     "sgdw_equilibrium_angle",
     "sgdw_equilibrium_weight_sq",
     "square_root_scaling",
+    "square_root_weight_decay",
     "step_angle",
     "steps_after_lr_drop",
     "steps_to_equilibrium",
+    "svag_adam",
+    "svag_adam_fraction",
     "svag_coefficients",
     "svag_effective_steps",
     "svag_equilibrium",

@@ -26,6 +26,8 @@ RATIO = Range("a number >= 0", lambda x: x >= 0)
 BETA = Range("a number in [0, 1)", lambda x: 0 <= x < 1)
 CLOSENESS = Range("a finite number > 1", lambda x: 1 < x < math.inf)
 L = Range("a finite number >= 1/2", lambda x: 0.5 <= x < math.inf)
+#: Of adaptive optimizers, whose l^2 is as SGD's l.
+ADAPTIVE_L = Range("a finite number >= sqrt(1/2)", lambda x: math.sqrt(0.5) <= x < math.inf)
 L_OR_SDE = Range("a number >= 1/2 (math.inf: the SDE)", lambda x: x >= 0.5)
 
 #: Above every count of steps or samples, and a float can hold it.
@@ -58,6 +60,13 @@ def flag(function: str, name: str, value: Any) -> bool:
     if isinstance(value, bool):
         return value
     raise ValueError(f"{function}: {name} expected True or False, got {value!r}")
+
+
+def beta_pair(function: str, betas: Any) -> list[float]:
+    """Both betas of Adam."""
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ValueError(f"{function}: betas expected two numbers, got {betas!r}")
+    return [number(function, f"betas[{i}]", beta, BETA) for i, beta in enumerate(betas)]
 
 
 def batch_ratio(function: str, batch_size: Any, new_batch_size: Any) -> Fraction:

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from .arguments import BETA, DECAYING, NOT_NEGATIVE, POSITIVE, integer, number
-from .equilibrium import product
+from .equilibrium import Balance, product
 
 
 def sgdw_equilibrium_weight_sq(*, lr: float, weight_decay: float, momentum: float, unit_grad_sq: float) -> float:
@@ -195,3 +195,26 @@ def _lion_spread(name: str, beta1: Any, beta2: Any, keep: float) -> float:
         spread += 4 / math.pi * shrunk * math.asin(r)
         r, shrunk = r * b2, shrunk * keep
     return spread
+
+
+def adamw_balance(function: str, lr: Any, weight_decay: Any, beta1: Any) -> Balance:
+    r"""Return :math:`|w|^2` and :math:`|u|^2` at equilibrium of :math:`|s|^2`, AdamW's step over lr without decay.
+
+    .. math::
+        |w|_*^2 = \frac{\eta^2 |s|^2}{1-\rho^2} \cdot \frac{1+\beta_1\rho}{1-\beta_1\rho}
+
+    For :math:`s_t = \beta_1 s_{t-1} + (1-\beta_1) n_t` with :math:`\langle w_t, n_t\rangle = 0`:
+    :math:`\langle w,s\rangle` settles at :math:`-\beta_1\eta|s|^2/(1-\beta_1\rho)`, however the n are correlated.
+    """
+    keep = _keep(function, lr, weight_decay)
+    beta = number(function, "beta1", beta1, BETA)
+    weight = float(lr) ** 2 * (1 + beta * keep) / (1 - beta * keep) / ((1 - keep) * (1 + keep))
+    return Balance(weight, 0.0, weight * _angle(keep, beta) ** 2, 0.0)
+
+
+def adamw_steps_to_equilibrium(function: str, lr: Any, weight_decay: Any) -> float:
+    r"""Return the steps in which :math:`|w|^2` of AdamW approaches equilibrium by a factor of e.
+
+    :math:`|w|^2 - |w|_*^2` is multiplied by :math:`(1-\eta\lambda)^2` at each step, as the steps do not depend on |w|.
+    """
+    return -0.5 / math.log(_keep(function, lr, weight_decay))

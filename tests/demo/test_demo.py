@@ -114,6 +114,41 @@ def test_torchs_optimizers_train_too_and_agree(optimizer, first, tmp_path):
     assert result["curves"][0]["loss"] == pytest.approx(first[0]["curves"][0]["loss"], rel=0.05)
 
 
+@pytest.fixture(scope="module")
+def of_adamw(tmp_path_factory):
+    return run_and_listen(tmp_path_factory.mktemp("adamw"), "--optimizer", "adamw")
+
+
+def test_adamw_trains_and_is_timed_against_torchs(of_adamw):
+    result, printed = of_adamw
+    assert set(result["step_seconds"]) == {"adamw", "torch-adamw", "torch-adamw-foreach", "torch-adamw-fused"}
+    assert 'normkern.AdamW(stats="tensor")' in printed
+    assert 0.2 < result["test_accuracy"] <= 1
+    assert result["hyperparameters"] == {
+        "lr": settings.ADAMW_LR, "betas": list(settings.ADAMW_BETAS), "weight_decay": settings.ADAMW_WEIGHT_DECAY,
+        "batch_size": settings.BATCH_SIZE,
+    }  # fmt: skip
+
+
+def test_adamw_predicts_its_own_angle(of_adamw):
+    result, printed = of_adamw
+    (row,) = result["curves"]
+    of_theory = normkern.theory.adamw_equilibrium_angle(
+        lr=settings.ADAMW_LR, weight_decay=settings.ADAMW_WEIGHT_DECAY, beta1=settings.ADAMW_BETAS[0]
+    )
+    assert row["predicted_angular_update"] == pytest.approx(of_theory, rel=1e-3)
+    assert row["predicted_angular_update"] == pytest.approx(measurements.predicted_angle(settings.LR), rel=1e-12)
+    assert "predicted: sqrt(2 * lr * weight_decay * (1 - beta1) / (1 + beta1))" in printed
+    assert row["effective_lr"] < 0.1, "lr / |w|"
+
+
+@pytest.mark.slow
+def test_torchs_adamw_trains_alike(of_adamw, tmp_path):
+    result = run(tmp_path / "out", "--optimizer", "torch-adamw")
+    assert result["curves"][0]["angular_update"] is None
+    assert result["curves"][0]["loss"] == pytest.approx(of_adamw[0]["curves"][0]["loss"], rel=0.05)
+
+
 SVAG = ("--optimizer", "svag", "--l", "0.5")  # the fewest steps
 
 
@@ -164,7 +199,7 @@ def test_svag_follows_the_schedule_of_the_original_run(monkeypatch, tmp_path):
     monkeypatch.setattr(normkern.SVAG, "step", lambda self: None)
     monkeypatch.setattr(normkern.SVAG, "noise", lambda self: normkern.noise_from_pair([torch.ones(1)], [torch.ones(1)]))
     monkeypatch.setattr(training, "train_pairs", no_training)
-    monkeypatch.setattr(timing, "time_steps", lambda model, lr: {"normkern": 1.0})
+    monkeypatch.setattr(timing, "time_steps", lambda model, settings: {"normkern": 1.0})
     monkeypatch.setattr(plots, "plot", lambda *args: None)
     training.run(settings.Settings("svag", 3, 0, tmp_path, l=1.5))
     factors = [min(1.0, 2 * (1 - (int(k / 1.5) // 45) / 3)) for k in range(203)]
@@ -243,7 +278,7 @@ def few_steps(optimizer_name, every):
     images, labels, *_ = (x[: 4 * settings.BATCH_SIZE + 5] for x in data.digits())
     generator = torch.Generator().manual_seed(0)
     model = ResNet()
-    optimizer = settings.make_optimizer(optimizer_name, [{"params": list(model.parameters())}])
+    optimizer = settings.make_optimizer(settings.Settings(optimizer_name), [{"params": list(model.parameters())}])
     noise = None if every is None else SampleNoise(model, optimizer, every)
     loss, _ = training.train_epoch(model, optimizer, images, labels, generator, lambda: None, noise)
     assert noise is None or len(noise.measured) == 5 // every
@@ -256,7 +291,7 @@ def few_steps(optimizer_name, every):
 
 
 @pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize("optimizer", settings.OPTIMIZERS)
+@pytest.mark.parametrize("optimizer", [*settings.SGDS, "adamw"])
 def test_noise_of_samples_leaves_the_training_as_it_is_to_the_bit(optimizer, every):
     for a, b in zip(few_steps(optimizer, None), few_steps(optimizer, every), strict=True):
         assert torch.equal(a, b)
@@ -267,7 +302,7 @@ def test_noise_of_samples_is_that_of_gradient_noise_in_ratios_of_means():
     torch.manual_seed(0)
     model = ResNet()
     model(images[:100])  # running statistics that are some
-    optimizer = settings.make_optimizer("torch", [{"params": list(model.parameters())}])
+    optimizer = settings.make_optimizer(settings.Settings("torch"), [{"params": list(model.parameters())}])
     noise = SampleNoise(model, optimizer, 2)
     batches = [slice(0, 8), slice(8, 40), slice(40, 50), slice(50, 90)]
     for batch in batches:
@@ -305,7 +340,7 @@ def test_noise_of_samples_under_exponential_decay_is_of_the_run_with_weight_deca
     told = []
     for net in (model, ours):
         groups = [{"params": [p for p in net.parameters() if (p.ndim == 4) == convolutions]} for convolutions in (1, 0)]
-        optimizer = settings.make_optimizer("normkern", groups)
+        optimizer = settings.make_optimizer(settings.Settings("normkern"), groups)
         if net is ours:
             optimizer.param_groups[0]["gauge"] = (scale, 0.0, 0)
         noise = SampleNoise(net, optimizer, 1)
@@ -456,6 +491,14 @@ def test_prediction():
         (["--optimizer", "svag", "--l", "four"], "argument --l: expected a number of at least 1/2, got 'four'"),
         (["--decay", "linear"], "argument --decay: invalid choice: 'linear'"),
         (
+            ["--optimizer", "adamw", "--l", "2"],
+            "argument --l: expected only with --optimizer svag, got --optimizer adamw",
+        ),
+        (
+            ["--optimizer", "adamw", "--decay", "exponential"],
+            "argument --decay: exponential expected --optimizer normkern or svag, got --optimizer adamw",
+        ),
+        (
             ["--optimizer", "torch", "--decay", "exponential"],
             "argument --decay: exponential expected --optimizer normkern or svag, got --optimizer torch",
         ),
@@ -496,6 +539,8 @@ def test_learning_rate_and_device(tmp_path):
     assert result["curves"][0]["predicted_angular_update"] == measurements.predicted_angle(0.02)
     assert result["device"].startswith("cpu, ")
     assert settings.Settings("svag", lr=0.02).options == "--optimizer svag --l 4 --lr 0.02"
+    assert settings.Settings("adamw").options == "--optimizer adamw"
+    assert settings.Settings("adamw", lr=0.05).options == "--optimizer adamw --lr 0.05"
 
 
 def test_run_that_diverges_is_one_sentence(tmp_path, capsys):

@@ -78,8 +78,8 @@ def test_added_parameters_begin_anew():
 @pytest.mark.parametrize(
     ("make", "error", "sentence"),
     [
-        (lambda p: EquilibriumMonitor(torch.optim.SGD(p, lr=0.1)), TypeError, 'EquilibriumMonitor: optimizer expected a normkern.SGD or SVAG, constructed with stats="tensor" or "row", got torch.optim.SGD'),
-        (lambda p: EquilibriumMonitor(None), TypeError, 'EquilibriumMonitor: optimizer expected a normkern.SGD or SVAG, constructed with stats="tensor" or "row", got NoneType'),
+        (lambda p: EquilibriumMonitor(torch.optim.SGD(p, lr=0.1)), TypeError, 'EquilibriumMonitor: optimizer expected a normkern.SGD, AdamW or SVAG, constructed with stats="tensor" or "row", got torch.optim.SGD'),
+        (lambda p: EquilibriumMonitor(None), TypeError, 'EquilibriumMonitor: optimizer expected a normkern.SGD, AdamW or SVAG, constructed with stats="tensor" or "row", got NoneType'),
         (lambda p: EquilibriumMonitor(normkern.SGD(p)), ValueError, 'EquilibriumMonitor: optimizer expected one with stats="tensor" or "row", got one that measures nothing; pass stats="tensor" to the optimizer'),
         (lambda p: EquilibriumMonitor(normkern.SGD(p, stats="row"), ema=1), ValueError, "EquilibriumMonitor: ema expected a number in [0, 1), got 1"),
         (lambda p: EquilibriumMonitor(normkern.SGD(p, stats="row"), ema=-0.1), ValueError, "EquilibriumMonitor: ema expected a number in [0, 1), got -0.1"),

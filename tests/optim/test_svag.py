@@ -224,7 +224,7 @@ def test_hold_takes_by_reference_and_zero_grad_leaves_it():
         (w * x).sum().backward()
     held = w.grad
     opt.hold()
-    assert opt._run.held.grads[id(w)] is held
+    assert opt._pairs.held.grads[id(w)] is held
     opt.zero_grad()
     for x in (0.5, 0.5):
         (w * x).sum().backward()

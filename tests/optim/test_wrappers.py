@@ -160,11 +160,11 @@ def test_a_copy_has_state_of_its_own(how):
     opt.hold()
     other = how(opt)
     other.release()
-    assert opt._run.held is not None
+    assert opt._pairs.held is not None
     assert opt._run is not other._run
     assert opt._run.lock is not other._run.lock
     assert (other.max_norm, other._run.clip_options.norm_type) == (2.0, 3.0)
-    assert other._run.noise.decay == 0.5
+    assert other._pairs.noise.decay == 0.5
 
 
 def _saved(x):
@@ -219,7 +219,7 @@ def test_monitors_look_inside(attribute, depth):
 
 def test_a_wrapper_of_another_optimizer_is_named():
     wrapped = Proxy(torch.optim.SGD(net().parameters(), lr=0.1))
-    text = r"EquilibriumMonitor: optimizer expected a normkern.SGD or SVAG, .* got torch.optim.SGD as Proxy.optimizer"
+    text = r"EquilibriumMonitor: optimizer expected a normkern.SGD, AdamW or SVAG, .* got torch.optim.SGD as Proxy.optimizer"
     with pytest.raises(TypeError, match=text):
         normkern.EquilibriumMonitor(wrapped)
     with pytest.raises(TypeError, match=r"A: optimizer expected a normkern.SGD or SVAG, .* got int"):

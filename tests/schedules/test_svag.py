@@ -232,8 +232,8 @@ def test_scheduler_is_checked():
         ({"steps": -1}, "steps expected an integer >= 0, got -1"),
         ({"steps": True}, "steps expected an integer >= 0, got True"),
         ({"effective_steps": 1.5}, "effective_steps expected an integer >= 0, got 1.5"),
-        (None, "state_dict expected the keys ['l', 'steps', 'effective_steps', 'scheduler'], got ['_last_lr']"),
-        ("text", "state_dict expected the keys ['l', 'steps', 'effective_steps', 'scheduler'], got str"),
+        (None, "state_dict expected the keys ['base', 'l', 'steps', 'effective_steps', 'scheduler'], got ['_last_lr']"),
+        ("text", "state_dict expected the keys ['base', 'l', 'steps', 'effective_steps', 'scheduler'], got str"),
     ],
 )
 def test_foreign_state_is_refused_before_anything_is_loaded(change, sentence):
@@ -249,3 +249,65 @@ def test_foreign_state_is_refused_before_anything_is_loaded(change, sentence):
         schedule.load_state_dict(state)
     assert str(caught.value) == f"SvagSchedule.load_state_dict: {sentence}"
     assert schedule.state_dict() == before
+
+
+# ---- Adam ------------------------------------------------------------------------------------------------------------
+
+
+def weight():
+    return torch.nn.Parameter(torch.ones(2))
+
+
+@pytest.mark.parametrize("l", [1, 1.5, math.sqrt(2), 2])
+@pytest.mark.parametrize("kind", [normkern.SVAGAdam, normkern.SVAGAdamW])
+def test_adam_takes_l_squared_steps_per_step_of_the_schedule(kind, l):
+    w = weight()
+    opt = kind([w], lr=0.8, l=l)
+    schedule = SvagSchedule(torch.optim.lr_scheduler.StepLR(opt, step_size=1, gamma=0.5), l=l)
+    assert schedule.base == "adam"
+    assert schedule.pace == normkern.theory.svag_adam_fraction(l)
+    seen = []
+    for _ in range(normkern.theory.svag_steps(steps=4, l=schedule.pace)):
+        seen.append(opt.param_groups[0]["lr"])
+        w.grad = torch.zeros(2)
+        opt.hold()
+        w.grad = torch.zeros(2)
+        opt.step()
+        schedule.step()
+    square = round(float(schedule.pace), 9)
+    assert seen == [0.8 * 0.5 ** math.floor(k / square) for k in range(len(seen))]
+    assert len(seen) == math.ceil(4 * square)
+    assert schedule.effective_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options", "sentence"),
+    [
+        (lambda w: normkern.SVAGAdamW(w, l=2), {"l": 4}, "l expected 2, as the optimizer has it in param_groups[0], got 4"),
+        (lambda w: normkern.SVAGAdamW(w, l=2), {"l": 2, "base": "sgd"}, "base expected 'adam', as the optimizer has it"),
+        (lambda w: normkern.SVAG(w, l=2), {"l": 2, "base": "adam"}, "base expected 'sgd', as the optimizer has it in"),
+        (lambda w: normkern.SVAGAdamW(w, l=2), {"l": 2, "base": "adamw"}, 'base expected "sgd", "adam" or None, got'),
+        (torch.optim.Adam, {"l": 2}, 'base expected "adam", as param_groups[0] is of an adaptive optimizer, which'),
+        (torch.optim.RMSprop, {"l": 2}, 'base expected "adam", as param_groups[0] is of an adaptive optimizer, which'),
+        (torch.optim.Adam, {"l": 0.6, "base": "adam"}, "l expected a finite number >= sqrt(1/2), got 0.6"),
+    ],
+)  # fmt: skip
+def test_pace_that_is_not_the_optimizers_is_refused(optimizer, options, sentence):
+    opt = optimizer([weight()])
+    with pytest.raises(ValueError) as caught:
+        SvagSchedule(torch.optim.lr_scheduler.StepLR(opt, 1), **options)
+    assert str(caught.value).startswith(f"SvagSchedule: {sentence}")
+
+
+def test_other_optimizers_say_what_they_are():
+    opt = torch.optim.RMSprop([weight()])
+    assert SvagSchedule(torch.optim.lr_scheduler.StepLR(opt, 1), l=3, base="adam").pace == 9
+    assert SvagSchedule(torch.optim.lr_scheduler.StepLR(opt, 1), l=3, base="sgd").pace == 3
+    assert SvagSchedule(torch.optim.lr_scheduler.StepLR(torch.optim.SGD([weight()]), 1), l=3).pace == 3
+
+
+def test_state_of_another_base_is_refused():
+    state = SvagSchedule(torch.optim.lr_scheduler.StepLR(normkern.SVAG([weight()], l=2), 1), l=2).state_dict()
+    schedule = SvagSchedule(torch.optim.lr_scheduler.StepLR(normkern.SVAGAdamW([weight()], l=2), 1), l=2)
+    with pytest.raises(ValueError, match="base expected 'adam', that of this schedule, got 'sgd'"):
+        schedule.load_state_dict(state)

@@ -15,12 +15,17 @@ from hypothesis import strategies as st
 
 from normkern import theory
 from normkern.theory import (
+    beta_by_samples,
+    decay_timescale,
     exponential_decay,
     exponential_factor,
     linear_scaling,
     max_linear_scaling,
     nsr_condition,
     square_root_scaling,
+    square_root_weight_decay,
+    svag_adam,
+    svag_adam_fraction,
     svag_coefficients,
     svag_effective_steps,
     svag_equilibrium,
@@ -399,6 +404,77 @@ def test_square_root_scaling_keeps_the_noise_of_adam():
     )
 
 
+def test_decay_per_sample_and_half_life_in_samples_stay():
+    here = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
+    there = square_root_scaling(**here, batch_size=8, new_batch_size=72)
+    decay = square_root_weight_decay(weight_decay=0.1, batch_size=8, new_batch_size=72)
+    assert there.lr * decay / 72 == pytest.approx(here["lr"] * 0.1 / 8)
+    beta = beta_by_samples(beta=0.999, batch_size=8, new_batch_size=72)
+    assert 72 * math.log(0.5) / math.log(beta) == pytest.approx(8 * math.log(0.5) / math.log(0.999))
+    assert beta_by_samples(beta=0.0, batch_size=8, new_batch_size=1) == 0.0
+    assert beta_by_samples(beta=0.9, batch_size=3, new_batch_size=3) == 0.9
+
+
+def test_timescale_is_that_of_the_weights_average():
+    lr, weight_decay = 1e-3, 0.5
+    weights, steps = 1.0, 0
+    while weights > math.exp(-1):
+        weights, steps = weights * (1 - lr * weight_decay), steps + 1
+    assert decay_timescale(lr=lr, weight_decay=weight_decay) == pytest.approx(steps, rel=1e-3)
+
+
+def test_svag_adam_is_the_square_root_rule_backwards():
+    """l^2 steps from batches as if 1/l^2 as large: the noise of the combination, with decay and betas to match."""
+    here = {"lr": 0.002, "betas": (0.9, 0.996), "eps": 1e-8}
+    rule = square_root_scaling(**here, batch_size=4, new_batch_size=1)
+    svag = svag_adam(**here, l=2, weight_decay=0.1)
+    assert svag[:3] == rule
+    assert svag.weight_decay == square_root_weight_decay(weight_decay=0.1, batch_size=4, new_batch_size=1)
+    assert svag_adam(**here, l=2, weight_decay=0.1, decoupled=False).weight_decay == 0.1
+    assert svag_adam(**here, l=1, weight_decay=0.1) == (*here.values(), 0.1)
+    assert svag_adam(**{**here, "lr": 0}, l=3).lr == 0.0
+
+
+def test_svag_adam_is_what_adamw_takes():
+    svag = svag_adam(lr=0.002, betas=(0.9, 0.996), eps=1e-8, l=2, weight_decay=0.1)
+    group = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], **svag._asdict()).param_groups[0]
+    assert {key: group[key] for key in svag._fields} == svag._asdict()
+
+
+@pytest.mark.parametrize("wrong", [None, "eps", "lr"])
+def test_svag_adam_converges_to_the_sde_with_order_one_over_l_squared(wrong):
+    """E x^2 of Adam where noise dominates, sqrt(v) = l sigma: x and m are linear, and their moments are exact."""
+    at = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 0.3, "weight_decay": 0.2}
+    slope, sigma, time = 1.0, 1.0, 20
+
+    def mean_square(l):
+        square = float(svag_adam_fraction(l))
+        lr, betas, eps, weight_decay = svag_adam(**at, l=l)
+        lr, eps = (lr / l if wrong == "lr" else lr), (at["eps"] if wrong == "eps" else eps)
+        rate = lr / (l * sigma + eps)
+        xx, xm, mm = 1.0, 0.0, 0.0
+        for _ in range(round(time * square)):
+            c = 1 - betas[0]
+            # m' = beta m + c (slope x + l sigma noise), x' = keep x - rate m'
+            keep = 1 - lr * weight_decay
+            new_mm = betas[0] ** 2 * mm + 2 * betas[0] * c * slope * xm + c**2 * (slope**2 * xx + square * sigma**2)
+            x_m = betas[0] * xm + c * slope * xx
+            xx, xm, mm = keep**2 * xx - 2 * keep * rate * x_m + rate**2 * new_mm, keep * x_m - rate * new_mm, new_mm
+        return xx
+
+    values = [mean_square(2.0 ** (k / 2)) for k in range(3, 12)]
+    errors = [abs(x - values[-1]) for x in values]
+    orders = [math.log2(errors[k] / errors[k + 1]) for k in range(4)]  # l^2 doubles
+    assert (min(orders) > 0.95 and max(orders) < 1.1) == (wrong is None), orders
+
+
+def test_svag_adam_fraction_is_a_square_or_what_has_this_root():
+    assert [svag_adam_fraction(l) for l in (1, 2, 1.5, 1.1)] == [1, 4, Fraction(9, 4), Fraction(121, 100)]
+    assert [svag_adam_fraction(math.sqrt(n)) for n in (0.5, 2, 3, 5, 6.25, 8)] == [0.5, 2, 3, 5, 6.25, 8]
+    assert svag_adam_fraction(Fraction(4, 3)) == Fraction(16, 9)
+    assert svag_steps(steps=5, l=svag_adam_fraction(math.sqrt(2))) == 10
+
+
 # --- exponential learning rates ---------------------------------------------------------------------------------------
 
 MOMENTA = st.floats(0, 0.999)
@@ -474,6 +550,11 @@ GOOD = {
     exponential_decay: {"lr": 0.1, "weight_decay": 0.1, "momentum": 0.5},
     linear_scaling: {"lr": 0.1, "batch_size": 1, "new_batch_size": 2},
     square_root_scaling: {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "batch_size": 1, "new_batch_size": 2},
+    square_root_weight_decay: {"weight_decay": 0.1, "batch_size": 1, "new_batch_size": 2},
+    beta_by_samples: {"beta": 0.9, "batch_size": 1, "new_batch_size": 2},
+    decay_timescale: {"lr": 0.1, "weight_decay": 0.1},
+    svag_adam: {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "l": 2, "weight_decay": 0.1},
+    svag_adam_fraction: {"l": 2},
 }
 WRONG = {
     "l": [0.49, 0, -1],
@@ -491,6 +572,7 @@ WRONG = {
     "betas[0]": [1, -0.1],
     "betas[1]": [1, -0.1],
     "eps": [-1e-8, math.inf],
+    "beta": [1, 1.5, -0.1],
 }
 NEVER = [math.nan, True, False, "1", None, 1j, [1], torch.ones(2), 10**400]
 CASES = [
@@ -498,7 +580,7 @@ CASES = [
     for f, good in GOOD.items()
     for name in [*good, *(["betas[0]", "betas[1]"] if "betas" in good else [])]
     for value in [*WRONG[name], *([] if name == "betas" else NEVER), *([math.inf] if f in (svag_coefficients, svag_steps) and name == "l" else [])]
-    if not (f is nsr_condition and name == "lr" and value is None)
+    if (f, name, str(value)) not in {(nsr_condition, "lr", "None"), (svag_adam, "lr", "0")}
 ]  # fmt: skip
 
 
@@ -533,6 +615,15 @@ def test_refusals_name_function_argument_expectation_and_value(function, name, v
         (linear_scaling, {"lr": 1e308, "new_batch_size": 100}, "the new lr expected a finite number > 0, got inf"),
         (linear_scaling, {"lr": 5e-324, "batch_size": 100}, "the new lr expected a finite number > 0, got 0.0"),
         (square_root_scaling, {"eps": 1e308, "batch_size": 1000}, "the new eps expected a finite number >= 0, got inf"),
+        (square_root_weight_decay, {"weight_decay": 1.7e308}, "the new weight decay expected a finite number >= 0, got inf"),
+        (beta_by_samples, {"beta": 0.5, "batch_size": 2**60}, "the new beta expected a number in [0, 1), got 1.0"),
+        (decay_timescale, {"lr": 2.0, "weight_decay": 0.5}, "lr * weight_decay expected < 1, got 2.0 * 0.5 = 1.0"),
+        (decay_timescale, {"weight_decay": 0.0}, "weight_decay expected a finite number > 0, as without decay there is no equilibrium, got 0.0"),
+        (decay_timescale, {"lr": 5e-324}, "the timescale expected a finite number > 0, got inf"),
+        (svag_adam, {"l": 0.707}, "l expected a finite number >= sqrt(1/2), got 0.707"),
+        (svag_adam_fraction, {"l": 0.707}, "l expected a finite number >= sqrt(1/2), got 0.707"),
+        (svag_adam, {"eps": 1e308}, "the new eps expected a finite number >= 0, got inf"),
+        (svag_adam, {"betas": (0.0, 0.99), "l": 0.8}, "betas[0] expected 1 - (1 - beta)/l^2 in [0, 1), got -0.5625 from 0.0 and l 0.8"),
         (square_root_scaling, {"lr": 1.7e308}, "the new lr expected a finite number > 0, got inf"),
     ],
 )  # fmt: skip
@@ -544,7 +635,7 @@ def test_results_and_combinations_out_of_range(function, arguments, sentence):
 
 def test_position_is_for_functions_with_one_subject():
     positional = {f for f in FUNCTIONS if any(p.kind is p.POSITIONAL_OR_KEYWORD for p in inspect.signature(f).parameters.values())}  # fmt: skip
-    assert positional == {svag_coefficients, svag_fraction, nsr_condition}
+    assert positional == {svag_coefficients, svag_fraction, svag_adam_fraction, nsr_condition}
 
 
 @pytest.mark.parametrize("number", [np.float64(2), np.float32(2), np.int64(2), Fraction(2), 2], ids=lambda x: type(x).__name__)  # fmt: skip

@@ -343,6 +343,76 @@ def not_asked_for(attribute: str, tier: str) -> AttributeError:
     )
 
 
+# ---- The metric of an optimizer
+
+_IN_METRIC = "GradientNoiseResult.in_metric"
+
+
+def no_optimizer(kind: str) -> TypeError:
+    """The argument is no optimizer."""
+    return TypeError(f"{_IN_METRIC}: optimizer expected one with param_groups and state, got {kind}")
+
+
+def no_model(kind: str) -> TypeError:
+    """The argument is no module."""
+    return TypeError(f"{_IN_METRIC}: model expected a torch.nn.Module or None, got {kind}")
+
+
+def nameless(index: int) -> ValueError:
+    """The optimizer has no names of its parameters."""
+    return ValueError(
+        f"{_IN_METRIC}: param_groups[{index}] of the optimizer has no names of its parameters; construct it from "
+        "model.named_parameters(), or pass model="
+    )
+
+
+def not_in_optimizer(name: str, known: list[str]) -> ValueError:
+    """A measured parameter is not stepped."""
+    return ValueError(
+        f"{_IN_METRIC}: the measured parameter {name!r} is not in the optimizer, which has {len(known)} parameters of "
+        f"this model; expected an optimizer of all measured parameters{did_you_mean(name, known)}"
+    )
+
+
+def no_second_moment(name: str, kind: str) -> ValueError:
+    """The optimizer is not adaptive."""
+    return ValueError(
+        f"{_IN_METRIC}: {kind} keeps no second moment of {name!r}; expected Adam, AdamW or RMSprop, or one "
+        "with their state"
+    )
+
+
+def no_second_moment_yet(name: str, kind: str) -> ValueError:
+    """No step has been taken."""
+    return ValueError(
+        f"{_IN_METRIC}: {kind} has no second moment of {name!r} yet; expected a step with a gradient of it before"
+    )
+
+
+def moment_of_svag(name: str, l: object) -> ValueError:
+    """The second moment is of combined gradients."""
+    return ValueError(
+        f"{_IN_METRIC}: the second moment of {name!r} is of SVAG's gradients at l = {l!r}, whose covariance is l^2 "
+        "times that of a batch; expected an optimizer that steps with the gradients themselves"
+    )
+
+
+def complex_moment(name: str) -> ValueError:
+    """A complex parameter has a second moment for each part, but one variance."""
+    return ValueError(
+        f"{_IN_METRIC}: {name!r} is complex; expected real parameters, as the optimizer divides real and imaginary "
+        "parts by different numbers"
+    )
+
+
+def other_shape(name: str, got: tuple[int, ...], measured: tuple[int, ...]) -> ValueError:
+    """The optimizer has another parameter of this name."""
+    return ValueError(
+        f"{_IN_METRIC}: the second moment of {name!r} has shape {got}, but its gradient was measured with shape "
+        f"{measured}; expected the optimizer of the measured model"
+    )
+
+
 def changed_gradient(name: str) -> RuntimeError:
     """`.grad` is no longer the mean."""
     return RuntimeError(

@@ -9,10 +9,11 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import errors
-from .sums import real, sq_norm, wide
+from .metric import Metric
+from .sums import plain_sum, real, sq_norm, wide
 
 _T = TypeVar("_T")
 #: The quantities of `GradientNoiseResult.scalars`.
@@ -40,6 +41,19 @@ class NoiseScalars:
     nsr: Tensor
     nsr_batch: Tensor
     gns: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseInMetric(NoiseScalars):
+    """Signal and noise in the metric of an optimizer, of the whole model; see `GradientNoiseResult.in_metric`.
+
+    Attributes:
+        batch_size: B, the samples.
+        per_param: `NoiseScalars` of each parameter.
+    """
+
+    batch_size: int
+    per_param: dict[str, NoiseScalars]
 
 
 @dataclass(frozen=True)
@@ -147,14 +161,69 @@ class GradientNoiseResult(NoiseScalars):
     @cached_property
     def per_param(self) -> dict[str, NoiseScalars]:
         """`NoiseScalars` of each parameter."""
-        columns = vars(scalars(self._traces, self._signals, self.batch_size))
-        return {n: NoiseScalars(**{k: c[i] for k, c in columns.items()}) for i, n in enumerate(self._names)}
+        return _per_param(self._names, self._traces, self._signals, self.batch_size)
 
     @cached_property
     def coverage(self) -> Coverage:
         """How each parameter was measured, a `Coverage`."""
         assert self._read_coverage is not None
         return self._read_coverage()
+
+    def in_metric(self, optimizer: Any, model: nn.Module | None = None) -> NoiseInMetric:
+        r"""Return signal and noise as Adam or RMSprop sees them: each coordinate divided by what its step divides by.
+
+        .. math::
+            \mathrm{tr}(D^{-1} \Sigma D^{-1}) = \sum_i \frac{\Sigma_{ii}}{d_i^2}, \qquad
+            |D^{-1} \bar g|^2 = \sum_i \frac{\bar g_i^2}{d_i^2}, \qquad
+            d = \sqrt{v/(1-\beta_2^t)} + \epsilon
+
+        with the second moment v, the step count t and eps that `optimizer` has now; for RMSprop d = sqrt(v) + eps,
+        centred if it is. With amsgrad v is the largest so far. The ratios are of these sums: "gns" is the batch size at
+        which noise and signal of the preconditioned gradient are equal. Call it before the optimizer's step, which
+        clips or clears the gradients that the mean is read from, and from the second step on.
+
+        Args:
+            optimizer: Adam, AdamW, RMSprop of torch or normkern, or one with the same state: ``exp_avg_sq`` and
+                ``step``, or ``square_avg``. A wrapper with `param_groups` and `state` will do.
+            model: names the optimizer's parameters; not needed if it was built from ``model.named_parameters()``.
+
+        Returns:
+            `NoiseInMetric`: float64 tensors on the device of the gradients, and the same of each parameter. Reads the
+            step counts, which synchronizes where they are on a GPU. With DTensor state every process must call it.
+
+        Raises:
+            AttributeError: the variance was not measured: ``stats=("nsr", "variance")``.
+            TypeError: `optimizer` has no param groups; `model` is no module.
+            ValueError: a measured parameter is not in the optimizer, or has another shape or is complex there; the
+                optimizer has no names and no model was given; it has no second moment, or none yet; its second moment
+                is of SVAG's gradients, whose noise is larger.
+            RuntimeError: ``.grad`` has changed since, so that the mean is not known; see `mean`.
+
+        Reference: Malladi, Lyu, Panigrahi, Arora 2022, arXiv 2205.10287, where the noise of Adam enters in this metric.
+
+        >>> import torch, normkern
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> batch = torch.tensor([[1.0, 0.0], [3.0, 2.0]])
+        >>> opt = normkern.AdamW(model.named_parameters(), eps=0.0)
+        >>> model(batch).mean().backward()
+        >>> opt.step()  # v / (1 - beta2) = mean^2 = (4, 1)
+        >>> noise = normkern.GradientNoise.measure(
+        ...     model, lambda model, x: model(x).mean(), batch, stats=("nsr", "variance")
+        ... )
+        >>> round(noise.in_metric(opt).trace_sigma.item(), 4)  # 2/4 + 2/1
+        2.5
+        """
+        variance, mean = self.variance, self.mean
+        metric = Metric(optimizer, model, self._names, self.coverage.unused)
+        traces, signals = torch.zeros_like(self._traces), torch.zeros_like(self._signals)
+        for i, name in enumerate(self._names):
+            d = metric.denominator(name, variance[name])
+            if d is not None:  # else there was never a gradient
+                traces[i] = plain_sum(variance[name].to(d) / d / d)
+                signals[i] = sq_norm(mean[name].to(d) / d)
+        per_param = _per_param(self._names, traces, signals, self.batch_size)
+        whole = scalars(traces.sum(), signals.sum(), self.batch_size)
+        return NoiseInMetric(**vars(whole), batch_size=self.batch_size, per_param=per_param)
 
     def scalars(
         self,
@@ -242,6 +311,11 @@ def scalars(trace: Tensor, mean_sq: Tensor, batch: int) -> NoiseScalars:
     unbiased = mean_sq - trace / batch
     nsr = trace / mean_sq
     return NoiseScalars(trace, mean_sq, unbiased, nsr, nsr / batch, trace / unbiased)
+
+
+def _per_param(names: Sequence[str], traces: Tensor, signals: Tensor, batch: int) -> dict[str, NoiseScalars]:
+    columns = vars(scalars(traces, signals, batch))
+    return {n: NoiseScalars(**{k: c[i] for k, c in columns.items()}) for i, n in enumerate(names)}
 
 
 def _joined(parts: Sequence[GradientNoiseResult]) -> GradientNoiseResult:
