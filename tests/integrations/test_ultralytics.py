@@ -91,7 +91,8 @@ def test_optimizer_that_measures_nothing_is_refused(found):
 
 def test_refusals_are_sentences():
     with pytest.raises(
-        TypeError, match=r"^UltralyticsCallback: log expected a function log\(values, step\), got dict; fo"
+        TypeError,
+        match=r"^UltralyticsCallback: log expected a function log\(values, step\), got dict; for example lambda",
     ):
         UltralyticsCallback({})
     with pytest.raises(ValueError, match=r"^UltralyticsCallback: expected every= or noise_every=, got neither"):
