@@ -162,10 +162,14 @@ bench-ddp: $(BENCH_READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group $*
 	touch $@
 
-# timm needs torchvision, whose wheels do not load beside every torch and then break all that import it: tests have a stub.
+# timm and Ultralytics need torchvision, whose wheels do not load beside every torch and then break all that import it: tests
+# have a stub. Ultralytics needs OpenCV, which needs libraries of a desktop, or else its edition without windows.
 .venv/frameworks-ready .venv/zoo-ready: pyproject.toml constraints.txt | .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group $(patsubst .venv/%-ready,%,$@)
 	$(BIN)/python -c "import torchvision" 2> /dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
+	$(if $(findstring frameworks,$@),$(BIN)/python -c "import cv2" 2> /dev/null || { \
+	  $(BIN)/python -m pip uninstall --quiet --yes opencv-python && \
+	  $(BIN)/python -m pip install --quiet --force-reinstall --no-deps opencv-python-headless; })
 	touch $@
 
 # A preset of CMakePresets.json: a binary of its own in build/, beside the installed one.

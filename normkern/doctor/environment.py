@@ -50,16 +50,16 @@ def versions() -> Finding:
         )
     return ok(
         f"torch {torch.__version__} >= {floor}, DLPack {dlpack[0]}.{dlpack[1]}, "
-        f"Python {python[0]}.{python[1]} >= {'.'.join(map(str, python_floor))}"
+        f"Python {python[0]}.{python[1]}{' >= ' if python_floor else ''}{'.'.join(map(str, python_floor))}"
     )
 
 
 def _python_floor() -> tuple[int, ...]:
-    """Return the oldest Python from the metadata of the installed package; (0, 0) where pip did not install it."""
+    """Return the oldest Python from the metadata of the installed package; () where pip did not install it."""
     try:
         return _numbers(metadata.metadata("normkern")["Requires-Python"].lstrip(">= "))
     except (metadata.PackageNotFoundError, KeyError):
-        return (0, 0)
+        return ()
 
 
 def binary() -> Finding:

@@ -4,6 +4,7 @@ A name is loaded, with its framework, when it is first used:
 
 * `LightningCallback`: statistics of steps and gradient noise into the loggers of a Lightning ``Trainer``;
 * `HuggingFaceCallback`: the same for the ``Trainer`` of the transformers library;
+* `UltralyticsCallback`: the same for the trainers of Ultralytics YOLO;
 * `register_with_timm`: normkern's optimizers by name in timm's ``create_optimizer_v2``;
 * `unwrap_optimizer`: the optimizer inside wrappers of accelerate, Lightning, timm, Opacus and torch.
 """
@@ -17,12 +18,20 @@ if TYPE_CHECKING:
     from .huggingface import HuggingFaceCallback
     from .lightning import LightningCallback
     from .timm import register_with_timm
+    from .ultralytics import UltralyticsCallback
 
-__all__ = ["HuggingFaceCallback", "LightningCallback", "register_with_timm", "unwrap_optimizer"]
+__all__ = [
+    "HuggingFaceCallback",
+    "LightningCallback",
+    "UltralyticsCallback",
+    "register_with_timm",
+    "unwrap_optimizer",
+]
 
 _FILES = {
     "HuggingFaceCallback": ".huggingface",
     "LightningCallback": ".lightning",
+    "UltralyticsCallback": ".ultralytics",
     "register_with_timm": ".timm",
     "unwrap_optimizer": "..optim.unwrap",
 }

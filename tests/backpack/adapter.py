@@ -8,6 +8,8 @@ divides by n instead of n - 1.
 import sys
 import types
 
+import torch
+
 import normkern
 
 
@@ -49,8 +51,24 @@ class Measured:
     sgs_extension_hook = sgs
 
 
+def import_torchvision():
+    """Import torchvision, whose ResNet the tests take, also where its operators do not load.
+
+    So it is with a build for CUDA beside a torch for the CPU. Its Python files ask for the names of two, to be imported.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+        import torchvision  # noqa: F401
+
+
 def pytest_configure():
     """Put `Measured` in the place of the class that calls BackPACK, before the tests import it."""
+    import_torchvision()
     # BackPACK's tests import this package for a check of memory that is not run here.
     sys.modules.setdefault("pytorch_memlab", types.SimpleNamespace(MemReporter=None))
     import test.extensions.implementation.backpack as implementation

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -339,6 +340,9 @@ def test_versions(monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(environment, "_python_floor", lambda: (4, 2))
         assert_failed(environment.versions(), "expected >= 4.2", "Python >= 4.2")
+    with monkeypatch.context() as m:  # a source tree on the path, which pip did not install
+        m.setattr(environment.metadata, "metadata", Mock(side_effect=environment.metadata.PackageNotFoundError))
+        assert environment.versions().measured.endswith(f"Python {sys.version_info[0]}.{sys.version_info[1]}")
     for version, text in ((None, "no DLPack exchange API"), ((2, 0), "DLPack 2.0")):
         monkeypatch.setattr(environment, "dlpack_version", lambda version=version: version)
         assert_failed(environment.versions(), text, f"and install them: {INSTALL}")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from . import offline
 from .events import read
 
 FOLDER = Path(__file__).parents[2] / "examples" / "frameworks"
@@ -16,14 +17,15 @@ NEEDS = {
     "hf_trainer": ["transformers", "accelerate", "tensorboard"],
     "accelerate_loop": ["accelerate", "tensorboard"],
     "timm_script": ["timm"],
+    "ultralytics_trainer": ["ultralytics", "tensorboard"],
     "fsdp2": [],
 }
-#: timm imports torchvision.
+#: timm and Ultralytics import torchvision.
 LAUNCH = """
 import runpy, sys
 sys.path.insert(0, {tests!r})
 from integrations.torchvision_stub import import_torchvision
-if "timm" in {path!r}:
+if "timm" in {path!r} or "ultralytics" in {path!r}:
     import_torchvision()
 runpy.run_path({path!r}, run_name="__main__")
 """
@@ -38,6 +40,7 @@ def run(name, folder):
     root = str(Path(__file__).parents[2])
     environment = {
         **os.environ,
+        **offline(folder),
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
     }

@@ -126,11 +126,11 @@ def test_wrappers_in_a_cycle_end(net):
 def test_the_package_loads_no_framework_until_it_is_used():
     code = (
         "import sys, normkern; assert 'normkern.integrations' not in sys.modules; import normkern.integrations as i; "
-        "print(sorted({'lightning', 'transformers', 'timm', 'accelerate', 'tensorboard'} & set(sys.modules)), dir(i))"
+        "print(sorted({'lightning', 'transformers', 'timm', 'ultralytics', 'accelerate', 'tensorboard'} & set(sys.modules)), dir(i))"
     )
     done = fresh.python("-c", code)
     assert done.stdout.strip() == (
-        "[] ['HuggingFaceCallback', 'LightningCallback', 'register_with_timm', 'unwrap_optimizer']"
+        "[] ['HuggingFaceCallback', 'LightningCallback', 'UltralyticsCallback', 'register_with_timm', 'unwrap_optimizer']"
     )
     import normkern.integrations
 
