@@ -63,4 +63,5 @@ def is_sharp(interval: Interval, span: float) -> bool:
 
 def missing(more: int | None, what: str = "measurements") -> str:
     """Return in words how many more measurements are needed."""
+    what = what.removesuffix("s") if more == 1 else what
     return "" if more is None else f"about {more:,} more {what} would decide"

@@ -107,7 +107,7 @@ def answer(reports: Sequence[EquilibriumReport], confidence: float) -> Answer:
     estimate = steps[worst].estimate
     fields: dict[str, Any] = {
         "estimate": estimate if math.isfinite(estimate) else None,
-        "low": low,
+        "low": low if math.isfinite(low) else None,
         "high": high if math.isfinite(high) else None,
         "unit": "steps left",
     }
