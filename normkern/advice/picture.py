@@ -113,7 +113,7 @@ def _lengths(panel: Axes, lengths: Sequence[Length], answer: str, confidence: fl
         if math.isfinite(x.low) and math.isfinite(x.high):
             panel.plot([x.low, x.high], [i, i], color=_BLUE, linewidth=2)
         panel.plot([x.estimate], [i], "o", color=_BLUE, markersize=4)
-    panel.plot([], [], color=_BLUE, linewidth=2, label=f"{confidence:.0%}, all together")
+    panel.plot([], [], color=_BLUE, linewidth=2, label=f"{confidence:.0%} intervals, together")
     panel.set_yticks(range(len(shown)), [x.name for x in shown], fontsize=7)
     panel.set_ylim(len(shown) - 0.5, -0.5)
     panel.set_xlabel("|w| / |w| at equilibrium")
