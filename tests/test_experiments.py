@@ -27,7 +27,7 @@ from support import fresh
 
 import normkern
 from experiments import low_precision
-from experiments.papers import auto_rate, exponential, intrinsic, report, statistics, svag
+from experiments.papers import auto_rate, branched, exponential, intrinsic, report, statistics, svag
 from experiments.papers.claims import Claim
 from experiments.papers.data import batches, for_all, load, loss_of, losses_of
 from experiments.papers.figures import Figures, label
@@ -323,6 +323,48 @@ def alive(pid):
     except OSError:
         return False
     return status != "Z"
+
+
+# The advisor beside branches
+
+
+def test_branches_begin_at_the_same_weights_and_measure_noise():
+    told = branched.branches("sgd", steps=2, ks=[1, 2], samples=64, members=2, seed=0, data=None)
+    assert {k: len(x) for k, x in told["loss"].items()} == {"1": 2, "2": 2}
+    assert len(told["trace_sigma"]) == len(told["grad_sq_norm_unbiased"]) == 4
+    assert min(told["trace_sigma"]) > 0
+    again = branched.branches("sgd", steps=2, ks=[2, 1], samples=64, members=2, seed=0, data=None)
+    assert again["loss"] == told["loss"], "a branch does not depend on those before it"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_branch_has_the_state_of_the_trunk_and_its_own_hyperparameters(name):
+    data = load(None)
+    net = Ensemble(1, 1, torch.Generator().manual_seed(0))
+    trunk = branched._optimizer(name, net, 1)
+    take_step(net, trunk, next(batches(data, 1, 8, torch.Generator().manual_seed(1))))
+    branch = branched._continued(name, net, 4, trunk.state_dict())
+    scaled = 4 if name == "sgd" else 2
+    assert branch.param_groups[0]["lr"] == pytest.approx(branched.LR[name] * scaled)
+    assert branch.param_groups[0]["weight_decay"] == branched.WEIGHT_DECAY[name] * (1 if name == "sgd" else 2)
+    if name == "adamw":
+        assert branch.param_groups[0]["betas"] == (0.6, 0.96)
+        for p in net.parameters():
+            if p.requires_grad:
+                assert torch.equal(branch.state[p]["exp_avg"], trunk.state[p]["exp_avg"])
+                assert branch.state[p]["exp_avg"].any()
+
+
+def test_branched_k_lies_between_the_last_in_and_the_first_out():
+    def of(**verdicts):
+        return branched.critical({int(k[1:]): (statistics.Interval(1, 1, 1), v) for k, v in verdicts.items()})
+
+    assert of(k2="in", k4="open", k8="out", k16="out") == (2, 8)
+    assert of(k2="open", k4="in", k8="in") == (1, math.inf)
+    assert of(k2="out", k4="out") == (1, 2)
+    assert of(k2="in", k4="out", k8="open") == (2, math.inf)
+    found = branched.verdicts({"1": [1.0, 1.1, 0.9], "2": [1.0, 1.1, 0.9], "8": [2.0, 2.2, 1.8], "4": [1.0, 1.5, 1.0]})
+    assert {k: verdict for k, (_, verdict) in found.items()} == {2: "in", 4: "open", 8: "out"}
 
 
 # Reports
