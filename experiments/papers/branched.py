@@ -2,9 +2,9 @@
 
 At each checkpoint of a run every branch sees the same number of samples with batch k B: SGD with lr times k (linear
 rule), AdamW by the square root rule. A branch has left the run where its training loss at the end, over that of the
-branch with k = 1, exceeds 1 + tolerance. The ratio is of geometric means over networks, each beside itself, with a 95 % interval:
-"in" where the interval lies below the tolerance, "out" where it lies above, else "open". The branched critical k lies
-between the last k before which all are in, and the first k from which on all are out.
+branch with k = 1, exceeds 1 + tolerance. The ratio is of geometric means over networks, each beside itself, with a
+95 % interval: "in" where the interval lies below the tolerance, "out" where it lies above, else "open". The branched
+critical k lies between the last k before which all are in, and the first k from which on all are out.
 
 The advisor reads pairs of batches of the branch with k = 1, all networks together. For AdamW it has no limit for k, and
 its noise scale over B stands beside the branched k.

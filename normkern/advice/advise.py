@@ -28,6 +28,7 @@ def advise(
     equilibrium: EquilibriumMonitor | EquilibriumReport | Sequence[EquilibriumReport] | None = None,
     gradient_samples: int | None = None,
     parameters: Iterable[str] | None = None,
+    population: int | None = None,
     C: float = math.sqrt(2),
     confidence: float = 0.95,
     span: float = 4.0,
@@ -67,6 +68,10 @@ def advise(
             `normkern.Noise`: `batch_size`.
         parameters: names of the parameters to add up, such as the scale-invariant ones that the criterion is about;
             None: all that were measured.
+        population: N, if the batches of a measurement are disjoint parts of one data set of N samples, as in an epoch
+            without replacement; :math:`\nabla L` is then the gradient over that set. Such gradients lean away from each
+            other: the signal is :math:`\overline G + \overline{N_1}/N`, the noise :math:`(1 - 1/N)\,\overline{N_1}`.
+            None: independent batches.
         C: how close, finite and > 1.
         confidence: of the intervals, in (0, 1).
         span: the largest ratio of the ends of an interval that counts as known, > 1.
@@ -95,7 +100,9 @@ def advise(
     C, confidence = number("advise", "C", C, CLOSENESS), number("advise", "confidence", confidence, SHARE)
     span = number("advise", "span", span, CLOSENESS)
     rule, reports = scaling_rule.read(optimizer), settling.read(equilibrium)
-    series = noise_measurements.read(measurements, batch_size, gradient_samples, parameters)
+    if population is not None:
+        population = integer("advise", "population", population, batch_size)
+    series = noise_measurements.read(measurements, batch_size, gradient_samples, parameters, population)
     scale = RatioOfMeans.of_series(series.noise, series.signal)
     per_batch = RatioOfMeans.of_series(series.noise / batch_size, series.signal)
     settled = settling.answer(reports, confidence)
@@ -142,7 +149,7 @@ def _further(ratio: RatioOfMeans, confidence: float, enough: Any) -> tuple[int |
 def _follows_sde(nsr: RatioOfMeans, C: float, confidence: float, rule: scaling_rule.Optimizer) -> Answer:
     limit = nsr_condition(C)
     question = f"can SGD follow its SDE: N/G >= {limit:.3g}"
-    if rule.rule == "square root":
+    if rule.name is not None and rule.rule != "linear":
         return Answer(question, f"not asked: the condition is for SGD, not for {rule.name}", False)
     interval = nsr.interval(confidence)
     if interval.low >= limit:
@@ -205,6 +212,11 @@ def _cannot_say(
         yield (
             "The noise of training with BatchNorm: it was measured in eval mode, and the two may differ by a factor of "
             "two or more."
+        )
+    if not series.is_of_population:
+        yield (
+            "What batches drawn without replacement change: then the signal is too small by the noise of a sample over "
+            "the size of the data set. Pass population=."
         )
     if scale.is_denominator_negative(confidence):
         yield (

@@ -27,15 +27,31 @@ class Series(NamedTuple):
         signal: unbiased estimates of the squared norm of the mean gradient.
         source: the type of the measurements.
         in_eval_mode: whether BatchNorm layers were measured with their running statistics.
+        is_of_population: whether they are corrected for batches drawn without replacement.
     """
 
     noise: Tensor
     signal: Tensor
     source: str
     in_eval_mode: bool
+    is_of_population: bool
+
+    def without_replacement(self, population: int) -> Series:
+        """Return it for batches that are disjoint parts of one data set.
+
+        With the covariance S of the data set's samples (divisor N - 1), disjoint batch means have the covariance -S/N.
+        """
+        signal, noise = self.signal + self.noise / population, self.noise * (1 - 1 / population)
+        return self._replace(signal=signal, noise=noise, is_of_population=True)
 
 
-def read(measurements: Any, batch_size: int, gradient_samples: int | None, parameters: Iterable[str] | None) -> Series:
+def read(
+    measurements: Any,
+    batch_size: int,
+    gradient_samples: int | None,
+    parameters: Iterable[str] | None,
+    population: int | None,
+) -> Series:
     """Return the series; the arguments are those of `normkern.advise`.
 
     Raises:
@@ -43,7 +59,22 @@ def read(measurements: Any, batch_size: int, gradient_samples: int | None, param
     """
     names = None if parameters is None else _names(parameters)
     if isinstance(measurements, Mapping):
-        return _of_numbers(measurements, gradient_samples, names)
+        series = _of_numbers(measurements, gradient_samples, names)
+    else:
+        series = _of_results(measurements, batch_size, gradient_samples, names)
+    if population is None:
+        return series
+    if series.is_of_population:
+        raise ValueError(
+            "advise: population expected None, as the RunningMomentsResult are corrected for theirs already, got "
+            f"{population}"
+        )
+    return series.without_replacement(population)
+
+
+def _of_results(
+    measurements: Any, batch_size: int, gradient_samples: int | None, names: frozenset[str] | None
+) -> Series:
     results = list(measurements) if isinstance(measurements, Iterable) else [measurements]
     kinds = {type(r) for r in results}
     if len(kinds) > 1:
@@ -66,7 +97,10 @@ def read(measurements: Any, batch_size: int, gradient_samples: int | None, param
     noise = torch.stack([noise for noise, _ in columns])
     signal = torch.stack([signal for _, signal in columns])
     eval_mode = any(isinstance(r, GradientNoiseResult) and r.batchnorm == "eval" for r in results)
-    return Series(*_checked(noise, signal), type(results[0]).__name__, eval_mode)
+    corrected = [isinstance(r, RunningMomentsResult) and r.population is not None for r in results]
+    if any(corrected) and not all(corrected):
+        raise ValueError("advise: measurements expected a population in all RunningMomentsResult or in none, got both")
+    return Series(*_checked(noise, signal), type(results[0]).__name__, eval_mode, all(corrected))
 
 
 def _names(parameters: Any) -> frozenset[str]:
@@ -97,7 +131,7 @@ def _of_numbers(table: Mapping[str, Any], gradient_samples: int | None, names: f
         raise ValueError(
             f"advise: measurements expected two arrays of one length of at least 2, got {len(noise)} and {len(signal)}"
         )
-    return Series(*_checked(noise * gradient_samples, signal), "logged numbers", False)
+    return Series(*_checked(noise * gradient_samples, signal), "logged numbers", False, False)
 
 
 def _column(key: str, values: Any) -> Tensor:

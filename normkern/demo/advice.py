@@ -6,21 +6,31 @@ import itertools
 import json
 import math
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import normkern
 
 from ..monitors.equilibrium_report import EquilibriumReport
-from .data import batches_of_pairs, digits
+from .data import digits, shifted
 from .model import ResNet, accuracy, find_groups
 from .settings import BATCH_SIZE, MOMENTUM, WEIGHT_DECAY
 from .training import Diverged, train_pairs
 
 #: Steps between two reports of the monitor.
 _REPORT_EVERY = 10
+
+
+def _independent_pairs(images: Tensor, labels: Tensor, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield two batches as one, without end, drawn with replacement: the noise scale is not small beside the data set,
+    and two batches of one pass would lean away from each other."""
+    while True:
+        chosen = torch.randint(len(images), (2 * BATCH_SIZE,), generator=generator).to(images.device)
+        yield shifted(images[chosen], generator), labels[chosen]
 
 
 def run(*, epochs: int, lr: float, seed: int, device: str | None, out: Path) -> None:
@@ -56,7 +66,7 @@ def run(*, epochs: int, lr: float, seed: int, device: str | None, out: Path) -> 
                 reports.append(monitor.report())
 
     constant = torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    batches = batches_of_pairs(images, labels, generator)
+    batches = _independent_pairs(images, labels, generator)
     print(
         f"{steps} steps of SGD at a constant lr of {lr:g}, batch {BATCH_SIZE}, on {where}. The noise of the "
         f"{len(names)} scale-invariant tensors is measured in the last {steps - steps // 2}."
@@ -64,6 +74,7 @@ def run(*, epochs: int, lr: float, seed: int, device: str | None, out: Path) -> 
     loss, _ = train_pairs(model, optimizer, constant, batches, steps, after_step)
     if not math.isfinite(loss):
         raise Diverged(f"the loss is {loss}: try an --lr below {lr:g}")
+    # The pairs are independent: no population.
     advice = normkern.advise(
         noise, batch_size=BATCH_SIZE, optimizer=optimizer, equilibrium=reports or monitor, parameters=names
     )

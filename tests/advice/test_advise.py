@@ -97,6 +97,23 @@ def test_micro_batches_of_a_small_population_have_its_noise_scale():
     assert sum(advice.signal) == pytest.approx(signal)
 
 
+@pytest.mark.parametrize("measured", [as_moments, as_pair, as_micro_batches, as_samples, as_ranks])
+def test_batches_without_replacement_are_corrected(measured):
+    """Of a data set of 40 samples, whose gradient and covariance are known."""
+    generator = torch.Generator().manual_seed(7)
+    everything = sample_gradients(40, generator)
+    signal, noise = everything.mean(0).square().sum(), everything.var(0, correction=0).sum()
+    results = [measured(everything[torch.randperm(40, generator=generator)[:32]]) for _ in range(300)]
+    given = {"gradient_samples": 16} if measured is as_pair else {}
+    corrected, plain = (advise(results, batch_size=32, population=n, **given) for n in (40, None))
+    error = torch.tensor(corrected.signal).std() / math.sqrt(300)
+    assert abs(sum(corrected.signal) / 300 - signal) < 4 * error
+    assert abs(sum(plain.signal) / 300 - signal) > 8 * error
+    assert abs(sum(corrected.noise) / 300 - noise) < 4 * torch.tensor(corrected.noise).std() / math.sqrt(300)
+    assert any("without replacement" in s for s in plain.cannot_say)
+    assert not any("without replacement" in s for s in corrected.cannot_say)
+
+
 def test_pairs_of_an_svag_run_are_of_the_batch():
     w = nn.Parameter(torch.zeros(6, dtype=torch.float64))
     optimizer = normkern.SVAG([("w", w)], lr=0.0, l=1, noise_decay=0)
@@ -359,6 +376,15 @@ REFUSED = {
     ),
     "unknown name": (([pair(), pair()],), {"parameters": ["w"]}, ValueError, "names that the measurements have, got 'w'"),
     "one name as text": (([pair(), pair()],), {"parameters": "w"}, TypeError, "names of parameters"),
+    "population": ((LOG,), {"gradient_samples": 1, "population": 31}, ValueError, "population expected an integer >= 32"),
+    "population twice": (
+        ([as_micro_batches(torch.randn(32, 6).double(), population=n) for n in (40, 40)],), {"population": 40},
+        ValueError, "population expected None",
+    ),
+    "population in some": (
+        ([as_micro_batches(torch.randn(32, 6).double(), population=n) for n in (40, None)],), {},
+        ValueError, "in all RunningMomentsResult or in none",
+    ),
     "optimizer": ((LOG,), {"gradient_samples": 1, "optimizer": "lion"}, ValueError, "one of 'sgd', 'svag', 'adamw'"),
     "no optimizer": ((LOG,), {"gradient_samples": 1, "optimizer": 3}, TypeError, "a name or None, got int"),
     "C": ((LOG,), {"gradient_samples": 1, "C": 1.0}, ValueError, "C expected a finite number > 1"),
