@@ -62,8 +62,8 @@ def advise(
         batch_size: B, samples of one optimizer step, of all processes together.
         optimizer: the optimizer, also wrapped by a framework, or "sgd", "svag", "adam", "adamw", "rmsprop"; for the
             scaling rule. Without it the rule and k are not answered.
-        equilibrium: reports of a `normkern.EquilibriumMonitor` in the order of time. One report, or the monitor, has no
-            interval.
+        equilibrium: reports of a `normkern.EquilibriumMonitor` in the order of time, over at least 10 times its
+            `steps_to_equilibrium`. One report, or the monitor, has no interval.
         gradient_samples: samples of each measured gradient, where the results do not know it; default for
             `normkern.Noise`: `batch_size`.
         parameters: names of the parameters to add up, such as the scale-invariant ones that the criterion is about;

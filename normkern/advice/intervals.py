@@ -9,8 +9,9 @@ estimated with the :math:`\nu` slowest cosines,
     \qquad \nu = \min(8, \lfloor 0.4\, n^{2/3} \rfloor)
 
 and Student's t with :math:`\nu` degrees of freedom: no correlation time has to be known, and a slow drift widens the
-interval (Lazarus, Lewis, Stock, Watson 2018, J. Bus. Econ. Stat. 36(4); at most 8 cosines is ours: correlation over up
-to a tenth of the measurements then does no harm, and the interval is 18 % wider than with as many as one likes).
+interval (Lazarus, Lewis, Stock, Watson 2018, J. Bus. Econ. Stat. 36(4)). At most 8 cosines is ours: the interval is
+18 % wider than with any number, and holds for longer correlation. In simulations 95 % intervals of a mean contain it in
+94 % of the cases if the correlation time is a twentieth of the measurements, and in 89 % if it is a tenth.
 
 The interval of a ratio of means is Fieller's (1954, J. R. Stat. Soc. B 16(2)): all R for which the mean of x - R y
 does not differ from 0. It has no upper end where the denominator does not differ from 0; the delta method would return

@@ -18,6 +18,8 @@ from ..monitors.equilibrium_report import Equilibrium, EquilibriumReport, steps_
 from .answer import UNKNOWN, Answer, missing
 from .intervals import Interval, Mean, further_measurements
 
+#: Relaxation times that reports must span: with 10, simulations of the noise model cover as often as they say.
+_ENOUGH_TIMES = 10
 #: So many times the reports are no advice.
 _TOO_MANY = 50
 QUESTION = "equilibrium of lr * weight_decay"
@@ -111,14 +113,16 @@ def answer(reports: Sequence[EquilibriumReport], confidence: float) -> Answer:
         "high": high if math.isfinite(high) else None,
         "unit": "steps left",
     }
+    short = _short(reports, max(series[-1].steps_to_equilibrium for series in rows.values()))
     if high == 0:
-        return Answer(QUESTION, f"settled: {len(rows)} of {len(rows)}", True, more=0, **fields)
+        return Answer(QUESTION, f"settled: {len(rows)} of {len(rows)}", True, more=0, note=short, **fields)
     if low > 0:
         moving = sum(s.low > 0 for s in steps)
         if math.isinf(estimate):
             return Answer(QUESTION, "not yet: the weights shrink to zero", True, more=0, **fields)
         text = f"not yet: {moving} of {len(rows)} move, about {_steps(estimate)} more steps"
-        return Answer(QUESTION, text, True, more=0, note=f"slowest: {of_rows[worst].name}", **fields)
+        note = f"slowest: {of_rows[worst].name}" + (f"; {short}" if short else "")
+        return Answer(QUESTION, text, True, more=0, note=note, **fields)
     undecided = [i for i, s in enumerate(steps) if s.low == 0 < s.high]
     needed = [_further(rows[of_rows[i].name], _each(confidence, len(rows))) for i in undecided]
     known = [n for n in needed if n is not None]
@@ -129,7 +133,14 @@ def answer(reports: Sequence[EquilibriumReport], confidence: float) -> Answer:
     if more is not None and more > _TOO_MANY * len(reports):
         more, note = None, f"{note}; some lie at the edge of what counts as settled"
     note += f"; {missing(more, 'reports')}" if more else ""
+    note += f"; {short}" if short else ""
     return Answer(QUESTION, UNKNOWN, False, more=more, note=note, **fields)
+
+
+def _short(reports: Sequence[EquilibriumReport], slow: float) -> str:
+    """Return a warning if the reports span less time than their interval needs."""
+    times = (reports[-1].steps - reports[0].steps) / slow
+    return "" if times >= _ENOUGH_TIMES else f"reports span {times:.1f} relaxation times, better {_ENOUGH_TIMES}"
 
 
 def _each(confidence: float, rows: int) -> float:

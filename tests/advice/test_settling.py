@@ -9,6 +9,7 @@ from torch import nn
 
 import normkern
 from normkern import advise
+from normkern.advice.intervals import Mean
 
 LR, DECAY, SIZE = 0.1, 0.05, 400
 LOG = {"trace_sigma": [1.0, 2.0] * 10, "grad_sq_norm_unbiased": [1.0, 2.0] * 10}
@@ -51,6 +52,7 @@ def test_settled_run_is_known_to_be():
     for x in advice.lengths:
         assert 0.9 < x.ratio.low < x.ratio.estimate < x.ratio.high < 1.1
     assert not any("Whether the criterion applies" in s for s in advice.cannot_say)
+    assert advice.equilibrium.note == ""
 
 
 @pytest.mark.parametrize("start", [0.5, 3.0])
@@ -64,6 +66,24 @@ def test_moving_run_is_known_to_move_and_says_for_how_long(start):
     expected = 50 * math.log(abs(start**4 - 1) / 0.1)
     assert advice.equilibrium.low < expected < 1.5 * advice.equilibrium.high
     assert any("Whether the criterion applies yet" in s for s in advice.cannot_say)
+    assert "reports span 0.4 relaxation times, better 10" in advice.equilibrium.note
+
+
+def test_intervals_of_norms_cover_as_often_as_they_say():
+    """At equilibrium the mean of ln(|w|_*^4/|w|^4) is 0: chains of the noise model, over 10 relaxation times."""
+    generator = torch.Generator().manual_seed(0)
+    x, chains = LR * DECAY, 200
+    n = torch.full((chains,), math.sqrt(LR / (DECAY * (2 - x))), dtype=torch.float64)
+    weight, grad, rows = n, 1 / n, []
+    for step in range(200 + int(10 / (4 * x))):
+        g = torch.randn(chains, SIZE // 10, generator=generator, dtype=torch.float64).square().mean(1) / n
+        weight, grad = 0.9 * weight + 0.1 * n, 0.9 * grad + 0.1 * g
+        n = (1 - x) ** 2 * n + LR * LR * g
+        if step >= 200 and step % 10 == 0:
+            rows.append((LR * grad / (DECAY * (2 - x)) / weight).log())
+    series = torch.stack(rows, 1)
+    intervals = [Mean.of_series(row).interval(0.95) for row in series]
+    assert sum(i.low <= 0 <= i.high for i in intervals) / chains >= 0.93
 
 
 def test_few_reports_are_undecided():
