@@ -31,6 +31,9 @@ try:
         )
 
     from . import invariance, ops, reference, theory
+    from .advice.advice import Advice
+    from .advice.advise import advise
+    from .advice.compare import compare_runs
     from .invariance import InvarianceMonitor
     from .monitors.auto_rate import AutoRateMonitor
     from .monitors.equilibrium import EquilibriumMonitor
@@ -67,6 +70,7 @@ __all__ = [
     "TORCH_FLOOR",
     "Adam",
     "AdamW",
+    "Advice",
     "AutoRateMonitor",
     "DDPNoise",
     "DDPNoiseResult",
@@ -84,6 +88,8 @@ __all__ = [
     "StepStats",
     "SvagSchedule",
     "__version__",
+    "advise",
+    "compare_runs",
     "halves",
     "invariance",
     "library",

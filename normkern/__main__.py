@@ -1,4 +1,4 @@
-"""The command line: `python -m normkern info | doctor | train`."""
+"""The command line: `python -m normkern info | doctor | train | advise`."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_info(commands)
     _add_doctor(commands)
     _add_train(commands)
+    _add_advise(commands)
     arguments = parser.parse_args(argv)
     try:
         status: int = arguments.run(arguments)
@@ -135,12 +136,15 @@ def _add_train(commands: Commands) -> None:
         metavar="STEPS",
         help="measure the noise of the samples' gradients, in eval mode, every so many steps (svag measures its own)",
     )
-    parser.add_argument(
-        "--epochs",
-        type=_whole_number(1, 100_000),
-        default=settings.EPOCHS,
-        help="passes over the data; with svag 2 l times as many",
-    )
+    _add_run(parser, settings.EPOCHS, "passes over the data; with svag 2 l times as many")
+    parser.set_defaults(run=lambda arguments: _train(arguments, parser))
+
+
+def _add_run(parser: argparse.ArgumentParser, epochs: int, passes: str) -> None:
+    """Add the options of every command that trains the demo's network."""
+    from .demo import settings
+
+    parser.add_argument("--epochs", type=_whole_number(1, 100_000), default=epochs, help=passes)
     parser.add_argument(
         "--seed", type=_whole_number(0, 2**63 - 1), default=0, help="the seed of weights, order and shifts of images"
     )
@@ -153,7 +157,6 @@ def _add_train(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=Path, default=settings.Settings.out, metavar="FOLDER", help="the folder for the results"
     )
-    parser.set_defaults(run=lambda arguments: _train(arguments, parser))
 
 
 def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -170,19 +173,60 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             "argument --noise-every: expected an --optimizer other than svag, which measures the noise itself, "
             f"{chosen}"
         )
-    # Before the work begins: a missing matplotlib must not cost a training run.
-    if _lacks(settings.PACKAGES, parser):
+    if not _is_ready(arguments, parser):
         return 1
+    from .demo import training
+
+    options = {name: value for name, value in vars(arguments).items() if name != "run"}
+    return _finished(lambda: training.run(settings.Settings(**options)), parser)
+
+
+def _add_advise(commands: Commands) -> None:
+    from .demo import settings
+
+    parser = commands.add_parser(
+        "advise",
+        help="run the demo for a short time and print advice on batch size and learning rate from its noise",
+        description=(
+            "Train the demo's network at a constant learning rate, measure the gradient noise with pairs of batches, "
+            "print what normkern.advise makes of it, and write advise.json and advise.png."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--lr", type=_positive_number, default=settings.LR, help="the learning rate at the start")
+    _add_run(parser, settings.ADVISE_EPOCHS, "as many steps as in so many passes over the data; each takes two batches")
+    parser.set_defaults(run=lambda arguments: _advise(arguments, parser))
+
+
+def _advise(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if not _is_ready(arguments, parser):
+        return 1
+    from .demo import advice
+
+    options = {"device": None, **{name: value for name, value in vars(arguments).items() if name != "run"}}
+    return _finished(lambda: advice.run(**options), parser)
+
+
+def _is_ready(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> bool:
+    """Check packages and the output folder before the work begins: what is missing must not cost a training run."""
+    from .demo import settings
+
+    if _lacks(settings.PACKAGES, parser):
+        return False
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: expected a folder that exists or can be made, got {arguments.out} ({error})")
-    from .demo import training
+    return True
 
-    options = {name: value for name, value in vars(arguments).items() if name != "run"}
+
+def _finished(run: Callable[[], None], parser: argparse.ArgumentParser) -> int:
+    """Run a training; return the exit status."""
+    from .demo.training import Diverged
+
     try:
-        training.run(settings.Settings(**options))
-    except training.Diverged as error:
+        run()
+    except Diverged as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -234,6 +234,7 @@ LAYERS = [
     {"normkern.noise"},
     {"normkern.optim"},
     {"normkern.invariance", "normkern.monitors", "normkern.schedules"},
+    {"normkern.advice"},
     {"normkern"},
     {"normkern.demo", "normkern.doctor", "normkern.integrations"},
     {"normkern.__main__"},

@@ -27,12 +27,12 @@ from support import fresh
 
 import normkern
 from experiments import low_precision
-from experiments.papers import auto_rate, exponential, intrinsic, report, statistics, svag
+from experiments.papers import auto_rate, branched, exponential, intrinsic, report, statistics, svag
 from experiments.papers.claims import Claim
 from experiments.papers.data import batches, for_all, load, loss_of, losses_of
 from experiments.papers.figures import Figures, label
 from experiments.papers.nets import Ensemble, by_member
-from experiments.papers.paper import Paper, Scale, reproduce
+from experiments.papers.paper import Paper, Scale, Table, reproduce
 from experiments.papers.runs import Results, Run, append, read, run_all, source_digest
 from experiments.papers.training import cosine, log_steps, step_decay, take_step
 
@@ -325,6 +325,48 @@ def alive(pid):
     return status != "Z"
 
 
+# The advisor beside branches
+
+
+def test_branches_begin_at_the_same_weights_and_measure_noise():
+    told = branched.branches("sgd", steps=2, ks=[1, 2], samples=64, members=2, seed=0, data=None)
+    assert {k: len(x) for k, x in told["loss"].items()} == {"1": 2, "2": 2}
+    assert len(told["trace_sigma"]) == len(told["grad_sq_norm_unbiased"]) == 4
+    assert min(told["trace_sigma"]) > 0
+    again = branched.branches("sgd", steps=2, ks=[2, 1], samples=64, members=2, seed=0, data=None)
+    assert again["loss"] == told["loss"], "a branch does not depend on those before it"
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_branch_has_the_state_of_the_trunk_and_its_own_hyperparameters(name):
+    data = load(None)
+    net = Ensemble(1, 1, torch.Generator().manual_seed(0))
+    trunk = branched._optimizer(name, net, 1)
+    take_step(net, trunk, next(batches(data, 1, 8, torch.Generator().manual_seed(1))))
+    branch = branched._continued(name, net, 4, trunk.state_dict())
+    scaled = 4 if name == "sgd" else 2
+    assert branch.param_groups[0]["lr"] == pytest.approx(branched.LR[name] * scaled)
+    assert branch.param_groups[0]["weight_decay"] == branched.WEIGHT_DECAY[name] * (1 if name == "sgd" else 2)
+    if name == "adamw":
+        assert branch.param_groups[0]["betas"] == (0.6, 0.96)
+        for p in net.parameters():
+            if p.requires_grad:
+                assert torch.equal(branch.state[p]["exp_avg"], trunk.state[p]["exp_avg"])
+                assert branch.state[p]["exp_avg"].any()
+
+
+def test_branched_k_lies_between_the_last_in_and_the_first_out():
+    def of(**verdicts):
+        return branched.critical({int(k[1:]): (statistics.Interval(1, 1, 1), v) for k, v in verdicts.items()})
+
+    assert of(k2="in", k4="open", k8="out", k16="out") == (2, 8)
+    assert of(k2="open", k4="in", k8="in") == (1, math.inf)
+    assert of(k2="out", k4="out") == (1, 2)
+    assert of(k2="in", k4="out", k8="open") == (2, math.inf)
+    found = branched.verdicts({"1": [1.0, 1.1, 0.9], "2": [1.0, 1.1, 0.9], "8": [2.0, 2.2, 1.8], "4": [1.0, 1.5, 1.0]})
+    assert {k: verdict for k, (_, verdict) in found.items()} == {2: "in", 4: "open", 8: "out"}
+
+
 # Reports
 
 
@@ -337,8 +379,9 @@ def small_paper(passed=True):
         return [claim(passed=passed, here="<1 & 2> a|b", numbers=numbers, figures=(figures.file("line"),))]
 
     return Paper(
-        "1234.56789", "auto_rate", "A Title", "Some Body", "Claims.", lambda scale: [Run(double, {"x": 1})], judge
-    )
+        "1234.56789", "auto_rate", "A Title", "Some Body", "Claims.", lambda scale: [Run(double, {"x": 1})], judge,
+        lambda results: [Table("Runs <beside> each other", "How to read it.", [("run", "R|G"), ("l = 2", "1 & 2")])],
+    )  # fmt: skip
 
 
 def test_report_is_self_contained(tmp_path, capsys):
@@ -360,11 +403,34 @@ def test_report_is_self_contained(tmp_path, capsys):
     assert figure == (tmp_path / "auto_rate_line.png").read_bytes()
     for text in ("&lt;1 &amp; 2&gt; a|b", "section 1", "torch", torch.__version__, "1.5 [", "PASS", "QUICK run"):
         assert text in page, text
+    for text in ("### Runs <beside> each other", "| run | R\\|G |\n| --- | --- |\n| l = 2 | 1 & 2 |"):
+        assert text in summary, text
+    assert "<h3>Runs &lt;beside&gt; each other</h3><p>How to read it.</p>" in page
+    assert "<tr><td>l = 2<td>1 &amp; 2" in page
     for text in ("**PASS**", "a\\|b", "![auto_rate_line.png]", "QUICK run", torch.__version__, "1 of 1 claims"):
         assert text in summary, text
     document = json.loads((tmp_path / "auto_rate.json").read_text())
     assert document["claims"][0]["verdict"] == "PASS"
     assert document["runs"] == 1
+
+
+def test_tables_of_svag_have_a_verdict_for_every_run():
+    """From made-up results: l = 4 leaves SGD at the large batch only, and so does k = 64."""
+    told = {}
+    for run in svag.runs(Scale(quick=False)):
+        if run.function is svag.svag:
+            l, scale, members = (run.arguments[k] for k in ("l", "scale", "members"))
+            wide = 4.0 if scale == svag.LARGE and l > 2 else 1.0
+            spread = [1 + 0.01 * i for i in range(members)]
+            means = {"weight_sq": [wide * x for x in spread], "signal": spread, "noise": [x / scale for x in spread]}
+            told[run.key] = {"result": {"means": means, "accuracy": [spread]}}
+    runs = [run for run in svag.runs(Scale(quick=False)) if run.function is svag.svag]
+    small, large, scaled = svag.tables(Results([(run, told[run.key]) for run in runs]))
+    assert [row[0] for row in small.rows] == ["over l = 1", "l = 2", "l = 4", "l = 8", "l = 16"]
+    assert {row[-1] for row in small.rows[1:]} == {"close"}
+    assert [row[-1] for row in large.rows[1:]] == ["close", *["not close"] * 3]
+    assert [row[0] for row in scaled.rows[1:]] == ["k = 4", "k = 16", "k = 64"]
+    assert {row[-1] for row in scaled.rows[1:]} == {"close"}
 
 
 def test_a_claim_that_fails_is_printed_and_stays(tmp_path, capsys):

@@ -40,6 +40,18 @@ class Scale(NamedTuple):
         return quick if self.quick else full
 
 
+class Table(NamedTuple):
+    """A table of the report: its title, what to know about it, and rows of text, the first with the heads."""
+
+    title: str
+    note: str
+    rows: list[tuple[str, ...]]
+
+
+def _no_tables(results: Results) -> list[Table]:
+    return []
+
+
 @dataclass(frozen=True)
 class Paper:
     """One of the papers.
@@ -49,6 +61,7 @@ class Paper:
         doc: the module's: the claims, and where they stand in the paper.
         runs: what is to be run.
         judge: claims from results, with figures.
+        tables: further tables for the report, from results.
     """
 
     arxiv: str
@@ -58,6 +71,7 @@ class Paper:
     doc: str
     runs: Callable[[Scale], list[Run]]
     judge: Callable[[Results, Figures], list[Claim]]
+    tables: Callable[[Results], list[Table]] = _no_tables
 
 
 def options(description: str) -> argparse.Namespace:
@@ -95,6 +109,7 @@ def reproduce(papers: Sequence[Paper], given: argparse.Namespace) -> bool:
             "runs": len(results.records),
             "compute_seconds": round(results.seconds), "wall_seconds": round(time.monotonic() - begin),
             "versions": versions(), "claims": [claim.to_dict() for claim in claims],
+            "tables": [table._asdict() for table in paper.tables(results)],
         }  # fmt: skip
         (out / f"{paper.name}.json").write_text(json.dumps(document, indent=1) + "\n")
     for path in report.write(out):

@@ -16,7 +16,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1, h2 { line-height: 1.2 } h2 { margin-top: 3rem; border-top: 2px solid #d8dde6; padding-top: 1rem }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0 }
 td, th { border-bottom: 1px solid #d8dde6; padding: .4rem .6rem; text-align: left; vertical-align: top }
-img { max-width: 100% } .PASS { color: #1a7f4b; font-weight: 700 }
+img { max-width: 100% } .wide { overflow-x: auto } .PASS { color: #1a7f4b; font-weight: 700 }
 .FAIL { color: #b3261e; font-weight: 700 } pre { white-space: pre-wrap; background: #f4f6f9; padding: 1rem }
 details { margin: .3rem 0 1.2rem } summary { cursor: pointer } .quick { background: #fff3cd; padding: .6rem 1rem }
 """
@@ -104,6 +104,12 @@ def _page(documents: dict[str, Any], folder: Path) -> str:
                 shown.add(figure)
                 data = base64.b64encode((folder / figure).read_bytes()).decode()
                 parts.append(f'<p><img alt="{text(figure)}" src="data:image/png;base64,{data}"></p>')
+        for table in document.get("tables", []):
+            parts.append(f"<h3>{text(table['title'])}</h3><p>{text(table['note'])}</p><div class=wide><table>")
+            heads, *rows = table["rows"]
+            parts.append("<tr>" + "".join(f"<th>{text(cell)}" for cell in heads))
+            parts += ["<tr>" + "".join(f"<td>{text(cell)}" for cell in row) for row in rows]
+            parts.append("</table></div>")
     return "\n".join(parts) + "\n"
 
 
@@ -133,6 +139,11 @@ def _summary(documents: dict[str, Any]) -> str:
         for claim in document["claims"]:
             lines.append(f"{claim['number']}. {claim['where']}. Passes if: {claim['criterion']}. {claim['differs']}")
         lines += ["", "Intervals are of 95 %.", ""]
+        for table in document.get("tables", []):
+            heads, *rows = ([cell.replace("|", "\\|") for cell in row] for row in table["rows"])
+            lines += [f"### {table['title']}", "", table["note"], ""]
+            lines += ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
+            lines.append("")
         figures = dict.fromkeys(name for claim in document["claims"] for name in claim["figures"])
         lines += [*(f"![{name}]({name})" for name in figures), ""]
     return "\n".join(lines)

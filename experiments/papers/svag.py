@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 import normkern
+from normkern.advice import compare_runs
 from normkern.theory import max_linear_scaling, nsr_condition, svag_equilibrium, svag_steps
 
 from . import statistics
@@ -34,7 +35,7 @@ from .claims import Claim
 from .data import batches, load, loss_of
 from .figures import Figures, band, label
 from .nets import Ensemble, by_member
-from .paper import Paper, Scale, main
+from .paper import Paper, Scale, Table, main
 from .runs import Results, Run
 
 ARXIV = "2102.12470"
@@ -44,6 +45,12 @@ WEIGHT_DECAY = 0.005
 #: The small batch, its lr, and how many times both are scaled for the large one, where signal is to outweigh noise.
 BATCH, LR, LARGE = 16, 0.1, 64
 MEASURES = ("weight_sq", "signal", "noise")
+#: How the tables of comparisons are to be read.
+HOW = (
+    "R, G and N: ratios of means over networks, with intervals that hold together with 95 %. Accuracy: a difference, "
+    "which is in no verdict. Close: all three intervals within [1/√2, √2]; not close: one of them outside; else "
+    "undecided. These verdicts are by intervals, and so stricter than the criteria of the claims, which take estimates."
+)
 #: Of the quadratic of claim 5: lr, time, begin; curvature and noise are 1.
 TOY_LR, TOY_TIME, TOY_BEGIN = 0.8, 4.0, 2.0
 
@@ -335,9 +342,32 @@ def _weak_order(results: Results, figures: Figures) -> Claim:
     )  # fmt: skip
 
 
+def tables(results: Results) -> list[Table]:
+    """SVAG at every l beside SGD at both batches, and the linear scaling rule, judged by intervals."""
+    made = []
+    note = HOW
+    for scale in (1, LARGE):
+        by_l = {l: _logged(r) for l, r in _by_l(results, scale).items()}
+        rows = compare_runs(by_l, reference=1.0, C=C).rows()
+        made.append(Table(f"SVAG beside SGD, batch {BATCH * scale}, lr {LR * scale:g}", note, rows))
+        note = "As in the table above."
+    runs_at = sorted(((a["scale"], r) for a, r in results.of(svag, l=1.0)), key=lambda run: run[0])
+    scaled = {f"k = {k}": _logged(r, k) for k, r in runs_at}
+    note = "As above, with N per unit of time, which the rule keeps: k times that of a batch gradient."
+    made.append(Table("Batch and lr times k", note, compare_runs(scaled, reference="k = 1", C=C).rows()))
+    return made
+
+
+def _logged(run: dict[str, Any], noise_time: float = 1.0) -> dict[str, list[float]]:
+    """The measures of `compare_runs`, a number per network."""
+    means = run["means"]
+    noise = [noise_time * n for n in means["noise"]]
+    return {"R": means["weight_sq"], "G": means["signal"], "N": noise, "accuracy": run["accuracy"][-1]}
+
+
 PAPER = Paper(
     ARXIV, "svag", "On the Validity of Modeling SGD with Stochastic Differential Equations (SDEs)",
-    "Li, Malladi, Arora 2021", __doc__ or "", runs, judge,
+    "Li, Malladi, Arora 2021", __doc__ or "", runs, judge, tables,
 )  # fmt: skip
 
 if __name__ == "__main__":

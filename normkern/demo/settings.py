@@ -14,6 +14,8 @@ import normkern
 
 BATCH_SIZE = 32
 EPOCHS = 30
+#: Of `python -m normkern advise`.
+ADVISE_EPOCHS = 20
 LR = 0.05
 MOMENTUM = 0.9
 WEIGHT_DECAY = 4e-3

@@ -14,7 +14,7 @@ from .step_reader import Hyperparameters
 #: Root mean square of <w,g>/(|w||g|) above which the loss is not scale-invariant in the weights.
 _COSINE = 1e-2
 #: A length has settled where |w|^4 is as close as this to its value at equilibrium, in relation to that value.
-_SETTLED = 0.1
+SETTLED = 0.1
 #: The averaged columns: balance_sq is the |w|^2 at which |g|^2 and <b,g> of a step would balance, balance_update_sq
 #: the |u|^2 there, balanced_weight_sq the |w|^2 that it is compared with; all are 0 in steps without equilibrium. For
 #: AdamW |s|^2 of the step eta s takes the place of |g|^2 and of unit_grad_sq, as it does not depend on |w|.
@@ -209,7 +209,7 @@ def equilibrium(
             ratio = m["balance_sq"] / m["balanced_weight_sq"]
             residual = (ratio if is_sgd else ratio**2) - 1
             norm = (length * m["unit_grad_sq"]) ** (0.25 if is_sgd else 0.5)
-            left = _steps_left(residual, slow)
+            left = steps_left(residual, slow)
     if reason is None and not seen:
         reason = "not measured in the last step: not stepped, or no finite numbers"
     return Equilibrium(
@@ -233,12 +233,12 @@ def equilibrium(
     )
 
 
-def _steps_left(residual: float, slow: float) -> float:
-    """Return the steps until |w|^4 is within `_SETTLED` of its value at equilibrium; `slow` bring it e times closer."""
+def steps_left(residual: float, slow: float) -> float:
+    """Return the steps until |w|^4 is within `SETTLED` of its value at equilibrium; `slow` bring it e times closer."""
     if residual <= -1:  # no gradient: the weights shrink to zero
         return math.inf
     away = abs(1 / (1 + residual) - 1)
-    return 0.0 if away <= _SETTLED else slow * math.log(away / _SETTLED)
+    return 0.0 if away <= SETTLED else slow * math.log(away / SETTLED)
 
 
 def _cells(x: Equilibrium) -> tuple[str, str, str, str, str, str]:
