@@ -29,7 +29,9 @@ FORKS = "import functools, torch.multiprocessing as mp; mp.spawn = functools.par
 
 def run(path, folder):
     code = f"import runpy, torch; torch.set_num_threads(1); {FORKS}; runpy.run_path({str(path)!r}, run_name='__main__')"
-    return fresh.python("-c", code, cwd=folder, path=[ROOT], flags=("-W", "error"), timeout=300)
+    return fresh.python(
+        "-c", code, cwd=folder, path=[ROOT], flags=("-W", "error"), imported=("sklearn.datasets",), timeout=300
+    )
 
 
 def run_as_a_user(path, folder):
