@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.gloo import run_script
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -56,10 +57,34 @@ def test_code_of_page_runs_as_pasted(path, tmp_path, monkeypatch, capsys):
         exec(compile(code, str(path), "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.parametrize(("path", "block"), FOR_TORCHRUN, ids=[id_of(path) for path, _ in FOR_TORCHRUN])
-def test_code_for_torchrun_runs_as_its_comment_says(path, block, tmp_path):
+def saved(block, folder):
+    """Save it as its comment says; return the file and the number of processes."""
     name, processes = TORCHRUN.match(block).groups()
-    (tmp_path / name).write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{block}")
+    (folder / name).write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{block}")
+    return folder / name, processes
+
+
+for_torchrun = pytest.mark.parametrize(("path", "block"), FOR_TORCHRUN, ids=[id_of(path) for path, _ in FOR_TORCHRUN])
+
+
+@for_torchrun
+def test_code_for_torchrun_runs(path, block, tmp_path):
+    """In forks, in the environment that torchrun makes."""
+    script, processes = saved(block, tmp_path)
+    for attempt in range(2):
+        (folder := tmp_path / str(attempt)).mkdir()
+        right, told = run_script(script, processes=int(processes), folder=folder)
+        if OF_GLOO not in told:
+            break
+    assert right, told
+    assert told.strip()
+
+
+@pytest.mark.slow
+@for_torchrun
+def test_code_for_torchrun_runs_as_its_comment_says(path, block, tmp_path):
+    script, processes = saved(block, tmp_path)
+    name = script.name
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes, name]
     for _ in range(2):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)

@@ -23,10 +23,18 @@ def words(text):
     return [re.findall(r"[A-Za-z_]{2,}", line) for line in text.strip().splitlines()]
 
 
+#: Processes of an example begin as forks, which have torch; `spawn` would import it once more in each.
+FORKS = "import functools, torch.multiprocessing as mp; mp.spawn = functools.partial(mp.start_processes, start_method='fork')"
+
+
 def run(path, folder):
-    if "multiprocessing" not in path.read_text():  # its processes would begin with the program that the fork began with
-        code = f"import runpy, torch; torch.set_num_threads(1); runpy.run_path({str(path)!r}, run_name='__main__')"
-        return fresh.python("-c", code, cwd=folder, path=[ROOT], flags=("-W", "error"), timeout=300)
+    code = f"import runpy, torch; torch.set_num_threads(1); {FORKS}; runpy.run_path({str(path)!r}, run_name='__main__')"
+    return fresh.python(
+        "-c", code, cwd=folder, path=[ROOT], flags=("-W", "error"), imported=("sklearn.datasets",), timeout=300
+    )
+
+
+def run_as_a_user(path, folder):
     path_to_package = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, "-W", "error", str(path)],
@@ -39,8 +47,19 @@ def run(path, folder):
     )
 
 
-@pytest.mark.parametrize("path", [*SCRIPTS, *NOTEBOOKS], ids=lambda path: path.stem)
-def test_example_prints_what_the_documentation_shows(path, tmp_path):
+@pytest.mark.parametrize(
+    ("path", "run"),
+    [
+        *((path, run) for path in (*SCRIPTS, *NOTEBOOKS)),
+        *(
+            pytest.param(path, run_as_a_user, marks=pytest.mark.slow)
+            for path in SCRIPTS
+            if "mp.spawn" in path.read_text()
+        ),
+    ],
+    ids=lambda value: value.stem if isinstance(value, Path) else value.__name__,
+)
+def test_example_prints_what_the_documentation_shows(path, run, tmp_path):
     pytest.importorskip("sklearn")
     done = run(path, tmp_path)
     if OF_GLOO in done.stderr:

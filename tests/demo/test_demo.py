@@ -30,15 +30,19 @@ def _short():
     torch.set_num_threads(threads)
 
 
-def run(folder, *options):
-    assert main(["train", "--epochs", "1", "--out", str(folder), *options]) == 0
+def run(folder, *options, drawn=False):
+    """The results. Curves are drawn if asked for: that takes longer than an epoch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not drawn:
+            patch.setattr(plots, "plot", lambda *curves: None)
+        assert main(["train", "--epochs", "1", "--out", str(folder), *options]) == 0
     return json.loads((folder / "train.json").read_text())
 
 
 def run_and_listen(folder, *options):
-    """The results and what was printed."""
+    """The results and what was printed; with curves."""
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        result = run(folder, *options)
+        result = run(folder, *options, drawn=True)
     return result, printed.getvalue()
 
 
@@ -155,7 +159,7 @@ SVAG = ("--optimizer", "svag", "--l", "0.5")  # the fewest steps
 @pytest.fixture(scope="module")
 def of_pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("svag")
-    return run(folder, *SVAG, "--epochs", "2"), folder
+    return run(folder, *SVAG, "--epochs", "2", drawn=True), folder
 
 
 def test_svag_measures_the_noise(of_pairs, first):
@@ -253,7 +257,7 @@ EVERY = ("--noise-every", "20")  # the 20th and the 40th of 45 steps
 @pytest.fixture(scope="module")
 def of_samples(tmp_path_factory):
     folder = tmp_path_factory.mktemp("samples")
-    return run(folder, *EVERY), folder
+    return run(folder, *EVERY, drawn=True), folder
 
 
 def without_noise(row):
@@ -272,6 +276,7 @@ def test_noise_of_samples_is_in_the_results(of_samples, first):
     assert "gns" not in first[0]["curves"][0]
 
 
+@functools.cache
 def few_steps(optimizer_name, every):
     """Everything that five steps leave, the last from a smaller batch."""
     torch.manual_seed(0)

@@ -52,6 +52,12 @@ def sgd(count: int, *, step: dict[str, Any] | None = None, dtype: torch.dtype = 
     return run
 
 
+def adamw(count: int, **options: Any) -> Step:
+    params, _ = tensors(count, torch.float32)
+    optimizer = normkern.AdamW(params, lr=1e-3, weight_decay=0.1, **options)
+    return lambda counted: counted(optimizer.step)
+
+
 def svag(count: int) -> Step:
     params, grads = tensors(count, torch.float32)
     others = [g.flip(0).contiguous() for g in grads]
@@ -110,6 +116,9 @@ KINDS: dict[str, Callable[[int], Step]] = {
     "exponential": lambda n: sgd(n, decay="exponential"),
     "clipped": lambda n: sgd(n, step={"max_norm": 0.5}),
     "master weights": lambda n: sgd(n, dtype=torch.bfloat16, master_weights=True),
+    "AdamW": adamw,
+    "AdamW, tensor": lambda n: adamw(n, stats="tensor"),
+    "AdamW, row": lambda n: adamw(n, stats="row"),
 }
 
 

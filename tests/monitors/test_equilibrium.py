@@ -14,20 +14,27 @@ from normkern.theory import equilibrium_angle, equilibrium_residual, equilibrium
 
 from .equilibrium_runs import net, net_step, noise_gradient, train, weights
 
+FORMS = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True},
+    {"momentum": 0.8, "dampening": 0.5},
+    {"momentum": 0.9, "decay": "exponential", "norm_buffers": [], "followers": []},
+    {"momentum": 0.9, "nesterov": True, "decay": "exponential", "norm_buffers": [], "followers": []},
+]
+DTYPES = [torch.float64, torch.float32]
+
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "dtype"),
     [
-        {},
-        {"momentum": 0.9},
-        {"momentum": 0.9, "nesterov": True},
-        {"momentum": 0.8, "dampening": 0.5},
-        {"momentum": 0.9, "decay": "exponential", "norm_buffers": [], "followers": []},
-        {"momentum": 0.9, "nesterov": True, "decay": "exponential", "norm_buffers": [], "followers": []},
+        pytest.param(
+            options, dtype, id=f"{' '.join(options) or 'plain'}-{dtype}", marks=[pytest.mark.slow] * ((i + j) % 2)
+        )
+        for i, options in enumerate(FORMS)
+        for j, dtype in enumerate(DTYPES)
     ],
-    ids=lambda o: " ".join(o) or "plain",
 )
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_predictions_come_true_in_noise(options, dtype):
     """Begun at half and at twice the length; both become what the monitor said, and turn by what it said."""
     options = {"weight_decay": 0.01 if "momentum" in options else 0.05, "lr": 0.1, **options}
@@ -250,8 +257,8 @@ def test_parts_that_are_invariant_together_only():
     """Two tensors whose sum is normalised: neither is invariant alone, the group is."""
     a, b = weights(size=30, count=2, norm=1.0)
     opt = normkern.SGD([("a", a), ("b", b)], lr=0.05, weight_decay=0.1, momentum=0.9, stats="tensor")
-    monitor = EquilibriumMonitor(opt, ema=0.999)
-    for t in range(3000):
+    monitor = EquilibriumMonitor(opt, ema=0.998)
+    for t in range(1500):
         make = torch.Generator().manual_seed(t)
         opt.zero_grad()
         v = torch.cat([a, b])

@@ -48,6 +48,7 @@ def assert_within(got, exact, allowed, what):
     assert over <= 0, f"{what}: over its budget by {over:.3e}"
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adamw_against_reference(backend, rule, dtype):
@@ -160,6 +161,7 @@ def test_rows_are_sums_of_each_row(backend, dtype):
     torch.testing.assert_close(table, sums, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("stats", ["tensor", "row"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_strides_give_the_same_bits(backend, dtype, stats):

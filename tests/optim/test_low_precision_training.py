@@ -96,6 +96,7 @@ def equilibrium(gradient, momentum):
     return (LR * gradient**2 * DIM / (2 * DECAY * (1 - momentum))) ** 0.25 / math.sqrt(DIM)
 
 
+@pytest.mark.pairwise
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 @pytest.mark.parametrize("share", [1.0, 1.5])
 @pytest.mark.parametrize("dtype", LOW, ids=str)

@@ -27,7 +27,7 @@ FLAGS = (
 )  # fmt: skip
 FAST = ("-O1",)  # half the time of -O2 to compile, and as fast where each kernel runs a few times
 # Without the last two, g++ splits loads of 16 bytes and repeats stores, and the bytes counted are not the kernel's.
-CHECKED = ("-O1", "-g", "-fsanitize=thread", "-fno-tree-sra", "-fno-move-loop-stores")
+CHECKED = ("-O1", "-fsanitize=thread", "-fno-tree-sra", "-fno-move-loop-stores")
 
 
 def missing() -> str | None:
@@ -71,6 +71,19 @@ def units(paths) -> list[Unit]:
     """What is compiled of these .cu files."""
     types = {path: storage_types() if "NK_TYPE" in path.read_text() else [""] for path in paths}
     return [Unit(path, storage) for path, all_types in types.items() for storage in all_types]
+
+
+def reads(source: Path, name: str) -> bool:
+    """Whether this file is the one of that name, or includes it, also through others."""
+    seen, todo = set(), [source.resolve()]
+    while todo:
+        path = todo.pop()
+        if path.name == name:
+            return True
+        seen.add(path)
+        included = {(path.parent / x).resolve() for x in re.findall(r'^ *# *include "(.*)"', path.read_text(), re.M)}
+        todo += [other for other in included - seen if other.exists()]
+    return False
 
 
 def _compile(source: Path, flags) -> Path:

@@ -4,9 +4,10 @@ python -m simt.mutants NAME      prints what the emulator, or a comparison, has 
 """
 
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
+
+from support import fresh
 
 from . import build
 from .product_mutants import EDITS
@@ -47,7 +48,7 @@ class Mutant:
         return next((name for name, (_, own) in FAMILIES.items() if self.file.split(".")[0] in own), "updates")
 
     def sources(self) -> list[build.Unit]:
-        """The family's kernels of float and its launchers with the edit, in a folder of their own.
+        """Those of the family's kernels of float and its launchers that the edit changes, in a folder of their own.
 
         Raises:
             ValueError: the text to replace is not there exactly once.
@@ -59,15 +60,13 @@ class Mutant:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(build.CSRC, folder)
         (folder / "cuda" / self.file).write_text(shipped.replace(self.old, self.new))
-        units = build.units([folder / "cuda" / name for name in FAMILIES[self.family][0]])
+        paths = [folder / "cuda" / name for name in FAMILIES[self.family][0]]
+        units = build.units([path for path in paths if build.reads(path, self.file)])
         return [unit for unit in units if unit.storage in ("", "float")]
 
     def verdict(self) -> str:
-        """What is said of it, by an interpreter of its own; nothing if nobody objects."""
-        done = subprocess.run(
-            [sys.executable, "-m", "simt.mutants", self.name],
-            capture_output=True, text=True, check=False, cwd=build.HERE.parent, timeout=300,
-        )  # fmt: skip
+        """What is said of it, by a process of its own; nothing if nobody objects."""
+        done = fresh.python("-m", "simt.mutants", self.name, cwd=build.HERE.parent, path=[build.ROOT], timeout=300)
         if done.returncode not in (0, 1) or (done.returncode and not done.stdout.strip()):
             raise RuntimeError(f"mutant {self.name!r}, exit code {done.returncode}:\n{done.stdout}{done.stderr}")
         return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""Short Python programs, each in a process of its own that begins with torch imported and nothing else.
+"""Short Python programs, each in a process of its own that begins with torch imported, and nothing else unless asked for.
 
 Importing torch takes most of the time of such a program. Here a server imports it once, and each program is a fork of the
 server.
@@ -7,6 +7,7 @@ server.
 import atexit
 import functools
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 
 
-def python(*arguments, cwd=None, path=(), env=None, flags=(), timeout=120):
+def python(*arguments, cwd=None, path=(), env=None, flags=(), imported=(), timeout=120):
     """Run ``python *flags *arguments``, as `subprocess.run` does it; return what it has printed, and its exit code.
 
     Args:
@@ -29,13 +30,14 @@ def python(*arguments, cwd=None, path=(), env=None, flags=(), timeout=120):
         env: variables of the environment to set, or with None to remove. The server is started before: what reads its
             variables while torch is imported, as OpenMP does, does not see them.
         flags: of the interpreter. With ``-S`` it finds torch and what is installed beside it, and no more.
+        imported: modules that it begins with, beside torch.
         timeout: seconds, after which the program is killed (exit code -14).
     """
     with tempfile.TemporaryDirectory() as folder:
         said = [Path(folder) / name for name in ("stdout", "stderr")]
         job = {"arguments": arguments, "cwd": str(cwd or Path.cwd()), "path": [*map(str, path)], "env": env or {},
                "timeout": timeout, "said": [*map(str, said)]}  # fmt: skip
-        server = _server(flags)
+        server = _server(flags, imported)
         server.stdin.write(json.dumps(job) + "\n")
         server.stdin.flush()
         code = json.loads(server.stdout.readline())
@@ -43,10 +45,10 @@ def python(*arguments, cwd=None, path=(), env=None, flags=(), timeout=120):
 
 
 @functools.cache
-def _server(flags):
+def _server(flags, imported):
     alone = {"PYTHONPATH": str(Path(torch.__file__).parent.parent)} if "-S" in flags else {}  # torch and its neighbours
     server = subprocess.Popen(
-        [sys.executable, *flags, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        [sys.executable, *flags, __file__, *imported], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env={**os.environ, **alone},
     )  # fmt: skip
     atexit.register(_end, server)
@@ -61,6 +63,8 @@ def _end(server):
 
 def _serve():
     """Read a job from each line of stdin, fork for it, and print its exit code; return the job in the fork."""
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     gc.freeze()  # at its end a fork then need not look at torch's objects, which takes longer than most programs
     for line in sys.stdin:
         job = json.loads(line)

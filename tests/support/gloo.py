@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import time
 from pathlib import Path
@@ -44,18 +45,27 @@ def run_script(script, *arguments, processes, folder):
     """
     told = Path(folder) / "told"
     try:
-        run(_script, Path(folder), str(script), list(map(str, arguments)), processes=processes)
+        run(_script, Path(folder), _free_port(), str(script), list(map(str, arguments)), processes=processes)
     except (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException) as error:
         return False, f"{told.read_text()}{error}"
     return True, told.read_text()
 
 
-def _script(rank, world, folder, script, arguments):
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _script(rank, world, folder, port, script, arguments):
     faulthandler.dump_traceback_later(120, exit=True)  # who waits for whom
     told = os.open(folder / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(told, number)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "RENDEZVOUS": f"file://{folder / 'rendezvous'}"}
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "RENDEZVOUS": f"file://{folder / 'rendezvous'}",
+    }  # fmt: skip
     sys.argv, sys.path[:0] = [script, *arguments], [str(Path(script).parent)]
     runpy.run_path(script, run_name="__main__")
 

@@ -41,3 +41,9 @@ def test_without_site_it_finds_what_is_beside_torch_alone():
     no_site, empty, *folders = fresh.python("-c", code, flags=("-S",)).stdout.splitlines()
     assert (no_site, empty) == ("1", "")
     assert set(folders) <= set(sys.path)
+
+
+def test_what_it_begins_with_beside_torch():
+    code = "import sys; print('statistics' in sys.modules, 'torch' in sys.modules)"
+    assert fresh.python("-c", code, imported=("statistics",)).stdout == "True True\n"
+    assert fresh.python("-c", "import sys; print('wave' in sys.modules)").stdout == "False\n"

@@ -19,7 +19,7 @@ from normkern.theory import (
     unit_grad_sq_from_growth,
 )
 
-STEPS = 500
+STEPS = 250
 CLOSE = 1e-12
 RUNS = {
     "plain": {},
@@ -68,7 +68,7 @@ def test_next_weight_sq_is_that_of_torch(options):
 
 @pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
 def test_next_norms_are_those_of_torch(options):
-    """n, c and q are followed for 500 steps from |g|^2 and <b,g> alone."""
+    """n, c and q are followed for 250 steps from |g|^2 and <b,g> alone."""
     numbers = {"momentum": 0.0, **options}
     norms = None
     for lr, w, b, g, new, after in run(options):

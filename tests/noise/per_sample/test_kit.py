@@ -11,9 +11,14 @@ from .measuring import REFUSED, measured
 from .models import NONE, SEPARABLE, UNCOVERED
 from .reference import contributions, expected, gradient
 
-DTYPES = (torch.float64, torch.float32)
 #: Alone a tier may take another way than with others; the precision has nothing to do with that.
-CHOICES = {torch.float64: [("nsr",), ("norms",), ("variance",), ("projections",), TIERS], torch.float32: [TIERS]}
+ALONE = [("nsr",), ("norms",), ("variance",), ("projections",)]
+#: `make test` measures each net with all tiers, and with one of them alone: every file of nets has each tier alone.
+CHOICES = [
+    pytest.param(name, dtype, stats, marks=[pytest.mark.slow] * (stats in ALONE and stats != ALONE[i % len(ALONE)]))
+    for i, name in enumerate(SEPARABLE)
+    for dtype, stats in [(torch.float64, TIERS), (torch.float32, TIERS), *((torch.float64, alone) for alone in ALONE)]
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")
 
@@ -34,23 +39,26 @@ def attempt(problem, stats=TIERS, **options):
         return None, str(error)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SEPARABLE)
-def test_statistics(name, dtype):
-    case, refused = SEPARABLE[name], ""
+@functools.cache
+def plain_gradient(name, dtype):
+    return gradient(SEPARABLE[name].problem(), dtype)
+
+
+@pytest.mark.parametrize(("name", "dtype", "stats"), CHOICES, ids=str)
+def test_statistics(name, dtype, stats):
+    case = SEPARABLE[name]
     budget = BUDGET[dtype] * (case.weaker if dtype == torch.float32 else 1)
-    for stats in CHOICES[dtype]:
-        problem = case.problem().to(dtype)
-        before = snapshot(problem.model)
-        result, refused = attempt(problem, stats)
-        assert_nothing_left(problem.model, before)
-        if refused:
-            break
-        assert_says(result, told(name, dtype), stats, budget)
-        assert not result.coverage.estimated
-        assert not result.coverage.excluded
-        assert_gradients(problem.model, gradient(case.problem(), dtype), told(name, dtype), budget)
-    assert not refused or case.answer == "exact or refused", refused
+    problem = case.problem().to(dtype)
+    before = snapshot(problem.model)
+    result, refused = attempt(problem, stats)
+    assert_nothing_left(problem.model, before)
+    if refused:
+        assert case.answer == "exact or refused", refused
+        return
+    assert_says(result, told(name, dtype), stats, budget)
+    assert not result.coverage.estimated
+    assert not result.coverage.excluded
+    assert_gradients(problem.model, plain_gradient(name, dtype), told(name, dtype), budget)
 
 
 def assert_gradients(model, plain, told, budget):
