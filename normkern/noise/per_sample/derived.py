@@ -6,7 +6,7 @@ small graph of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -165,6 +165,12 @@ class Through(Contribution):
     def size(self) -> float:
         """Return the norm of the terms whose sums are the contributions: many may cancel on the way back."""
         return self.contribution.size() * max(1.0, self.derived.value.numel() / self.derived.leaves[self.root].numel())
+
+    def merge(self, others: Sequence[Contribution]) -> Through | None:
+        """Add contributions to the same tensor before they go back, as those of layers that share a table of places."""
+        same = [c.contribution for c in others if type(c) is Through and c.derived is self.derived]
+        merged = self.contribution.merge(same) if len(same) == len(others) else None
+        return None if merged is None else Through(merged, self.derived, self.root)
 
     def matrix(self) -> Tensor | None:
         rows = self.contribution.matrix()

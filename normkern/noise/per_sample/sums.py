@@ -43,8 +43,9 @@ def parts(x: Tensor) -> Tensor:
 
 def sq_norm(x: Tensor) -> Tensor:
     """Return |x|^2 in float64, of no dimension."""
-    rows = _rows(parts(x.detach()))
-    return kernels.of(rows).row_sq_norms(rows).sum()
+    rows = _rows(parts(x))
+    norms: Tensor = kernels.of(rows).row_sq_norms(rows)
+    return norms.view(()) if len(rows) == 1 else norms.sum()
 
 
 def plain_sum(x: Tensor) -> Tensor:
