@@ -6,6 +6,7 @@ small graph of their own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -107,6 +108,7 @@ def derive(
     return [Derived(value, leaves, are_selected and picks, transposed, coarsest) for value in tensors_in((twin,))]
 
 
+@functools.cache
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """Return the dtype with the larger rounding error."""
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)

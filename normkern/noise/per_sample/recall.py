@@ -42,7 +42,7 @@ _LOSSES = frozenset(name for name in POINTWISE if name.endswith("_loss") or name
 _PICKS = frozenset("gather take_along_dim as_strided __iter__".split())
 FOLLOWS = (
     (POINTWISE | REDUCES | MIXES | MOVES | PRODUCTS | set(ON_LAST) | {"pad", "einsum"})
-    - _LOSSES - _PICKS - LIKE_ANOTHER
+    - _LOSSES - _PICKS
 )  # fmt: skip
 
 READ, MOVE, ARITHMETIC, OTHER, UNKNOWN = range(5)
@@ -73,7 +73,7 @@ def _kind_of(func: Any) -> int:
     is_own = isinstance(func, types.FunctionType) and not func.__module__.startswith("torch.")
     if name not in FOLLOWS or name in CHECKS or is_in_place(func) or is_own or hasattr(func, "original"):
         return UNKNOWN
-    return MOVE if name in MOVES else ARITHMETIC if name in _ARITHMETIC else OTHER
+    return MOVE if name in MOVES | LIKE_ANOTHER else ARITHMETIC if name in _ARITHMETIC else OTHER
 
 
 def key_of(tensors: TensorState, func: Any, kind: int, args: Any, kwargs: dict[str, Any]) -> Any:

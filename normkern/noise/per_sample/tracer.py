@@ -352,8 +352,9 @@ class Tracer(TorchFunctionMode):
         needs_batch = registration is not None and registration.needs_batch and len(parameters) < len(operands)
         if needs_batch and self.accumulator.batch is None:
             raise errors.unknown_batch(tensors.records(parameters)[0].described)
+        own = {id(p) for p in parameters}
         for t in operands:
-            if any(t is p for p in parameters):
+            if id(t) in own:
                 continue
             state = tensors.state(t)
             if isinstance(state, SampleLayout):
@@ -392,8 +393,7 @@ class Tracer(TorchFunctionMode):
             return self._enter(op)
         if registration is not None:
             out = registration.handler(tensors, op)
-            sure = without_guesses(op.samples)
-            if out is NotImplemented and 0 < len(sure) < len(op.samples):
+            if out is NotImplemented and 0 < len(sure := without_guesses(op.samples)) < len(op.samples):
                 out = registration.handler(tensors, op.of(sure))
             if out is not NotImplemented:
                 return out

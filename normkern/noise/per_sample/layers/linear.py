@@ -32,7 +32,7 @@ class LinearContribution(Contribution):
     g_norms: Callable[[], Tensor] | None = None  #: of T = 1: the squared norms of g, where the bias needs them too
 
     def __post_init__(self) -> None:
-        self.batch = len(self.a)
+        self.batch = self.a.shape[0]
 
     def sums(self, squares: bool) -> Sums:
         return Sums(*kernels.outer(self.a, self.g, squares, self.g_norms)).reshape(self.shape)
@@ -136,9 +136,9 @@ def _linear(
 def linear(tensors: TensorState, op: Operation) -> Any:
     """torch.nn.functional.linear."""
     x, weight, bias = op.bind("input weight bias")
-    if any(weight is t for t, _ in op.samples):
+    if any([weight is t for t, _ in op.samples]):
         return NotImplemented
-    if any(t.is_complex() for t in op.tensors()):
+    if any([t.is_complex() for t in op.tensors()]):
         return loop_over_samples(tensors, op)
     return _linear(tensors, x, weight, bias, False, op.samples)
 
