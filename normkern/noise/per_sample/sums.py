@@ -58,7 +58,8 @@ def plain_sum(x: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """Return x as a matrix, a view if strides allow it."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     return x.view(1, -1) if x.is_contiguous() else x.reshape(1, -1) if x.dim() < 2 else x.flatten(1)
 
 
@@ -70,7 +71,7 @@ def of_matrix(rows: Tensor, squares: bool) -> Sums:
         return Sums(torch.view_as_complex(of.total.view(-1, 2)), centred, of.sq_norms)
     rows = rows.to(real(rows.dtype))
     mean, centred, sq_norms = kernels.of(rows).moments(rows, squares=squares)
-    return Sums(mean * rows.shape[0], centred, sq_norms)
+    return Sums(mean.mul_(rows.shape[0]), centred, sq_norms)
 
 
 def one_by_one(batch: int, sample: Callable[[int], Tensor], squares: bool) -> Sums:
