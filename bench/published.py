@@ -191,7 +191,11 @@ class CellLoop(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.words, self.cell, self.head = nn.Embedding(WORDS, width), nn.LSTMCell(width, width), nn.Linear(width, WORDS)
+        self.words, self.cell, self.head = (
+            nn.Embedding(WORDS, width),
+            nn.LSTMCell(width, width),
+            nn.Linear(width, WORDS),
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         x, state, out = self.words(ids), None, []

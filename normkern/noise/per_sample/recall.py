@@ -1,10 +1,11 @@
 """What operations made of samples before, so that it is found once: not again in each layer, step and context.
 
 Where the samples of an operation's results are depends on the operation, its arguments that are no tensors, and the
-shapes and layouts of its tensors; of the operations in `FOLLOWS` on nothing else, neither the numbers in a tensor nor the
-model. `key_of` puts these into a key, for each call anew. So a model that takes another way, or another shape, has
-other keys, and what is not known is found by the rules. There is no key where a tensor is a parameter or was made of
-some, has samples by a guess, in any order or mixed, or says by its numbers which entries are moved.
+shapes and layouts of its tensors. Of the operations in `FOLLOWS` it depends on nothing else, neither on the numbers in
+a tensor nor on the model. `key_of` puts these into a key, for each call anew. So a model that takes another way, or
+another shape, has other keys, and what is not known is found by the rules. There is no key where a tensor is a
+parameter or was made of some, has samples by a guess, in any order or mixed, or says by its numbers which entries are
+moved.
 """
 
 from __future__ import annotations

@@ -150,7 +150,13 @@ def test_what_depends_on_numbers_has_no_key():
     rows = torch.tensor([1, 0])
     calls = [(index, (..., rows)), (index, (..., (rows, 0))), (torch.Tensor.to, (..., torch.zeros(1)))]
     assert keys_of(*calls) == [None] * 3
-    for func in (torch.gather, torch.index_select, torch.masked_scatter, torch.Tensor.add_, torch.nn.functional.mse_loss):
+    for func in (
+        torch.gather,
+        torch.index_select,
+        torch.masked_scatter,
+        torch.Tensor.add_,
+        torch.nn.functional.mse_loss,
+    ):
         assert recall.kind_of(func) == recall.UNKNOWN
 
 

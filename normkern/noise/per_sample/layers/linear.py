@@ -136,9 +136,9 @@ def _linear(
 def linear(tensors: TensorState, op: Operation) -> Any:
     """torch.nn.functional.linear."""
     x, weight, bias = op.bind("input weight bias")
-    if any([weight is t for t, _ in op.samples]):
+    if any(weight is t for t, _ in op.samples):
         return NotImplemented
-    if any([t.is_complex() for t in op.tensors()]):
+    if any(t.is_complex() for t in op.tensors()):
         return loop_over_samples(tensors, op)
     return _linear(tensors, x, weight, bias, False, op.samples)
 
