@@ -90,12 +90,7 @@ def new_moments(
             raise TypeError(not_taken("moments", name, entry))
     real = compute_dtype(tensors[0].dtype)
     with torch.no_grad():
-        means = [
-            torch.empty(entry.shape[1:], dtype=real, device=entry.device)
-            if entry.is_contiguous()
-            else torch.empty_like(entry[0], dtype=real)
-            for entry in tensors
-        ]
+        means = [torch.empty_like(entry[0], dtype=real) for entry in tensors]
         centred = [torch.empty_like(mean) for mean in means] if squares else None
     return means, centred, torch.empty(rows, dtype=torch.float64, device=tensors[0].device)
 
@@ -240,8 +235,6 @@ def check_samples(op: str, tensors: Sequence[Tensor], names: Sequence[str]) -> i
             raise TypeError(f"{op}: {name} is {describe(entry)}; expected a torch.Tensor (B, *shape)")
         if entry.ndim == 0 or entry.shape[0] == 0:
             raise ValueError(f"{op}: {name} has shape {tuple(entry.shape)}; expected (B, *shape) with B > 0")
-        if entry is first:
-            continue
         if entry.dtype != first.dtype or entry.device != first.device:
             raise TypeError(
                 f"{op}: {name} is {describe(entry)} but {of_first} is {describe(first)}; "
