@@ -16,7 +16,7 @@ KERNEL_TESTS := tests/ops --ignore=tests/ops/test_schemas.py \
 CUDA_PYTEST = CI=true NORMKERN_CUDA_BINARY=$$(ls $(CURDIR)/build/cuda/_C*.so) $(BIN)/python -m pytest
 
 .PHONY: help demo test test-slow test-backpack test-zoo instructions bench bench-compare papers lint format stubs docs dist cuda sanitize fuzz clean \
-  bench-all bench-noise bench-ddp lint-python lint-cpp lint-texts lint-stubs lint-tidy
+  bench-all bench-noise bench-models bench-ddp lint-python lint-cpp lint-texts lint-stubs lint-tidy
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,7 +47,7 @@ test-zoo: .venv/zoo-ready ## measure GradientNoise on published models (NEW=1: a
 	  $(abspath $(BIN))/python -m zoo --part $$((i - 1))/$(WORKERS) & done; wait
 	cd tests && $(abspath $(BIN))/python -m zoo --docs
 
-bench: ## measure speed; fill the tables of README and docs (QUICK=1: 1 minute, to build/; ONLY=noise, ddp)
+bench: ## measure speed; fill the tables of docs (QUICK=1: 1 minute, to build/; ONLY=noise, models, ddp)
 bench: bench-$(or $(ONLY),all)
 
 bench-compare: .venv/bench-ready ## list what became slower between two results (OLD=a.json NEW=b.json)
@@ -139,6 +139,11 @@ bench-all: $(BENCH_READY)
 bench-noise: $(BENCH_READY)
 	$(BENCH) -k "bench_noise or moments" --benchmark-json=$(BENCH_RESULTS)/noise.json
 	$(BIN)/python -m bench.report $(BENCH_RESULTS)/noise.json $(README)
+
+# On one thread; networks of transformers, timm and peft are left out where these are not installed.
+bench-models: $(BENCH_READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.noise_models $(if $(QUICK),--only LSTM --seconds 2) \
+	  --json $(BENCH_RESULTS)/noise_models.json $(README)
 
 bench-ddp: $(BENCH_READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.ddp_noise \

@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench import ddp_noise, report  # noqa: E402
+from bench import ddp_noise, noise_models, report  # noqa: E402
 from bench.report import digits, scaled, table_head, table_row  # noqa: E402
 from bench.results import load  # noqa: E402
 from experiments import low_precision  # noqa: E402
@@ -123,6 +123,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bench": lambda: report.readme_table(load(BENCH / "bench.json")),
     "bench-svag": lambda: report.svag_table(load(BENCH / "bench.json")),
     "bench-noise": lambda: report.noise_table(load(BENCH / "noise.json")),
+    "bench-noise-models": lambda: noise_models.table(read(BENCH / "noise_models.json")),
     "bench-ddp": lambda: ddp_noise.table(read(BENCH / "ddp_noise.json")),
     "low-precision": lambda: low_precision.readme_table(read(EXPERIMENTS / "low_precision.json")),
     "cpu-short": cpu_short,

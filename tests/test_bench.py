@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("rich")
 pytest.importorskip("pytest_benchmark")
 
-from bench import compare, gpu_samples, noise_right, report, right
+from bench import compare, gpu_samples, noise_models, noise_right, published, report, right
 from bench.arrays import HYPER, Arrays, Step, arrays
 from bench.cases import CASES, RESNET50, TRANSFORMER, Case
 from bench.jobs import JOBS
@@ -508,3 +508,34 @@ def test_plot_is_drawn(tmp_path):
 )
 def test_digits(x, text):
     assert digits(x) == text
+
+
+# --- networks that people train ---------------------------------------------------------------------------------------
+
+
+def test_published_networks_of_a_missing_library_are_left_out_of_the_table():
+    found = noise_models.measure(published.Published("cells", small_cells), 0.0, "process")
+    assert set(found["times_of_plain"]) == {"plain", "nsr", "norms + variance"}
+    assert found["times_of_plain"]["plain"] == 1
+    assert min(found["turns"].values()) >= noise_models.LEAST
+    machine = {"cpu": "a CPU", "isa": "v3", "torch": "2"}
+    table = noise_models.table(
+        {"machine_info": machine, "clock": "process", "cases": [found], "left_out": {"another": "timm"}}
+    ).splitlines()
+    assert table[2].startswith("| cells | ")
+    assert table[3] == "| another | - | needs timm | - | - |"
+    assert published.Published("another", small_cells, "no_such_library").missing() == "no_such_library"
+
+
+def small_cells():
+    model, x = torch.nn.Linear(4, 4), torch.randn(6, 4)
+    return model, lambda: model(x).square().mean()
+
+
+def test_published_networks_begin_without_zeros():
+    own = [net for net in published.PUBLISHED if not net.library]
+    assert own
+    for net in own:
+        model, loss = published.made(net)
+        assert all(bool(p.any()) for p in model.parameters())
+        assert bool(loss().isfinite())

@@ -200,8 +200,7 @@ class GradientNoise:
         self._accumulator = accumulator
         self._outermost = None
         self._session = opened = session.Session(self, parameters, accumulator, uncompiled)
-        for module in parameters.modules:
-            opened.before_forward(module, self._called)
+        opened.before_forward(parameters.modules, self._called)
 
     def close(self) -> None:
         """Close the context; without effect if it is not open. Hooks and modes are removed, also after an error."""

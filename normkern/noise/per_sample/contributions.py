@@ -64,7 +64,7 @@ class Matrix(Contribution):
     norms: Callable[[], Tensor] | None = None  #: the rows' squared norms, where another contribution needs them too
 
     def __post_init__(self) -> None:
-        self.batch = len(self.rows)
+        self.batch = self.rows.shape[0]
 
     def sums(self, squares: bool) -> Sums:
         if self.norms is not None and not squares:

@@ -6,7 +6,8 @@ small graph of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,6 +108,7 @@ def derive(
     return [Derived(value, leaves, are_selected and picks, transposed, coarsest) for value in tensors_in((twin,))]
 
 
+@functools.cache
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
     """Return the dtype with the larger rounding error."""
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
@@ -165,6 +167,12 @@ class Through(Contribution):
     def size(self) -> float:
         """Return the norm of the terms whose sums are the contributions: many may cancel on the way back."""
         return self.contribution.size() * max(1.0, self.derived.value.numel() / self.derived.leaves[self.root].numel())
+
+    def merge(self, others: Sequence[Contribution]) -> Through | None:
+        """Add contributions to the same tensor before they go back, as those of layers that share a table of places."""
+        same = [c.contribution for c in others if type(c) is Through and c.derived is self.derived]
+        merged = self.contribution.merge(same) if len(same) == len(others) else None
+        return None if merged is None else Through(merged, self.derived, self.root)
 
     def matrix(self) -> Tensor | None:
         rows = self.contribution.matrix()

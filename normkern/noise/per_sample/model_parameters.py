@@ -55,7 +55,7 @@ class ModelParameters:
                     trained[id(p)] = (dot + name, f"{path or 'the model'} ({type(module).__name__})", p)
                 else:
                     constants.add(id(p))
-            constants.update(id(b) for b in module._buffers.values() if b is not None)
+            constants.update([id(b) for b in module._buffers.values() if b is not None])
             waiting += [(dot + name, m) for name, m in reversed(module._modules.items()) if m is not None]
         shards = Shards.of(modules)
         names = strip_all([name for name, _, _ in trained.values()])

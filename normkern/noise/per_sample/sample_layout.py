@@ -126,9 +126,9 @@ def by_sample(x: Tensor, block: int, batch: int, width: int) -> Tensor | None:
         return x.unsqueeze(1)
     if block % width or x.numel() % (block * batch):
         return None
+    if x.numel() == block * batch:
+        return x.reshape(batch, block // width, width)
     x = x.reshape(-1, batch, block // width, width)  # rounds, samples, rows of one, elements
-    if len(x) == 1:
-        return x[0]
     x = x.transpose(0, 1)
     return x[:, :, 0] if x.shape[2] == 1 else x.reshape(batch, -1, width)
 

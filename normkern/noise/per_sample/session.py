@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -54,9 +54,10 @@ class Session:
         _of_thread.session = self
         self.tracer.__enter__()
 
-    def before_forward(self, module: nn.Module, hook: Callable[..., Any]) -> None:
-        """Call a method of the owner before every forward of a module."""
-        self._handles.append(module.register_forward_pre_hook(_weak(hook), with_kwargs=True, prepend=True))
+    def before_forward(self, modules: Iterable[nn.Module], hook: Callable[..., Any]) -> None:
+        """Call a method of the owner before every forward of modules."""
+        call = _weak(hook)
+        self._handles += [m.register_forward_pre_hook(call, with_kwargs=True, prepend=True) for m in modules]
 
     def after_forward(self, module: nn.Module, hook: Callable[..., Any]) -> None:
         """Call a method of the owner after every forward of a module, also after one that failed."""

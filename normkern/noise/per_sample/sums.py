@@ -21,6 +21,8 @@ class Sums:
 
     def reshape(self, shape: torch.Size) -> Sums:
         """Return the same sums for a tensor of another shape."""
+        if self.total.shape == shape:
+            return self
         return Sums(
             self.total.reshape(shape), None if self.centred is None else self.centred.reshape(shape), self.sq_norms
         )
@@ -43,8 +45,9 @@ def parts(x: Tensor) -> Tensor:
 
 def sq_norm(x: Tensor) -> Tensor:
     """Return |x|^2 in float64, of no dimension."""
-    rows = _rows(parts(x.detach()))
-    return kernels.of(rows).row_sq_norms(rows).sum()
+    rows = _rows(parts(x))
+    norms: Tensor = kernels.of(rows).row_sq_norms(rows)
+    return norms.view(()) if norms.numel() == 1 else norms.sum()
 
 
 def plain_sum(x: Tensor) -> Tensor:
@@ -55,8 +58,9 @@ def plain_sum(x: Tensor) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     """Return x as a matrix, a view if strides allow it."""
-    x = x.detach()
-    return x.reshape(1, -1) if x.dim() < 2 or x.is_contiguous() else x.flatten(1)
+    if x.requires_grad:
+        x = x.detach()
+    return x.view(1, -1) if x.is_contiguous() else x.reshape(1, -1) if x.dim() < 2 else x.flatten(1)
 
 
 def of_matrix(rows: Tensor, squares: bool) -> Sums:
@@ -67,7 +71,7 @@ def of_matrix(rows: Tensor, squares: bool) -> Sums:
         return Sums(torch.view_as_complex(of.total.view(-1, 2)), centred, of.sq_norms)
     rows = rows.to(real(rows.dtype))
     mean, centred, sq_norms = kernels.of(rows).moments(rows, squares=squares)
-    return Sums(mean * len(rows), centred, sq_norms)
+    return Sums(mean.mul_(rows.shape[0]), centred, sq_norms)
 
 
 def one_by_one(batch: int, sample: Callable[[int], Tensor], squares: bool) -> Sums:

@@ -133,6 +133,20 @@ class TensorState:
             return None
         return sample_layout.leading(t.shape, batch, certain=False)
 
+    def plain_block(self, t: Tensor) -> int | None:
+        """Return the block of a tensor whose samples are certain, 0 if it has none; None: what else it may be."""
+        key = id(t)
+        entry = self._states.get(key)
+        if entry is not None and entry[0]() is t:
+            state = entry[1]
+            if type(state) is SampleLayout:
+                return state.block if state.certain else None
+            if state is not None or t.requires_grad or key in self._derived or key in self._opaque:
+                return None
+        elif self.state(t) is not None:
+            return None
+        return None if key in self._parameters else 0
+
     def layout(self, t: Any) -> SampleLayout | None:
         """Return the layout of a tensor's samples; None where they are mixed, or it has none or is no tensor."""
         state = self.state(t) if isinstance(t, Tensor) else None

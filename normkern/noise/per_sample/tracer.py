@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._C._functorch import peek_interpreter_stack
 from torch.overrides import TorchFunctionMode
 
-from . import coupling, errors, row_rules, sample_layout, user_code
+from . import coupling, errors, recall, row_rules, sample_layout, user_code
 from .accumulator import Accumulator
 from .derived import RANDOM, derive
 from .layers import rows
@@ -32,17 +32,6 @@ from .random_signs import SignedBackward
 from .sample_layout import Mixed, SampleLayout, State, without_guesses
 from .tensor_state import TensorState
 
-#: Read something of a tensor, or change what it is; make no tensor that has samples.
-READS = frozenset(
-    """size dim numel nelement ndimension is_floating_point is_complex element_size stride storage_offset
-    is_contiguous data_ptr item tolist __len__ __repr__ __str__ __format__ __hash__ __bool__ __int__ __float__
-    __index__ is_same_size requires_grad_ retain_grad register_hook is_set_to is_nonzero equal allclose
-    __contains__ __set__ __delete__ set_ _set_grad_enabled set_grad_enabled get_device is_tensor is_storage
-    result_type can_cast promote_types finfo iinfo is_inference is_neg is_conj has_names _is_view
-    untyped_storage type_as_dtype __dlpack__ __dlpack_device__ numpy broadcast_shapes manual_seed""".split()
-)
-#: Take from their second argument its shape or dtype alone.
-LIKE_ANOTHER = frozenset("type_as to view_as reshape_as".split())
 _bodies: dict[Any, Callable[..., Any]] = {}
 
 
@@ -103,14 +92,24 @@ class Tracer(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = name_of(func)
-        if name in READS or not self.active or peek_interpreter_stack() is not None:
+        kind = recall.kind_of(func)
+        if kind == recall.READ or not self.active or peek_interpreter_stack() is not None:
             return func(*args, **kwargs)
+        tensors, key = self.tensors, None
+        if kind != recall.UNKNOWN and self.accumulator.batch is not None:
+            key = recall.key_of(tensors, func, kind, args, kwargs)
+            known = None if key is None else recall.known(key)
+            if known is not None:
+                out = func(*args, **kwargs)
+                if not recall.mark(tensors, known, out):
+                    op = Operation(name_of(func), func, args, kwargs, [])
+                    self._follow(op, list(op.tensors()), out)
+                return out
+        name = name_of(func)
         if name == "backward" or func is torch.autograd.grad:
             return self._backward(func, args, kwargs)
-        tensors = self.tensors
         operands = list(tensors_in((*args, *kwargs.values())))
-        if name in LIKE_ANOTHER and len(operands) > 1:
+        if name in recall.LIKE_ANOTHER and len(operands) > 1:
             operands = operands[:1]
         if hasattr(func, "original") and isinstance(args[0], nn.Module):
             operands += args[0].parameters()
@@ -138,6 +137,8 @@ class Tracer(TorchFunctionMode):
         before = None if view is None else tensors.state(view)
         out = func(*args, **kwargs)
         self._follow(op, operands, out)
+        if key is not None:
+            recall.remember(tensors, key, operands, out)
         if view is not None and self.accumulator.batch is not None:
             tensors.write_through(view, before)
         accumulator = self.accumulator
@@ -351,8 +352,9 @@ class Tracer(TorchFunctionMode):
         needs_batch = registration is not None and registration.needs_batch and len(parameters) < len(operands)
         if needs_batch and self.accumulator.batch is None:
             raise errors.unknown_batch(tensors.records(parameters)[0].described)
+        own = {id(p) for p in parameters}
         for t in operands:
-            if any(t is p for p in parameters):
+            if id(t) in own:
                 continue
             state = tensors.state(t)
             if isinstance(state, SampleLayout):
@@ -391,8 +393,7 @@ class Tracer(TorchFunctionMode):
             return self._enter(op)
         if registration is not None:
             out = registration.handler(tensors, op)
-            sure = without_guesses(op.samples)
-            if out is NotImplemented and 0 < len(sure) < len(op.samples):
+            if out is NotImplemented and 0 < len(sure := without_guesses(op.samples)) < len(op.samples):
                 out = registration.handler(tensors, op.of(sure))
             if out is not NotImplemented:
                 return out

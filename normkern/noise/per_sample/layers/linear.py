@@ -32,7 +32,7 @@ class LinearContribution(Contribution):
     g_norms: Callable[[], Tensor] | None = None  #: of T = 1: the squared norms of g, where the bias needs them too
 
     def __post_init__(self) -> None:
-        self.batch = len(self.a)
+        self.batch = self.a.shape[0]
 
     def sums(self, squares: bool) -> Sums:
         return Sums(*kernels.outer(self.a, self.g, squares, self.g_norms)).reshape(self.shape)
