@@ -45,6 +45,7 @@ try:
     from .optim.sgd import SGD
     from .optim.step_stats import StepStats
     from .optim.svag import SVAG, svag_combine_
+    from .optim.updates import apply_updates_
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
 except Exception as _error:
     # `python -m normkern` imports the package before its command line can print anything: a sentence is more useful
@@ -81,6 +82,7 @@ __all__ = [
     "StepStats",
     "SvagSchedule",
     "__version__",
+    "apply_updates_",
     "halves",
     "invariance",
     "library",

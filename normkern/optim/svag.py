@@ -20,7 +20,7 @@ from .corrected_decay import with_decay_of_step
 from .dtensor import is_dtensor, sum_over_shards
 from .group_step import Scaler
 from .low_precision import PRECISION
-from .options import At, number
+from .options import NORM, At, number
 from .pair import Pair
 from .pair_writes import ClippedPairs, SecondGradient, warn_of_clipped_pairs, writes
 from .run_state import SgdState, scaler_attribute
@@ -104,7 +104,7 @@ class SVAG(SGD):
 
     _run: SvagState
     _run_state = SvagState
-    _own_options = ("stats", "decay", *PRECISION, "l", "momentum_scaling")
+    _own_options = ("stats", "decay", NORM, *PRECISION, "l", "momentum_scaling")
 
     def __init__(
         self,
@@ -479,6 +479,11 @@ def _has_none(entries: list[Any]) -> bool:
 def _check_own(group: dict[str, Any], where: str) -> None:
     ops.check_l(group["l"], where)
     _check_scaling(group["momentum_scaling"], where)
+    if group.get(NORM) is not None:
+        raise ValueError(
+            f"{where}: norm expected None, as the equation that SVAG follows is that of steps whose norm is free, got "
+            f"{group[NORM]!r}"
+        )
 
 
 def _check_scaling(scaling: object, where: str) -> None:
