@@ -572,11 +572,14 @@ constexpr Op kOps[] = {
 // bfloat16 and float16 come out the same with or without FMA hardware, and no float's square leaves the range.
 struct StepSums {
   enum Column { weight_sq, grad_sq, weight_grad_dot, update_sq, weight_update_dot, count };
-  template <class D> static NK_HD void add(D* s, D w, D g, D w_new) { add_update(s, w, g, w_new - w); }
-  template <class D> static NK_HD void add_update(D* s, D w, D g, D u) {
-    s[weight_sq] = fma(w, w, s[weight_sq]);
+  template <class D> static NK_HD void add(D* s, D w, D g, D w_new) {
+    add_direction(s, w, w_new - w);
     s[grad_sq] = fma(g, g, s[grad_sq]);
     s[weight_grad_dot] = fma(w, g, s[weight_grad_dot]);
+  }
+  // Those without g, of any u.
+  template <class D> static NK_HD void add_direction(D* s, D w, D u) {
+    s[weight_sq] = fma(w, w, s[weight_sq]);
     s[update_sq] = fma(u, u, s[update_sq]);
     s[weight_update_dot] = fma(w, u, s[weight_update_dot]);
   }

@@ -120,7 +120,7 @@ NK_HD void step(const StepNumbers<Rule, kMeasure, Side<R, N>>& c, const At& t, L
   if constexpr (Rule::traits.sums_direction) direction = Rule::direction(c.rule, grad, state);
   for (int k = 0; k < N / kLanes; k++) {
     if constexpr (Rule::traits.sums_direction)
-      StepSums::add_update(s, eight_doubles(w_old, k), eight_doubles(grad, k), eight_doubles(direction, k));
+      StepSums::add_direction(s, eight_doubles(w_old, k), eight_doubles(direction, k));
     else if constexpr (kMeasure != Measure::nothing)
       StepSums::add(s, eight_doubles(w_old, k), eight_doubles(grad, k), eight_doubles(w_new, k));
     if constexpr (kMeasure == Measure::pair)

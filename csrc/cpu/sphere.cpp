@@ -14,13 +14,16 @@ constexpr int kOwn = StepSums::count;
 // for all threads. A larger tensor runs alone.
 constexpr int64_t kTogether = 8 * kChunk;
 
+// Short rows whose first passes run together: four streams of so many floats stay in L1.
+constexpr int64_t kInL1 = 2048, kMostNorms = 64;
+
 int64_t size_of_norm(const KeptTensor& t) { return t.whole.size / t.slots; }
 
-// The first pass over a part: writes the state, and its sums.
-void advance(const KeptTensor& t, int64_t begin, int64_t size, double* sums) {
+// The first pass over a part: writes the state, and the sums of each norm or part of one, kOwn apart.
+void advance(const KeptTensor& t, int64_t begin, int64_t size, double* sums, int64_t slot_size) {
   Chunk c = part_of(t.whole, begin, size);
   c.rounds_at_random = false;  // that is of the weights, which are not written
-  c.sums = sums, c.columns = kOwn, c.slot_size = size;
+  c.sums = sums, c.columns = kOwn, c.slot_size = slot_size;
   const Isa& isa = table();
   const int direction = direction_of(c.rule);
   (is_mixed(c) ? isa.advance_mixed[direction] : isa.advance[direction][(int)c.dtype])(c);
@@ -56,21 +59,27 @@ struct Piece {
   int64_t partial = -1;  // where its sums are, among partial ones; -1: they are those of whole slots of statistics
 };
 
-// All norms of a piece, each in two passes.
+// All norms of a piece, some at a time: the first pass over them, then the second over each.
 void run_norms(const Piece& piece, double* partial) {
   const KeptTensor& t = *piece.of;
-  const int64_t size = size_of_norm(t);
-  for (int64_t at = piece.begin; at < piece.begin + piece.size; at += size) {
-    double sums[kOwn];
-    advance(t, at, size, sums);
-    const Turn by = turn_of(t, at / size, sums);
-    if (!t.whole.sums) {
-      turn(t, at, size, by, nullptr, size);
-    } else if (partial) {
-      turn(t, at, size, by, sums, size);
-      add(partial, sums);
-    } else {
-      turn(t, at, size, by, row_of(t, at), std::min(size, t.whole.slot_size));
+  const int64_t size = size_of_norm(t), end = piece.begin + piece.size;
+  // What strided memory is gathered into holds no whole rows.
+  const int64_t most = t.whole.strided ? 1 : std::clamp<int64_t>(kInL1 / size, 1, kMostNorms);
+  for (int64_t at = piece.begin; at < end;) {
+    double sums[kMostNorms * kOwn];
+    const int64_t count = std::min(most, (end - at) / size);
+    advance(t, at, count * size, sums, size);
+    for (int64_t k = 0; k < count; k++, at += size) {
+      const Turn by = turn_of(t, at / size, sums + k * kOwn);
+      if (!t.whole.sums) {
+        turn(t, at, size, by, nullptr, size);
+      } else if (partial) {
+        double own[kOwn];
+        turn(t, at, size, by, own, size);
+        add(partial, own);
+      } else {
+        turn(t, at, size, by, row_of(t, at), std::min(size, t.whole.slot_size));
+      }
     }
   }
 }
@@ -121,7 +130,7 @@ class Together {
     sums_.assign(first_.size() * kOwn, 0.0);
     parallel_for_each((int64_t)first_.size(), on_pool_, [&](int64_t i) {
       const Piece& p = first_[i];
-      advance(*p.of, p.begin, p.size, &sums_[i * kOwn]);
+      advance(*p.of, p.begin, p.size, &sums_[i * kOwn], p.size);
     });
     for (size_t i = 0; i < first_.size();) {
       const Piece& p = first_[i];

@@ -125,9 +125,9 @@ def sgd_(
             stored=(state_dtype, rounding, masters, norm),
         )  # fmt: skip
     params, grads = list(params), list(grads)
-    for name, given in (("held", held), ("gauge", gauge)):
-        if norm is not None and given is not None:
-            raise ValueError(f"sgd_: {name} expected None with norm, got {type(given).__name__}")
+    for name, x in (("held", held), ("gauge", gauge)):
+        if norm is not None and x is not None:
+            raise ValueError(f"sgd_: {name} expected None with norm, got {type(x).__name__}")
     buffers: list[Tensor | None] | None = None
     first: list[int] = []
     if (momentum != 0 if gauge is None else gauge.has_buffer) and momentum_buffers is not None:

@@ -189,8 +189,9 @@ class GroupStep:
                 converted = precision.convert(params, self.grads, self.entries[key])
                 self.created += [(params[i], key, self.entries[key][i]) for i in converted]
         if self.sphere is not None:
-            self.radii, new = self.sphere.radii(params, self.grads, self.masters, self.state)
-            self.created += [(params[i], RADIUS, self.radii[i]) for i in new]
+            radii, new = self.sphere.radii(params, self.grads, self.masters, self.state)
+            self.radii = radii
+            self.created += [(params[i], RADIUS, radii[i]) for i in new]
         refused = self._add(
             params, grads, self.entries, self._unwritten(missing), held=None if pair is None else pair.held,
             masters=self.masters, lr_multipliers=self.multipliers, first_parameter=self.row, radii=self.radii,

@@ -56,13 +56,13 @@ class GroupSphere:
 
     def radii(
         self, params: list[Any], grads: list[Any], masters: list[Any] | None, state: Any
-    ) -> tuple[list[Tensor | None], list[int]]:
+    ) -> tuple[list[Any], list[int]]:
         """Return the radius of every parameter that has a gradient, and which of them are new.
 
         Raises:
             ValueError: a weight has no norm to keep; the radius in the state is another group's.
         """
-        radii: list[Tensor | None] = [None] * len(params)
+        radii: list[Any] = [None] * len(params)
         new = []
         for i, (p, g) in enumerate(zip(params, grads, strict=True)):
             if g is None:
