@@ -351,7 +351,6 @@ def test_the_norm_may_be_switched_on_and_off():
         opt.step()
 
 
-ROW = {"norm": "keep_rows"}
 REFUSED = {
     "unknown": ("SGD", {"norm": "keeps"}, "norm expected None, \"keep\" or \"keep_rows\", got 'keeps'; did you mean"),
     "lr": ("SGD", {"lr": 1.0}, "lr expected a number of at least 0 and below 1 with norm="),
@@ -420,6 +419,67 @@ def test_constructors_and_groups_refuse():
     saved["param_groups"][0]["norm"] = 3
     with pytest.raises(ValueError, match=r"SGD.load_state_dict: param_groups\[0\]: norm expected .*got 3"):
         normkern.SGD(w).load_state_dict(saved)
+
+
+def test_shards_of_fsdp1_are_refused(monkeypatch):
+    import torch.distributed.fsdp
+
+    from normkern.optim import partitions
+
+    monkeypatch.setattr(partitions, "several_processes", lambda: True)
+    flat = nn.Parameter(torch.ones(6))
+    flat._is_flat_param = True
+    opt = normkern.AdamW([flat], norm="keep")
+    flat.grad = torch.randn(6)
+    with pytest.raises(
+        RuntimeError, match="AdamW.step: the parameters are shards of FullyShardedDataParallel, .* norm="
+    ):
+        opt.step()
+    assert flat.detach().eq(1).all()
+    opt.param_groups[0]["norm"] = None
+    opt.step()
+
+
+@both
+@pytest.mark.parametrize("radius", [None, 2.0])
+def test_updates_on_other_devices_take_torchs_operations(monkeypatch, norm, radius):
+    from normkern.optim import updates
+
+    w, u = [torch.randn(4, 5), torch.randn(3, 2)], [torch.randn(4, 5), torch.randn(3, 2)]
+    results = []
+    for elsewhere in (False, True):
+        monkeypatch.setattr(updates, "_lies_elsewhere", lambda *_, x=elsewhere: x)
+        got = [x.clone() for x in w]
+        table = normkern.apply_updates_(got, u, lr=0.25, norm=norm, radius=radius, stats="row")
+        results.append([*got, table])
+        for weights, grads, text in (
+            ([torch.zeros(2, 3)], [torch.ones(2, 3)], "zero"),
+            ([torch.ones(2, 3)], [torch.ones(3, 2)], "shape"),
+            ([torch.ones(2, 3)], [], "0 entries but params has 1"),
+        ):
+            if radius is None or text != "zero":
+                with pytest.raises(ValueError, match=f"apply_updates_: .*{text}"):
+                    normkern.apply_updates_(weights, grads, lr=0.25, norm=norm, radius=radius)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_under_a_dispatch_mode_takes_torchs_operations():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    for kind in ("SGDH", "AdamH"):
+        params, opt = make(kind, "keep_rows", torch.float64, shapes=[(6, 5)])
+        twins, other = make(kind, "keep_rows", torch.float64, shapes=[(6, 5)])
+        for t in range(3):
+            give_gradients(params, twins, seed=t)
+            opt.step()
+            with Watch():
+                other.step()
+        torch.testing.assert_close(params[0].detach(), twins[0].detach(), rtol=1e-12, atol=1e-13)
 
 
 def test_monitors_refuse():
