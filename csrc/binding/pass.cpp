@@ -282,7 +282,8 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
   std::vector<int> refused;
   for (int i = 0; i < n; i++) {
     begin_parameter();
-    Given given{item(lists.params, i), item(lists.grads, i), {}, nullptr, nullptr, nullptr, nullptr, is_first[i], reading_};
+    Given given{
+        item(lists.params, i), item(lists.grads, i), {}, nullptr, nullptr, nullptr, nullptr, is_first[i], reading_};
     const bool skipped = given.grad == Py_None;
     const View* w = skipped ? nullptr : read(given.param, true);
     const int64_t count = slots_of(given.param, w, group.stats);

@@ -35,8 +35,8 @@ struct Traits {
   bool writes_w = true;
   int buffers = 0;  // of state that it writes
   bool reads_buffers = false;
-  bool is_gauged = false;                  // weights stand for others: see gauge.h
-  bool keeps_norm = false;                 // runs as two passes: see "On a sphere"
+  bool is_gauged = false;   // weights stand for others: see gauge.h
+  bool keeps_norm = false;  // runs as two passes: see "On a sphere"
   bool writes_buffers = true, reads_grad = true;
   bool sums_direction = false;             // in place of the update
   bool has_sums = true, has_plain = true;  // whether an op runs it with statistics, and without
@@ -412,10 +412,10 @@ struct Welford {
 //     c = eta R/|u|,  a = R/sqrt(|w|^2 - 2c <w,u> + c^2 |u|^2),  w' = w + ((a-1) w - a c u)
 // Both take u from the state as it is stored, so that what its type rounds away costs no norm.
 
-// A direction: Traits, First, Coefficients as a rule has them, and
-//   advance(coefficients, g, state)    updates the state, an array; g is read
-//   of(coefficients, g, state)         u, of the state after that
-// `Later` is the one whose `of` it shares.
+// A direction declares Traits, First and Coefficients as a rule does, and
+//   advance(coefficients, g, state)    updates the array of state buffers; g is read
+//   of(coefficients, g, state)         returns u, of the state after that
+//   using Later                        the direction whose `of` it shares
 struct SgdDirection {
   static constexpr Traits traits = Traits::step().on_sphere();
   using First = SgdDirection;
@@ -599,8 +599,8 @@ struct StepSums {
   }
 };
 
-// Of the sums of a first pass on a sphere, u its direction. No finite u, and no w, has a turn: its numbers are NaN or
-// infinite. A zero u leaves the direction of w.
+// Makes the turn from the sums of the first pass, u being its direction. A u or w that is not finite makes both numbers
+// NaN. A zero u leaves the direction of w.
 NK_HD Turn turn_of(const double* s, double radius, double lr) {
   const double u = s[StepSums::update_sq], c = u == 0 ? 0 : lr * radius / sqrt(u), by = u == 0 ? 0 : lr * radius;
   const double a = radius / sqrt(s[StepSums::weight_sq] - 2 * c * s[StepSums::weight_update_dot] + by * by);

@@ -38,7 +38,7 @@ struct Hyper {
   double share = 0;                 // 1/n, of Welford's update
   double beta1 = 0, beta2 = 0, eps = 0;
   bool nesterov = false, maximize = false;
-  bool decoupled = false;  // weight decay is no part of the gradient
+  bool decoupled = false;                   // weight decay is no part of the gradient
   bool keeps_norm = false, by_row = false;  // of the tensor, or of each row
   bool is_gauged = false;
   GaugeStep gauge{};  // of the gauged rules, which need no lr, momentum, dampening or weight_decay

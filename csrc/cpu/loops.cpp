@@ -85,8 +85,8 @@ template <class Rule, Measure kMeasure, class R> struct StepNumbers {
   R unkeep;  // of a gauged rule
 
   static StepNumbers from(const Chunk& c) {
-    return {coefficients<Rule, R>(*c.hyper, kMeasure == Measure::pair, c.numbers, c.turn), PairCoefficients<R>::from(*c.hyper),
-            (R)c.hyper->gauge.unkeep};
+    return {coefficients<Rule, R>(*c.hyper, kMeasure == Measure::pair, c.numbers, c.turn),
+            PairCoefficients<R>::from(*c.hyper), (R)c.hyper->gauge.unkeep};
   }
   template <int N> NK_HD StepNumbers<Rule, kMeasure, Side<R, N>> side_by_side() const {
     using S = Side<R, N>;
@@ -304,7 +304,7 @@ template <class Rule> void mixed(const Chunk& c) {
   Mixed<Rule, Measure::nothing>(c, nullptr).run();
 }
 
-// ---- On a sphere -----------------------------------------------------------------------------------------------------
+// ---- On a sphere --------------------------------------------------------------------------------------------------
 
 template <class Direction> void advance_mixed(const Chunk& c) {
   Slots<kSums<Measure::step>> slots(c, false);

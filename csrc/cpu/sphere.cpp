@@ -96,8 +96,7 @@ void run_small(const KeptTensor* tensors, int64_t count, bool on_pool) {
   }
   std::vector<double> sums(partials * kOwn);
   const auto partial_of = [&](const Piece& p) { return p.partial < 0 ? nullptr : &sums[p.partial * kOwn]; };
-  parallel_for_each((int64_t)pieces.size(), on_pool,
-                    [&](int64_t i) { run_norms(pieces[i], partial_of(pieces[i])); });
+  parallel_for_each((int64_t)pieces.size(), on_pool, [&](int64_t i) { run_norms(pieces[i], partial_of(pieces[i])); });
   for (const Piece& p : pieces)
     if (const double* partial = partial_of(p)) add(row_of(*p.of, p.begin), partial);
 }
