@@ -31,7 +31,7 @@ TYPES = {
     "float | Tensor": "LrMultipliers.value()",
     "list[Any]": "params grads",
     "list[list[Any]] | None": "buffers",
-    "list[Any] | None": "held masters counts",
+    "list[Any] | None": "held masters counts radii",
     "tuple[str, ...]": "keys",
     "dict[str, int]": "shim",
     "dict[int, tuple[Any, Hyper]]": "Pass.hypers()",

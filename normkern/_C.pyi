@@ -63,6 +63,8 @@ class Hyper:
         beta2: float = 0.0,
         eps: float = 0.0,
         decoupled: bool = False,
+        keeps_norm: bool = False,
+        by_row: bool = False,
         gauge: GaugeStep | None = None,
         on_device: tuple[Tensor | None, ...] | None = None,
         rounding: tuple[int, int] | None = None,
@@ -88,6 +90,7 @@ class Pass:
         row: int | None = None,
         first_parameter: int = 0,
         counts: list[Any] | None = None,
+        radii: list[Any] | None = None,
     ) -> list[int]: ...
     def add_whole(
         self,

@@ -49,6 +49,7 @@ try:
     from .optim.step_stats import StepStats
     from .optim.svag import SVAG, svag_combine_
     from .optim.svag_adam import SVAGAdam, SVAGAdamW
+    from .optim.updates import apply_updates_
     from .schedules import TEXP, EquivalentExponentialLR, PowerDecayLR, SvagSchedule
 except Exception as _error:
     # `python -m normkern` imports the package before its command line can print anything: a sentence is more useful
@@ -89,6 +90,7 @@ __all__ = [
     "SvagSchedule",
     "__version__",
     "advise",
+    "apply_updates_",
     "compare_runs",
     "halves",
     "invariance",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .ops.sphere import radii_of
 from .ops.types import (
     LOW_PRECISION,
     NEW_GAUGE,
@@ -22,6 +23,7 @@ from .ops.types import (
     Buffers,
     Gauge,
     GaugeStep,
+    Norm,
     Rounding,
     Stats,
 )
@@ -51,6 +53,8 @@ def sgd_(
     state_dtype: torch.dtype | None = None,
     rounding: Rounding | None = None,
     masters: list[Tensor | None] | None = None,
+    norm: Norm = None,
+    radii: Sequence[Tensor | None] | None = None,
 ) -> Tensor | None:
     """`ops.sgd_`, one tensor and one operation at a time."""
     if found_inf is not None and found_inf.item() != 0:
@@ -78,7 +82,7 @@ def sgd_(
         d = -g if maximize else g
         if clip_coef is not None:
             d = d * clip_coef
-        if weight_decay != 0:
+        if weight_decay != 0 and norm is None:
             d = d + weight_decay * w
         u, v_new = d, None
         stored = None if momentum_buffers is None else momentum_buffers[i]
@@ -90,12 +94,17 @@ def sgd_(
             u = d + momentum * v_new if nesterov else v_new
         elif gauge is not None:
             v_new = v  # rests, in other units
-        w_new = w - (lr if lr_multipliers is None else lr * float(lr_multipliers[i])) * u
-        _store(p, w_new / new_scale, master, rounding, i)
+        eta = lr if lr_multipliers is None else lr * float(lr_multipliers[i])
+        w_new = w - eta * u
         if v_new is not None and momentum_buffers is not None:
             if stored is None:
                 stored = momentum_buffers[i] = torch.empty_like(p, dtype=state_dtype or p.dtype, requires_grad=False)
             stored.copy_(v_new if gauge is None else new_scale * (v_new - new_z * w_new))
+        if norm is not None:
+            if v_new is not None and stored is not None:  # the direction is that of the state as stored
+                u = d + momentum * stored.to(real) if nesterov else stored.to(real)
+            w_new = on_sphere(w, u, float(eta), norm, None if radii is None else radii[i])
+        _store(p, w_new / new_scale, master, rounding, i)
         if stats:
             sums = [step_sums(w_before, g, new_scale * (p if master is None else master).to(real), stats)]
             if pairs:
@@ -129,6 +138,8 @@ def adamw_(
     state_dtype: torch.dtype | None = None,
     rounding: Rounding | None = None,
     masters: list[Tensor | None] | None = None,
+    norm: Norm = None,
+    radii: Sequence[Tensor | None] | None = None,
 ) -> Tensor | None:
     """`ops.adamw_`, one tensor and one operation at a time."""
     if found_inf is not None and found_inf.item() != 0:
@@ -146,7 +157,7 @@ def adamw_(
         d = -g if maximize else g
         if clip_coef is not None:
             d = d * clip_coef
-        if weight_decay != 0 and not decoupled:
+        if weight_decay != 0 and not decoupled and norm is None:
             d = d + weight_decay * w
         eta = float(lr) * (1.0 if lr_multipliers is None else float(lr_multipliers[i]))
         m, v, t = exp_avgs[i], exp_avg_sqs[i], steps[i]
@@ -166,10 +177,48 @@ def adamw_(
             w_new = torch.where(w.isinf(), w_new, w_new - eta * float(weight_decay) * w)
         m.copy_(m_new)
         v.copy_(v_new)
+        if norm is not None:
+            root = v.to(real).sqrt() / math.sqrt(1 - float(beta2) ** t.item())
+            u = torch.where(m == 0, 0, m.to(real) / (root + eps))
+            w_new = on_sphere(w, u, eta, norm, None if radii is None else radii[i])
         _store(p, w_new, master, rounding, i)
         if stats:
             table.append(step_sums(w_before, g, (p if master is None else master).to(real), stats))
     return torch.cat(table) if stats else None
+
+
+def norms(w: Tensor, norm: Norm) -> Tensor:
+    """Return the norms that a step keeps, in float64: of no dimension, or (rows,)."""
+    dims = None if norm == "keep" else tuple(range(1, w.ndim))
+    length: Tensor = torch.linalg.vector_norm(w.detach().double(), dim=dims)
+    return length
+
+
+def on_sphere(w: Tensor, u: Tensor, lr: float, norm: Norm, radius: Tensor | None = None) -> Tensor:
+    """Return R N(w - lr R N(u)), N(x) = x/|x|, of the tensor or of each row; R is |w| without a radius; N(0) = 0."""
+
+    def along(x: Tensor) -> Tensor:
+        return x if norm == "keep" else x.view(-1, *[1] * (w.ndim - 1))
+
+    r = along(norms(w, norm) if radius is None else radius)
+    length = along(norms(u, norm))
+    moved = w.double() - torch.where(length == 0, 0, lr * r * u.double() / length)
+    return (r * moved / along(norms(moved, norm))).to(w.dtype)
+
+
+@torch.no_grad()
+def apply_updates_(
+    params: Sequence[Tensor],
+    updates: Sequence[Tensor | None],
+    *,
+    lr: float,
+    norm: Norm = "keep",
+    radius: float | Tensor | Sequence[float | Tensor | None] | None = None,
+    stats: Stats = None,
+) -> Tensor | None:
+    """`ops.apply_updates_`."""
+    radii = radii_of(radius, params, norm)
+    return sgd_(params, updates, lr=lr, stats=stats, norm=norm, radii=radii)
 
 
 def _master_of(p: Tensor, w: Tensor, masters: list[Tensor | None] | None, i: int) -> tuple[Tensor | None, Tensor]:

@@ -148,13 +148,13 @@ PYBIND11_MODULE(_C, m) {
              const py::object& buffers, const py::object& first, const GivenHyper& hyper, int stats, int group,
              const py::object& slots, const py::object& held, const py::object& masters,
              const LrMultipliers* lr_multipliers, std::optional<int64_t> row, uint32_t first_parameter,
-             const py::object& counts) {
-            return self.add(op, {params, grads, buffers, first, held, masters, slots, counts},
+             const py::object& counts, const py::object& radii) {
+            return self.add(op, {params, grads, buffers, first, held, masters, slots, counts, radii},
                             {hyper, Stats(stats), group, lr_multipliers, row, first_parameter});
           },
           "op"_a, "params"_a, "grads"_a, "buffers"_a, "first"_a, "hyper"_a, "stats"_a = 0, "group"_a = kNoGroup,
           "slots"_a = py::none(), "held"_a = py::none(), "masters"_a = py::none(), "lr_multipliers"_a = py::none(),
-          "row"_a = py::none(), "first_parameter"_a = 0, "counts"_a = py::none())
+          "row"_a = py::none(), "first_parameter"_a = 0, "counts"_a = py::none(), "radii"_a = py::none())
       .def(
           "add_whole",
           [](Pass& self, const std::string& op, const py::list& params, const py::object& state, const py::tuple& keys,

@@ -4,8 +4,8 @@
 
 namespace nk {
 
-// Entries of a parameter's state that a step reads: its buffers and the count of its steps.
-constexpr int kMostKeys = kMostBuffers + 1;
+// Entries of a parameter's state that a step reads: its buffers, the count of its steps, the norms that it keeps.
+constexpr int kMostKeys = kMostBuffers + 2;
 
 // One param group, read in order: p.grad and state.get(p, {}).get(key) of every key, at the speed of C. A state whose
 // entries come in the order of the parameters, as after the first step, is read without hashing a tensor.

@@ -86,7 +86,7 @@ void Pass::begin() {
 }
 
 void Pass::begin_parameter() {
-  constexpr size_t kMost = 5 + kMostBuffers;
+  constexpr size_t kMost = 6 + kMostBuffers;
   if (cached_.capacity() < reading_ + kMost) cached_.reserve(2 * (reading_ + kMost));
   changed_ = false;
 }
@@ -170,11 +170,13 @@ Operands Pass::operands_of(const Views& views, const Group& group, const Traits&
 bool Pass::take(const View* w, const Given& given, const Group& group, int i, int64_t slot, int64_t slot_count) {
   if (!w) return false;
   const Traits& traits = traits_of(group.rule);
-  Views views{w, read(given.grad, false), {}, nullptr, nullptr, nullptr};
+  Views views{w, read(given.grad, false), {}, nullptr, nullptr, nullptr, nullptr};
   for (int k = 0; k < traits.buffers; k++) views.v[k] = read(given.buffers[k], true);
   if (given.held) views.h = read(given.held, false);
   if (given.master) views.master = read(given.master, true);
   if (traits.counts_steps) views.count = read(given.count, true);
+  const bool has_radius = traits.keeps_norm && given.radius && given.radius != Py_None;
+  if (has_radius) views.radius = read(given.radius, true);
 
   if (taken_ == operands_.size()) operands_.emplace_back();
   Operands& t = operands_[taken_];
@@ -189,9 +191,13 @@ bool Pass::take(const View* w, const Given& given, const Group& group, int i, in
   if (group.device_of_numbers && *group.device_of_numbers != w->device) return false;
   if (slot_count > 0 && !measures_on(w->device, given.param)) return false;
   if (!is_as_before) t = operands_of(views, group, traits, given, i);
+  Job job{};
+  if (traits.keeps_norm && !take_norms(*w, views, given, group, i, job)) {
+    t.param = nullptr;
+    return false;
+  }
   taken_++;
 
-  Job& job = jobs_.emplace_back();
   job.hyper = (int)hypers_.size() - 1, job.rule = given.first ? kRules.first[(int)group.rule] : group.rule;
   job.slot = slot, job.slot_count = slot_count, job.by_row = group.stats == Stats::row, job.row = first_row_ + i;
   if (group.lr_multipliers) job.numbers.of_lr = group.lr_multipliers->at(i, w->device);
@@ -208,12 +214,34 @@ bool Pass::take(const View* w, const Given& given, const Group& group, int i, in
   job.param = given.param;
   job.rounds_at_random = hypers_.back().rounding.is_random && w->dtype == DType::bf16;
   job.parameter = group.first_parameter + (uint32_t)i;
+  jobs_.push_back(job);
   has_pairs_ = has_pairs_ || t.has_h;
   has_cuda_ = has_cuda_ || w->device != kCpu;
   if (given.master) written_.push_back(given.master);
   for (int k = 0; k < t.buffers; k++) written_.push_back(given.buffers[k]);
   if (traits.writes_w) written_.push_back(given.param);
   return true;
+}
+
+bool Pass::take_norms(const View& w, const Views& views, const Given& given, const Group& group, int i,
+                      Job& job) const {
+  if (w.device != kCpu) return false;
+  job.norms = hypers_.back().by_row ? w.rows() : 1;
+  if (given.radius && given.radius != Py_None) {
+    const View* r = views.radius;
+    if (!r || r->dtype != DType::f64 || r->device != kCpu || !r->dense || r->numel != job.norms)
+      throw py::value_error(where(group.op, group.index) + ": the radius of " + group.op.w + "[" + std::to_string(i) +
+                            "] expected " + std::to_string(job.norms) + " dense float64 on the CPU, got " +
+                            (r ? shape_text(*r) + " " : "") + describe(given.radius) +
+                            (group.index < 0 ? "" : "; to keep the norms of now, delete 'radius' from its state"));
+    job.radii = static_cast<const double*>(r->data);
+    return true;
+  }
+  const int64_t zero = w.numel == 0 ? -1 : zero_slot(w, job.norms);
+  if (zero < 0) return true;
+  throw py::value_error(where(group.op, group.index) + ": " + group.op.w + "[" + std::to_string(i) + "] " +
+                        (job.norms > 1 ? "has a row of zeros, " + std::to_string(zero) : "is zero") +
+                        ", which has no norm to keep; expected weights that are not all zero, or norm=None");
 }
 
 std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const GroupCall& call) {
@@ -229,7 +257,7 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
   };
   check_length(op, call.group, op.g, lists.grads.size(), n);
   for (const py::list& list : {lists.params, lists.grads}) owned_.push_back(list);
-  py::list buffers[kMostBuffers], held, masters, counts;
+  py::list buffers[kMostBuffers], held, masters, counts, radii;
   if (buffer_count > 0) {
     if (lists.buffers.is_none())
       throw py::value_error(where(op, call.group) + ": " + op.why_state + "expected " + op.buffers[0] + ", got None");
@@ -245,6 +273,7 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
     if (lists.counts.is_none()) throw py::value_error(where(op, call.group) + ": expected " + op.counts + ", got None");
     counts = keep(lists.counts, op.counts);
   }
+  if (!lists.radii.is_none()) radii = keep(lists.radii, "radii");
   std::vector<bool> is_first(n, false);
   if (!lists.first.is_none())
     for (py::handle i : lists.first) is_first.at(i.cast<int>()) = true;
@@ -253,7 +282,8 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
   std::vector<int> refused;
   for (int i = 0; i < n; i++) {
     begin_parameter();
-    Given given{item(lists.params, i), item(lists.grads, i), {}, nullptr, nullptr, nullptr, is_first[i], reading_};
+    Given given{
+        item(lists.params, i), item(lists.grads, i), {}, nullptr, nullptr, nullptr, nullptr, is_first[i], reading_};
     const bool skipped = given.grad == Py_None;
     const View* w = skipped ? nullptr : read(given.param, true);
     const int64_t count = slots_of(given.param, w, group.stats);
@@ -264,6 +294,7 @@ std::vector<int> Pass::add(const std::string& op_name, const Lists& lists, const
     if (!lists.held.is_none() && item(held, i) != Py_None) given.held = item(held, i);
     if (!lists.masters.is_none() && item(masters, i) != Py_None) given.master = item(masters, i);
     if (traits_of(group.rule).counts_steps) given.count = item(counts, i);
+    if (!lists.radii.is_none()) given.radius = item(radii, i);
     if (!take(w, given, group, i, slot, count)) refused.push_back(i);
   }
   return refused;
@@ -291,10 +322,12 @@ bool Pass::add_whole(const std::string& op, const py::list& params, const py::ob
   for (int i = 0; i < n; i++) {
     begin_parameter();
     Gather::Entry entry = gather.next();
-    Given given{item(params, i), entry.grad.ptr(), {}, nullptr, nullptr, nullptr, false, reading_};
-    const int buffers = traits_of(group.rule).buffers;
+    Given given{item(params, i), entry.grad.ptr(), {}, nullptr, nullptr, nullptr, nullptr, false, reading_};
+    const Traits& traits = traits_of(group.rule);
+    const int buffers = traits.buffers;
     for (int k = 0; k < buffers; k++) given.buffers[k] = entry.values[k];
-    if (traits_of(group.rule).counts_steps) given.count = entry.values[buffers];
+    if (traits.counts_steps) given.count = entry.values[buffers];
+    if (traits.keeps_norm) given.radius = entry.values[buffers + traits.counts_steps];
     const bool skipped = entry.grad.is_none();
     const View* w = skipped ? nullptr : read(given.param, true);
     const int64_t count = slots_of(given.param, w, group.stats);
@@ -396,8 +429,8 @@ Strided Pass::strided_of(const Operands& t) const {
 
 int Pass::last_round() const { return rounds_.empty() ? 0 : *std::max_element(rounds_.begin(), rounds_.end()); }
 
-Chunk& Pass::add_whole_tensor(std::vector<Chunk>& to, const Operands& t, const Job& job) const {
-  Chunk& c = to.emplace_back();
+Chunk Pass::whole_tensor(const Operands& t, const Job& job) const {
+  Chunk c{};
   c.w = t.w.data, c.g = t.g.data, c.h = t.has_h ? t.h.data : nullptr;
   for (int k = 0; k < t.buffers; k++) c.v[k] = t.v[k].data, c.v_dtype[k] = t.v[k].dtype;
   c.size = t.w.numel, c.columns = columns(), c.hyper = &hypers_[job.hyper], c.rule = job.rule;
@@ -405,6 +438,9 @@ Chunk& Pass::add_whole_tensor(std::vector<Chunk>& to, const Operands& t, const J
   c.master = t.master ? static_cast<float*>(t.master->data) : nullptr;
   c.rounds_at_random = job.rounds_at_random, c.parameter = job.parameter, c.numbers = job.numbers;
   return c;
+}
+Chunk& Pass::add_whole_tensor(std::vector<Chunk>& to, const Operands& t, const Job& job) const {
+  return to.emplace_back(whole_tensor(t, job));
 }
 
 // Cuts one parameter into chunks, each with the place where its sums go.
@@ -418,15 +454,10 @@ void Pass::cut(const Operands& t, const Job& job, double* table) {
     strided = &strided_.back();
   }
   const auto chunk = [&](int64_t begin, int64_t size, int64_t slot_size, double* sums) {
-    const int64_t skipped = dense ? begin : 0;
     Chunk& c = add_whole_tensor(chunks_, t, job);
-    c.strided = strided, c.begin = begin, c.size = size, c.slot_size = slot_size, c.sums = sums;
-    if (skipped == 0) return;
-    c.w = static_cast<char*>(c.w) + skipped * w.item();
-    c.g = static_cast<const char*>(c.g) + skipped * w.item();
-    for (int k = 0; k < t.buffers; k++) c.v[k] = static_cast<char*>(c.v[k]) + skipped * t.v[k].item();
-    if (c.h) c.h = static_cast<const char*>(c.h) + skipped * w.item();
-    if (c.master) c.master += skipped;
+    c.strided = strided;
+    c = part_of(c, begin, size);
+    c.slot_size = slot_size, c.sums = sums;
   };
   const auto cut_slot = [&](int64_t begin, int64_t size, double* out) {
     const int64_t parts = pieces(size);
@@ -454,6 +485,23 @@ void Pass::cut(const Operands& t, const Job& job, double* table) {
     for (int64_t r = 0; r < job.slot_count; r += rows)
       chunk(r * row, std::min(rows, job.slot_count - r) * row, row, out + r * columns);
   }
+}
+
+// One whole parameter of a rule that keeps norms.
+KeptTensor Pass::kept_tensor(const Operands& t, const Job& job, double* table) {
+  const bool by_row = table && this->by_row(job);
+  KeptTensor kept{whole_tensor(t, job), job.norms, job.radii};
+  Chunk& c = kept.whole;
+  if (!runs_dense(t, job, by_row || job.norms > 1) || t.copies_first) {
+    strided_.push_back(strided_of(t));
+    c.strided = &strided_.back();
+  }
+  if (!table || !job.slot_count) return kept;
+  c.sums = table + job.slot * c.columns;
+  c.slot_size = by_row ? c.size / job.slot_count : c.size;
+  for (int64_t r = 0; r < job.slot_count; r++)
+    std::fill(c.sums + r * c.columns, c.sums + r * c.columns + own_columns(t), 0.0);
+  return kept;
 }
 
 int64_t Pass::scratch_rows() const {
@@ -546,13 +594,21 @@ void Pass::run_on_cpu(double* sums) {
   pending_.clear();
   for (int round = 0, last = last_round(); round <= last; round++) {
     chunks_.clear();
-    for (size_t i = 0; i < operands_.size(); i++)
-      if (is_in(round, i) && operands_[i].w.device == kCpu) cut(operands_[i], jobs_[i], sums);
+    kept_.clear();
+    for (size_t i = 0; i < operands_.size(); i++) {
+      const Operands& t = operands_[i];
+      if (!is_in(round, i) || t.w.device != kCpu) continue;
+      if (!traits_of(jobs_[i].rule).keeps_norm || t.w.numel == 0)
+        cut(t, jobs_[i], sums);
+      else
+        kept_.push_back(kept_tensor(t, jobs_[i], sums));
+    }
     // The end of the gradients is what `sq_norms` has left in the caches.
     if (!clip_coefs_.empty()) std::reverse(chunks_.begin(), chunks_.end());
     std::optional<py::gil_scoped_release> released;
     if (coordinates > kReleaseGil) released.emplace();
     cpu::run(chunks_.data(), (int64_t)chunks_.size(), coordinates);
+    if (!kept_.empty()) cpu::run_on_sphere(kept_.data(), (int64_t)kept_.size(), coordinates);
   }
   // In the order of the chunks, whichever thread computed them: the sums do not depend on the number of threads.
   for (const Pending& p : pending_)

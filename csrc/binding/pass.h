@@ -50,6 +50,7 @@ class Pass {
     const py::object& masters;  // None, or the float32 copies of parameters, each None where there is none
     const py::object& slots;    // None, or where the slots of each parameter begin
     const py::object& counts;   // None, or tensors of one number: the steps that each parameter has taken
+    const py::object& radii;    // None, or tensors of the norms to keep, each None to keep those that are there
   };
 
   // Reads one group for the op of this name. Returns the positions that no kernel takes, untouched: the caller decides
@@ -102,12 +103,15 @@ class Pass {
     PyObject* param;  // borrowed
     bool rounds_at_random = false;
     uint32_t parameter = 0;
+    int64_t norms = 1;              // that are kept, of a rule that keeps them
+    const double* radii = nullptr;  // null: the norms that are there
   };
   // What is measured is measured on one device: the first's.
   bool measures_on(int device, PyObject* param);
   bool runs_dense(const Operands&, const Job&, bool by_row) const;
   Strided strided_of(const Operands&) const;
-  // As a chunk at the end of `to`: not measured, dense.
+  // As a chunk: not measured, dense; at the end of `to`.
+  Chunk whole_tensor(const Operands&, const Job&) const;
   Chunk& add_whole_tensor(std::vector<Chunk>& to, const Operands&, const Job&) const;
   bool by_row(const Job& job) const { return job.slot_count > 0 && job.by_row; }
   int own_columns(const Operands& t) const { return StepSums::count + (t.has_h ? PairSums::count : 0); }
@@ -139,12 +143,13 @@ class Pass {
     PyObject *param, *grad;
     PyObject* buffers[kMostBuffers];
     PyObject *held, *master, *count;  // null or None: none
+    PyObject* radius;                 // the same
     bool first;
     size_t first_read = 0;
   };
   // Their views as of now; null: no kernel takes the tensor, or there is none.
   struct Views {
-    const View *w, *g, *v[kMostBuffers], *h, *master, *count;
+    const View *w, *g, *v[kMostBuffers], *h, *master, *count, *radius;
   };
   // Returns false if no kernel takes it, and nothing was added.
   bool take(const View* w, const Given&, const Group&, int i, int64_t slot, int64_t slot_count);
@@ -152,9 +157,12 @@ class Pass {
   void count_steps_on_host();
   // Throws for shapes and memory that have no meaning.
   static Operands operands_of(const Views&, const Group&, const Traits&, const Given&, int i);
+  // Reads the norms that a step is to keep. Returns false if no kernel can; throws for weights without a norm.
+  bool take_norms(const View& w, const Views&, const Given&, const Group&, int i, Job&) const;
   // Where the slots of the next parameter begin, if they come one after another; the next ones begin behind them.
   int64_t next_slots(int64_t count, Stats);
   void cut(const Operands&, const Job&, double* table);
+  KeptTensor kept_tensor(const Operands&, const Job&, double* table);
 
   // Those of the last step stay: a parameter whose tensors are all as they were need not be checked again.
   std::vector<Operands> operands_;
@@ -181,6 +189,7 @@ class Pass {
   std::vector<int> rounds_, copies_first_;
 
   std::vector<Chunk> chunks_;
+  std::vector<KeptTensor> kept_;
   std::vector<Strided> strided_;
   std::vector<double> partials_;
   std::vector<Pending> pending_;

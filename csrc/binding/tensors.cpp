@@ -1,6 +1,8 @@
 // tensors.cpp - see tensors.h.
 #include "tensors.h"
 
+#include <cstring>
+
 namespace nk {
 
 Torch torch;
@@ -94,6 +96,32 @@ std::optional<Ids> view_ids(PyObject* object) {
   for (int d = t.ndim - 1; d >= 0; numel *= t.shape[d--]) dense = dense && (t.shape[d] == 1 || t.strides[d] == numel);
   if (numel > 0 && (!dense || !t.data)) return {};
   return Ids{reinterpret_cast<const int64_t*>(static_cast<char*>(t.data) + t.byte_offset), numel, *device};
+}
+
+int64_t zero_slot(const View& v, int64_t slots) {
+  const int64_t size = v.numel / slots;
+  const auto is_zero = [&](int64_t i) {
+    int64_t offset = i;
+    if (!v.dense || v.ndim > 1) {
+      offset = 0;
+      for (int d = v.ndim - 1; d >= 0; i /= v.shape[d--]) offset += i % v.shape[d] * v.strides[d];
+    }
+    const char* at = static_cast<const char*>(v.data) + offset * v.item();
+    return dispatch(v.dtype, [&](auto type) {
+      decltype(type) x;
+      std::memcpy(&x, at, sizeof x);
+      if constexpr (is_same<decltype(x), double> || is_same<decltype(x), float>)
+        return x == 0;
+      else
+        return widen(x) == 0;
+    });
+  };
+  for (int64_t slot = 0; slot < slots; slot++) {
+    int64_t i = slot * size;
+    while (i < (slot + 1) * size && is_zero(i)) i++;
+    if (i == (slot + 1) * size) return slot;
+  }
+  return -1;
 }
 
 bool same_shape(const View& a, const View& b) {

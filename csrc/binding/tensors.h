@@ -62,6 +62,10 @@ struct Ids {
 };
 std::optional<Ids> view_ids(PyObject* object);
 
+// The first of `slots` equal parts of a tensor, whole rows, that is zero; -1: none is. It reads up to the first number
+// of each that is not.
+int64_t zero_slot(const View&, int64_t slots);
+
 bool same_shape(const View&, const View&);
 bool same_strides(const View&, const View&);  // where the shape makes strides matter
 

@@ -37,6 +37,30 @@ struct Chunk {
   bool rounds_at_random = false;  // w, as hyper->rounding says; then coordinates are counted in row-major order
   uint32_t parameter = 0;         // the tensor's index in the optimizer
   TensorNumbers numbers;
+  Turn turn;  // of a second pass on a sphere
+};
+
+// The coordinates [begin, begin + size) of a chunk; its sums are left to the caller.
+[[maybe_unused]] static Chunk part_of(const Chunk& whole, int64_t begin, int64_t size) {
+  Chunk c = whole;
+  c.begin += begin, c.size = size;
+  if (c.strided || begin == 0) return c;
+  const int64_t bytes = begin * item_size(c.dtype);
+  c.w = static_cast<char*>(c.w) + bytes;
+  c.g = static_cast<const char*>(c.g) + bytes;
+  for (int k = 0; k < kMostBuffers; k++)
+    if (c.v[k]) c.v[k] = static_cast<char*>(c.v[k]) + begin * item_size(c.v_dtype[k]);
+  if (c.h) c.h = static_cast<const char*>(c.h) + bytes;
+  if (c.master) c.master += begin;
+  return c;
+}
+
+// A tensor whose norm, or that of each of its rows, a step keeps. `whole` has all of it; `sums` and `slot_size` there
+// are those of the statistics: one slot, or one for each row.
+struct KeptTensor {
+  Chunk whole;
+  int64_t slots;        // whose norms are kept
+  const double* radii;  // of each; null: the norms that they have
 };
 
 // Whether its streams differ in how they are stored.
@@ -159,6 +183,8 @@ bool select_isa(const char* name);            // false: not one of them
 
 // Any order, any thread; each chunk writes its own sums. `coordinates`: of all chunks together.
 void run(const Chunk* chunks, int64_t count, int64_t coordinates);
+// Two passes over each tensor or row, back to back. Sums of statistics are added to what is there.
+void run_on_sphere(const KeptTensor* tensors, int64_t count, int64_t coordinates);
 // |g|^2 of each chunk, of a pair that of its combination, in `sums`: in user units, before clipping.
 void sq_norms(const Chunk* chunks, int64_t count, int64_t coordinates);
 

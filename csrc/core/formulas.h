@@ -35,7 +35,10 @@ struct Traits {
   bool writes_w = true;
   int buffers = 0;  // of state that it writes
   bool reads_buffers = false;
-  bool is_gauged = false;                  // weights stand for others: see gauge.h
+  bool is_gauged = false;   // weights stand for others: see gauge.h
+  bool keeps_norm = false;  // runs as two passes: see "On a sphere"
+  bool writes_buffers = true, reads_grad = true;
+  bool sums_direction = false;             // in place of the update
   bool has_sums = true, has_plain = true;  // whether an op runs it with statistics, and without
 
   static constexpr Traits step() {
@@ -73,6 +76,26 @@ struct Traits {
     t.has_sums = false;
     return t;
   }
+  constexpr Traits on_sphere() const {
+    Traits t = *this;
+    t.keeps_norm = true, t.has_pairs = false;
+    return t;
+  }
+  constexpr Traits by_state_alone() const {  // its direction
+    Traits t = *this;
+    t.reads_grad = false;
+    return t;
+  }
+  constexpr Traits first_pass() const {
+    Traits t = *this;
+    t.writes_w = false, t.reads_grad = true, t.sums_direction = true;
+    return t;
+  }
+  constexpr Traits second_pass() const {
+    Traits t = *this;
+    t.writes_buffers = false;
+    return t;
+  }
   constexpr Traits only_sums() const {  // writes nothing else
     Traits t = *this;
     t.writes_w = t.has_plain = false;
@@ -80,18 +103,25 @@ struct Traits {
   }
 };
 
+// How a vector goes on along the sphere: see "On a sphere".
+struct Turn {
+  double grow = 0, move = 0;
+};
+
 // Numbers of one parameter of a call.
 struct OfTensor {
   double lr;           // times its multiplier
   double grad_factor;  // see Hyper
   Bias bias;
+  Turn turn;
 };
 
 template <class Rule, class R>
-NK_HD auto coefficients(const Hyper& h, bool is_pair, const TensorNumbers& numbers) {
+NK_HD auto coefficients(const Hyper& h, bool is_pair, const TensorNumbers& numbers, const Turn& turn = {}) {
   Bias bias{1, 1};
   if constexpr (Rule::traits.counts_steps) bias = numbers.count.value(h);
-  return Rule::template Coefficients<R>::from(h, OfTensor{h.lr * numbers.of_lr.value(), h.grad_factor(is_pair), bias});
+  return Rule::template Coefficients<R>::from(
+      h, OfTensor{h.lr * numbers.of_lr.value(), h.grad_factor(is_pair), bias, turn});
 }
 
 // One coordinate of any rule; `state` has as many numbers as it keeps buffers.
@@ -373,14 +403,126 @@ struct Welford {
   }
 };
 
+// ---- On a sphere ----------------------------------------------------------------------------------------------------
+//
+// Steps that keep |w| = R, of a tensor or of each of its rows (Hyperball, arXiv 2606.16899), u being the direction of
+// SGD or Adam, without learning rate and weight decay:
+//     w' = R N(w - eta R N(u)),  N(x) = x/|x|
+// In two passes and no third: the first writes the state and sums |w|^2, <w,u> and |u|^2, the second is, with
+//     c = eta R/|u|,  a = R/sqrt(|w|^2 - 2c <w,u> + c^2 |u|^2),  w' = w + ((a-1) w - a c u)
+// Both take u from the state as it is stored, so that what its type rounds away costs no norm.
+
+// A direction declares Traits, First and Coefficients as a rule does, and
+//   advance(coefficients, g, state)    updates the array of state buffers; g is read
+//   of(coefficients, g, state)         returns u, of the state after that
+//   using Later                        the direction whose `of` it shares
+struct SgdDirection {
+  static constexpr Traits traits = Traits::step().on_sphere();
+  using First = SgdDirection;
+  using Later = SgdDirection;
+  template <class R> using Coefficients = SgdCoefficients<R>;
+  template <class R> static NK_HD void advance(const SgdCoefficients<R>&, R, R*) {}
+  template <class R> static NK_HD R of(const SgdCoefficients<R>& c, R g, const R*) { return c.grad_factor * g; }
+};
+
+struct MomentumDirectionFirst;
+struct MomentumDirection {
+  static constexpr Traits traits = Traits::step().keeping(1).on_sphere().by_state_alone();
+  using First = MomentumDirectionFirst;
+  using Later = MomentumDirection;
+  template <class R> using Coefficients = SgdCoefficients<R>;
+  template <class R> static NK_HD void advance(const SgdCoefficients<R>& c, R g, R* v) {
+    v[0] = fma(c.momentum, v[0], c.one_minus_dampening * (c.grad_factor * g));
+  }
+  template <class R> static NK_HD R of(const SgdCoefficients<R>&, R, const R* v) { return v[0]; }
+};
+struct MomentumDirectionFirst : MomentumDirection {
+  static constexpr Traits traits = MomentumDirection::traits.first();
+  template <class R> static NK_HD void advance(const SgdCoefficients<R>& c, R g, R* v) { v[0] = c.grad_factor * g; }
+};
+
+struct NesterovDirectionFirst;
+struct NesterovDirection {
+  static constexpr Traits traits = Traits::step().keeping(1).on_sphere();
+  using First = NesterovDirectionFirst;
+  using Later = NesterovDirection;
+  template <class R> using Coefficients = SgdCoefficients<R>;
+  template <class R> static NK_HD void advance(const SgdCoefficients<R>& c, R g, R* v) {
+    MomentumDirection::advance(c, g, v);
+  }
+  template <class R> static NK_HD R of(const SgdCoefficients<R>& c, R g, const R* v) {
+    return fma(c.momentum, v[0], c.grad_factor * g);
+  }
+};
+struct NesterovDirectionFirst : NesterovDirection {
+  static constexpr Traits traits = NesterovDirection::traits.first();
+  template <class R> static NK_HD void advance(const SgdCoefficients<R>& c, R g, R* v) { v[0] = c.grad_factor * g; }
+};
+
+// m'/(sqrt(v')/sqrt(1-beta2^t) + eps); its factor 1/(1-beta1^t) does not turn it. Zero where m' is: without eps, 0/0.
+struct AdamDirection {
+  static constexpr Traits traits = Traits::step().keeping(2).counting().on_sphere().by_state_alone();
+  using First = AdamDirection;
+  using Later = AdamDirection;
+  template <class R> using Coefficients = AdamCoefficients<R>;
+  template <class R> static NK_HD void advance(const AdamCoefficients<R>& c, R g, R* state) {
+    const R d = c.grad_factor * g;
+    state[0] = fma(c.beta1, state[0], c.rest1 * d);
+    state[1] = fma(c.beta2, state[1], c.rest2 * d * d);
+  }
+  template <class R> static NK_HD R of(const AdamCoefficients<R>& c, R, const R* state) {
+    return zero_or(state[0], state[0] / fma(c.unbias, sqrt(state[1]), c.eps));
+  }
+};
+
+// The first pass, which sums u in place of the update.
+template <class Direction> struct Advance {
+  static constexpr Traits traits = Direction::traits.first_pass();
+  template <class R> using Coefficients = typename Direction::template Coefficients<R>;
+  template <class C, class R> static NK_HD void apply(const C& c, R&, R g, R* state) {
+    Direction::advance(c, g, state);
+  }
+  template <class C, class R> static NK_HD R direction(const C& c, R g, const R* state) {
+    return Direction::of(c, g, state);
+  }
+};
+
+template <class Direction, class R> struct TurnCoefficients {
+  typename Direction::template Coefficients<R> of_direction;
+  R grow, move;
+
+  static NK_HD TurnCoefficients from(const Hyper& h, const OfTensor& t) {
+    return {Direction::template Coefficients<R>::from(h, t), (R)t.turn.grow, (R)t.turn.move};
+  }
+  template <class S> NK_HD TurnCoefficients<Direction, S> broadcast() const {
+    return {of_direction.template broadcast<S>(), S::all(grow), S::all(move)};
+  }
+};
+
+// The second pass.
+template <class Direction> struct Turned {
+  static constexpr Traits traits = Direction::traits.second_pass();
+  template <class R> using Coefficients = TurnCoefficients<Direction, R>;
+  template <class C, class R> static NK_HD void apply(const C& c, R& w, R g, R* state) {
+    w = w + fma(c.grow, w, -(c.move * Direction::of(c.of_direction, g, state)));
+  }
+};
+
 // ---- The list that back ends instantiate their loops over -----------------------------------------------------------
 
 using Rules = List<Sgd, SgdMomentum, SgdMomentumFirst, SgdNesterov, SgdNesterovFirst, Gauged, GaugedMomentum,
                    GaugedMomentumFirst, Adam, SvagCombine, Difference, Welford>;
 
-// A position in Rules.
+// Those of the CPU's loops on a sphere.
+using Directions = List<SgdDirection, MomentumDirection, MomentumDirectionFirst, NesterovDirection,
+                        NesterovDirectionFirst, AdamDirection>;
+
+// A position in Rules, and behind them in Directions.
 enum class RuleId : uint8_t {};
-template <class Rule> constexpr RuleId id_of = (RuleId)position<Rule>(Rules{});
+template <class... A, class... B> constexpr List<A..., B...> joined(List<A...>, List<B...>) { return {}; }
+using AllRules = decltype(joined(Rules{}, Directions{}));
+template <class Rule> constexpr RuleId id_of = (RuleId)position<Rule>(AllRules{});
+[[maybe_unused]] static constexpr int direction_of(RuleId rule) { return (int)rule - Rules::size; }
 
 template <class... All> struct RuleTable {
   Traits traits[sizeof...(All)] = {All::traits...};
@@ -388,7 +530,7 @@ template <class... All> struct RuleTable {
 };
 template <class... All> constexpr RuleTable<All...> rule_table(List<All...>) { return {}; }
 // For the host's code.
-constexpr auto kRules = rule_table(Rules{});
+constexpr auto kRules = rule_table(AllRules{});
 [[maybe_unused]] static const Traits& traits_of(RuleId rule) { return kRules.traits[(int)rule]; }
 
 // ---- The ops over lists of tensors ----------------------------------------------------------------------------------
@@ -403,15 +545,19 @@ struct Op {
 };
 
 [[maybe_unused]] static RuleId sgd_rule(const Hyper& h) {
+  if (h.keeps_norm)
+    return h.momentum == 0 ? id_of<SgdDirection> : h.nesterov ? id_of<NesterovDirection> : id_of<MomentumDirection>;
   if (h.is_gauged) return h.gauge.has_buffer ? id_of<GaugedMomentum> : id_of<Gauged>;
   return h.momentum == 0 ? id_of<Sgd> : h.nesterov ? id_of<SgdNesterov> : id_of<SgdMomentum>;
 }
+[[maybe_unused]] static RuleId adam_rule(const Hyper& h) { return h.keeps_norm ? id_of<AdamDirection> : id_of<Adam>; }
 template <class Rule> static RuleId always(const Hyper&) { return id_of<Rule>; }
 
 constexpr Op kOps[] = {
     {"sgd_", "SGD", "params", "grads", {"momentum_buffers"}, "held", "masters", sgd_rule, "momentum is not 0, "},
-    {"adamw_", "AdamW", "params", "grads", {"exp_avgs", "exp_avg_sqs"}, "", "masters", always<Adam>, "", "steps"},
-    {"adam_", "Adam", "params", "grads", {"exp_avgs", "exp_avg_sqs"}, "", "masters", always<Adam>, "", "steps"},
+    {"adamw_", "AdamW", "params", "grads", {"exp_avgs", "exp_avg_sqs"}, "", "masters", adam_rule, "", "steps"},
+    {"adam_", "Adam", "params", "grads", {"exp_avgs", "exp_avg_sqs"}, "", "masters", adam_rule, "", "steps"},
+    {"apply_updates_", nullptr, "params", "updates", {}, "", "", sgd_rule},
     {"svag_combine_", nullptr, "grads_a", "grads_b", {}, "", "", always<SvagCombine>},
     {"pair_sums", nullptr, "grads_a", "grads_b", {}, "", "", always<Difference>},
     {"welford_", nullptr, "means", "samples", {"squares"}, "", "", always<Welford>},
@@ -427,10 +573,13 @@ constexpr Op kOps[] = {
 struct StepSums {
   enum Column { weight_sq, grad_sq, weight_grad_dot, update_sq, weight_update_dot, count };
   template <class D> static NK_HD void add(D* s, D w, D g, D w_new) {
-    const D u = w_new - w;
-    s[weight_sq] = fma(w, w, s[weight_sq]);
+    add_direction(s, w, w_new - w);
     s[grad_sq] = fma(g, g, s[grad_sq]);
     s[weight_grad_dot] = fma(w, g, s[weight_grad_dot]);
+  }
+  // Those without g, of any u.
+  template <class D> static NK_HD void add_direction(D* s, D w, D u) {
+    s[weight_sq] = fma(w, w, s[weight_sq]);
     s[update_sq] = fma(u, u, s[update_sq]);
     s[weight_update_dot] = fma(w, u, s[weight_update_dot]);
   }
@@ -449,6 +598,14 @@ struct StepSums {
     s[grad_sq] /= sq;
   }
 };
+
+// Makes the turn from the sums of the first pass, u being its direction. A u or w that is not finite makes both numbers
+// NaN. A zero u leaves the direction of w.
+NK_HD Turn turn_of(const double* s, double radius, double lr) {
+  const double u = s[StepSums::update_sq], c = u == 0 ? 0 : lr * radius / sqrt(u), by = u == 0 ? 0 : lr * radius;
+  const double a = radius / sqrt(s[StepSums::weight_sq] - 2 * c * s[StepSums::weight_update_dot] + by * by);
+  return {a - 1, a * c};
+}
 
 // What a pair of gradients sums besides, each after its unscaling:
 //     <g1,g2>, |g1-g2|^2, |g1|^2, |g2|^2

@@ -38,7 +38,8 @@ struct Hyper {
   double share = 0;                 // 1/n, of Welford's update
   double beta1 = 0, beta2 = 0, eps = 0;
   bool nesterov = false, maximize = false;
-  bool decoupled = false;  // weight decay is no part of the gradient
+  bool decoupled = false;                   // weight decay is no part of the gradient
+  bool keeps_norm = false, by_row = false;  // of the tensor, or of each row
   bool is_gauged = false;
   GaugeStep gauge{};  // of the gauged rules, which need no lr, momentum, dampening or weight_decay
   DeviceNumbers on_device{};
@@ -71,7 +72,9 @@ constexpr HyperNumber kHyperNumbers[] = {{"lr", &Hyper::lr, nullptr},
                                          {"beta1", &Hyper::beta1, nullptr},
                                          {"beta2", &Hyper::beta2, nullptr},
                                          {"eps", &Hyper::eps, nullptr},
-                                         {"decoupled", nullptr, &Hyper::decoupled}};
+                                         {"decoupled", nullptr, &Hyper::decoupled},
+                                         {"keeps_norm", nullptr, &Hyper::keeps_norm},
+                                         {"by_row", nullptr, &Hyper::by_row}};
 
 // x^n by squaring: the same bits on every back end, which a library's pow does not promise.
 NK_HD double power(double x, uint64_t n) {

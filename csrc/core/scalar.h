@@ -42,6 +42,10 @@ NK_HD uint32_t as_bits(float x) {
   return bits;
 }
 
+// y, or x where x is zero.
+NK_HD float zero_or(float x, float y) { return x == 0 ? x : y; }
+NK_HD double zero_or(double x, double y) { return x == 0 ? x : y; }
+
 // Storage types. Arithmetic on them happens in `Real<T>`: double for double, float for everything else.
 struct bf16 {
   uint16_t bits;

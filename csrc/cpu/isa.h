@@ -65,6 +65,11 @@ struct EmbeddingLoops {
 struct Isa {
   void (*run[3][Rules::size][kTypes])(const Chunk&);  // by Measure; null: no op runs the rule so
   void (*run_mixed[Rules::size])(const Chunk&);       // null: not a step
+  // On a sphere: the first pass, always with sums, and the second, without and with those of the step.
+  void (*advance[Directions::size][kTypes])(const Chunk&);
+  void (*turn[2][Directions::size][kTypes])(const Chunk&);
+  void (*advance_mixed[Directions::size])(const Chunk&);
+  void (*turn_mixed[Directions::size])(const Chunk&);
   void (*sq_norm[kTypes])(const Chunk&, bool is_gauged);
   const SumLoops* sums;
   const MomentLoops* moments;

@@ -85,8 +85,8 @@ template <class Rule, Measure kMeasure, class R> struct StepNumbers {
   R unkeep;  // of a gauged rule
 
   static StepNumbers from(const Chunk& c) {
-    return {coefficients<Rule, R>(*c.hyper, kMeasure == Measure::pair, c.numbers), PairCoefficients<R>::from(*c.hyper),
-            (R)c.hyper->gauge.unkeep};
+    return {coefficients<Rule, R>(*c.hyper, kMeasure == Measure::pair, c.numbers, c.turn),
+            PairCoefficients<R>::from(*c.hyper), (R)c.hyper->gauge.unkeep};
   }
   template <int N> NK_HD StepNumbers<Rule, kMeasure, Side<R, N>> side_by_side() const {
     using S = Side<R, N>;
@@ -106,15 +106,22 @@ NK_HD void step(const StepNumbers<Rule, kMeasure, Side<R, N>>& c, const At& t, L
     second = c.pair.second_scale * grad;
     grad = c.pair.combination(first, second);
   }
-  Side<R, N> w_new = w_old, state[kRoom<Rule>];
+  Side<R, N> w_new = w_old, state[kRoom<Rule>], direction;
   if constexpr (Rule::traits.reads_buffers)
     for (int k = 0; k < kBuffers; k++) state[k] = load(t.v[k], Width<N>{});
-  apply<Rule>(c.rule, w_new, grad, state);
+  if constexpr (Rule::traits.keeps_norm)
+    Rule::apply(c.rule, w_new, grad, state);
+  else
+    apply<Rule>(c.rule, w_new, grad, state);
   if constexpr (Rule::traits.writes_w) w_new = store(t.w, w_new);
   if constexpr (Rule::traits.is_gauged && kMeasure != Measure::nothing) w_new = c.unkeep * w_new;
-  for (int k = 0; k < kBuffers; k++) store(t.v[k], state[k]);
+  if constexpr (Rule::traits.writes_buffers)
+    for (int k = 0; k < kBuffers; k++) state[k] = store(t.v[k], state[k]);
+  if constexpr (Rule::traits.sums_direction) direction = Rule::direction(c.rule, grad, state);
   for (int k = 0; k < N / kLanes; k++) {
-    if constexpr (kMeasure != Measure::nothing)
+    if constexpr (Rule::traits.sums_direction)
+      StepSums::add_direction(s, eight_doubles(w_old, k), eight_doubles(direction, k));
+    else if constexpr (kMeasure != Measure::nothing)
       StepSums::add(s, eight_doubles(w_old, k), eight_doubles(grad, k), eight_doubles(w_new, k));
     if constexpr (kMeasure == Measure::pair)
       PairSums::add(s + StepSums::count, eight_doubles(first, k), eight_doubles(second, k));
@@ -136,8 +143,8 @@ void run(const StepNumbers<Rule, kMeasure, R>& scalars, const Streams<W, G, V, k
   int64_t i = 0;
   for (; i + kLine <= n; i += kLine) {
     prefetch<kTraits.writes_w>(t.w + (i + kAhead));
-    prefetch<false>(t.g + (i + kAhead));
-    for (int k = 0; k < kTraits.buffers; k++) prefetch<true>(t.v[k] + (i + kAhead));
+    if constexpr (kTraits.reads_grad || kMeasure != Measure::nothing) prefetch<false>(t.g + (i + kAhead));
+    for (int k = 0; k < kTraits.buffers; k++) prefetch<kTraits.writes_buffers>(t.v[k] + (i + kAhead));
     if constexpr (kMeasure == Measure::pair) prefetch<false>(t.h + (i + kAhead));
     if constexpr (At::kUnrolls) {
       for (int k = 0; k < kLine; k += kWide) step<Rule, kMeasure>(wide, t.at(i + k), s);
@@ -161,7 +168,8 @@ void run(const StepNumbers<Rule, kMeasure, R>& scalars, const Streams<W, G, V, k
     step<Rule, kMeasure>(eight, now, s);
     if (rest) {
       if constexpr (kTraits.writes_w) w.out(from.w, rest);
-      for (int k = 0; k < kTraits.buffers; k++) v[k].out(from.v[k], rest);
+      if constexpr (kTraits.writes_buffers)
+        for (int k = 0; k < kTraits.buffers; k++) v[k].out(from.v[k], rest);
     }
   }
   if constexpr (kMeasure != Measure::nothing)
@@ -296,6 +304,21 @@ template <class Rule> void mixed(const Chunk& c) {
   Mixed<Rule, Measure::nothing>(c, nullptr).run();
 }
 
+// ---- On a sphere --------------------------------------------------------------------------------------------------
+
+template <class Direction> void advance_mixed(const Chunk& c) {
+  Slots<kSums<Measure::step>> slots(c, false);
+  Mixed<Advance<Direction>, Measure::step>(c, &slots).run();
+  slots.finish();
+}
+template <class Direction> void turn_mixed(const Chunk& c) {
+  using Rule = Turned<typename Direction::Later>;
+  if (!c.sums) return Mixed<Rule, Measure::nothing>(c, nullptr).run();
+  Slots<kSums<Measure::step>> slots(c, false);
+  Mixed<Rule, Measure::step>(c, &slots).run();
+  slots.finish();
+}
+
 // ---- |g|^2 alone ------------------------------------------------------------------------------------------
 
 // What lies anywhere, or is made of two, comes through a block that is dense and stays in L1.
@@ -364,6 +387,19 @@ template <class... All> constexpr void fill_rules(Isa& isa, List<All...>) {
     r++),
    ...);
 }
+template <class Direction, class... Types> constexpr void fill_direction(Isa& isa, int d, List<Types...>) {
+  using Rule = Turned<typename Direction::Later>;
+  int t = 0;
+  ((isa.advance[d][t] = run_uniform<Advance<Direction>, Measure::step, Types>,
+    isa.turn[0][d][t] = run_uniform<Rule, Measure::nothing, Types>,
+    isa.turn[1][d][t] = run_uniform<Rule, Measure::step, Types>, t++),
+   ...);
+  isa.advance_mixed[d] = advance_mixed<Direction>, isa.turn_mixed[d] = turn_mixed<Direction>;
+}
+template <class... All> constexpr void fill_directions(Isa& isa, List<All...>) {
+  int d = 0;
+  (fill_direction<All>(isa, d++, StorageTypes{}), ...);
+}
 template <class... Types> constexpr void fill_types(Isa& isa, List<Types...>) {
   int t = 0;
   ((isa.sq_norm[t++] = sq_norm<Types>), ...);
@@ -371,6 +407,7 @@ template <class... Types> constexpr void fill_types(Isa& isa, List<Types...>) {
 constexpr Isa filled() {
   Isa isa{};
   fill_rules(isa, Rules{});
+  fill_directions(isa, Directions{});
   fill_types(isa, StorageTypes{});
   isa.sums = &sum_loops, isa.moments = &moment_loops, isa.norm_sums = &norm_loops, isa.embedding = &embedding_loops;
   isa.outer = outer, isa.conv = conv;

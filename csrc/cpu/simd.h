@@ -114,6 +114,11 @@ template <class R, int N> NK_HD Side<R, N> finite_or(Side<R, N> x, const Side<R,
   return x;
 }
 
+template <class R, int N> NK_HD Side<R, N> zero_or(const Side<R, N>& x, Side<R, N> y) {
+  for (int i = 0; i < x.kParts; i++) y.part[i] = x.part[i] == 0 ? x.part[i] : y.part[i];
+  return y;
+}
+
 // The k-th eight of a row of numbers, as doubles.
 NK_HD Eight<double> eight_doubles(const Eight<double>& x, int) { return x; }
 NK_HD Eight<double> eight_doubles(const Eight<float>& x, int) {

@@ -102,7 +102,8 @@ struct StridedBlock {
   const Strided& t = *c.strided;
   if (traits.writes_w) scatter(item_size(c.dtype), at, t.w, n, c.w, block.w());
   if (c.master) scatter(sizeof(float), at, t.master, n, c.master, block.master);
-  for (int k = 0; k < traits.buffers; k++) scatter(item_size(c.v_dtype[k]), at, t.v[k], n, c.v[k], block.v(k));
+  if (traits.writes_buffers)
+    for (int k = 0; k < traits.buffers; k++) scatter(item_size(c.v_dtype[k]), at, t.v[k], n, c.v[k], block.v(k));
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..optim.corrected_decay import with_decay_of_step
-from ..optim.options import LR_MULTIPLIERS, number
+from ..optim.options import LR_MULTIPLIERS, NORM, number
 from ..optim.pair_steps import PairSteps
 from ..optim.parameter_names import all_names
 from ..optim.step_stats import StepStats
@@ -127,6 +127,12 @@ class StepReader:
                 'pass stats="tensor" to the optimizer'
             )
         groups = self.optimizer.param_groups
+        for index, group in enumerate(groups):
+            if group[NORM] is not None:
+                raise ValueError(
+                    f"{self._who}: param_groups[{index}]: norm expected None, as the norms that it keeps have no "
+                    f"equilibrium to come to, got {group[NORM]!r}"
+                )
         self._check_multipliers(i for i, group in enumerate(groups) if group.get(LR_MULTIPLIERS) is not None)
 
     def _check_multipliers(self, groups: Iterable[int]) -> None:

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from ..tracing import is_traced
 from ._binary import Hyper, Pass, describe, kernel_takes
-from .checks import inverses, why_refused
+from .checks import as_float, inverses, why_refused
 from .launch import run_pass
-from .step_arguments import check_masters, read_lr_multipliers, split_numbers, with_new_masters
-from .types import OnDevice, Rounding, Stats, precision, stats_code
+from .step_arguments import (
+    check_masters,
+    check_norm_arguments,
+    check_on_cpu,
+    read_lr_multipliers,
+    split_numbers,
+    with_new_masters,
+)
+from .types import Norm, OnDevice, Rounding, Stats, precision, stats_code
 
 
 def adamw_(
@@ -38,6 +45,8 @@ def adamw_(
     state_dtype: torch.dtype | None = None,
     rounding: Rounding | None = None,
     masters: list[Tensor | None] | None = None,
+    norm: Norm = None,
+    radii: Sequence[Tensor | None] | None = None,
 ) -> Tensor | None:
     r"""Take one step of AdamW on a list of tensors, in one pass over memory; of Adam, if decay is not decoupled.
 
@@ -69,6 +78,8 @@ def adamw_(
         found_inf: of a GradScaler, a CUDA tensor of one float32 number: if it is not 0 when the kernel runs nothing is
             written and the sums are NaN. `steps` must lie beside the parameters.
         state_dtype: the dtype of new entries of `exp_avgs` and `exp_avg_sqs`; None: that of their parameters.
+        norm, radii: as in `sgd_`, with :math:`u = m'/(\sqrt{v'}/\sqrt{1-\beta_2^{t'}} + \epsilon)`, zero where m' is.
+            Weight decay is not applied.
 
     Returns:
         None, or with `stats` a float64 tensor (slots, len(SUMS)) on their device: `SUMS` of every slot, parameter after
@@ -78,7 +89,7 @@ def adamw_(
         TypeError: an entry is not a plain tensor of these dtypes on a device that the binary has kernels for; dtypes or
             devices differ.
         ValueError: lengths or shapes differ, a tensor overlaps itself or part of another in memory, `lr_multipliers` or
-            `clip_coef` are something else, a scale is 0. Nothing is written.
+            `clip_coef` are something else, a scale is 0; with `norm` as in `sgd_`. Nothing is written.
         RuntimeError: the device refuses the kernel.
 
     Reference: Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101; `torch.optim.AdamW`.
@@ -95,7 +106,7 @@ def adamw_(
             params, grads, (exp_avgs, exp_avg_sqs, steps), lr=lr, beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=weight_decay, decoupled=decoupled, maximize=maximize, grad_scale=grad_scale, stats=stats,
             found_inf=found_inf, clip_coef=clip_coef, lr_multipliers=lr_multipliers,
-            stored=(state_dtype, rounding, masters),
+            stored=(state_dtype, rounding, masters, norm),
         )  # fmt: skip
     params, grads = list(params), list(grads)
     lists: Any = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "steps": steps, "masters": masters}
@@ -110,23 +121,28 @@ def adamw_(
     code = stats_code(stats, "adamw_")
     on_device: OnDevice | None = None
     numbers: Any = {"lr": lr, "weight_decay": weight_decay, "grad_scale": grad_scale, "beta1": beta1, "beta2": beta2}
+    if norm is not None:
+        numbers |= {"lr": as_float("adamw_", "lr", lr), "weight_decay": 0.0}
     if found_inf is not None or any(isinstance(x, Tensor) for x in numbers.values()):
         floats, there = split_numbers("adamw_", numbers)
         numbers = dict(zip(numbers, floats, strict=True))
         on_device = (*there[:3], found_inf, *there[3:])
     inverse_scale, _ = inverses("adamw_", numbers.pop("grad_scale"), None)
     multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "adamw_")
+    check_norm_arguments("adamw_", norm, radii, numbers["lr"], params, grads, multipliers)
     _, seeded, first_parameter = precision(None, rounding, 0 if rounding is None else rounding.first)
     hyper = Hyper(
         **numbers, eps=eps, decoupled=decoupled, maximize=maximize, inverse_scale=inverse_scale, on_device=on_device,
-        rounding=seeded,
+        rounding=seeded, keeps_norm=norm is not None, by_row=norm == "keep_rows",
     )  # fmt: skip
     refused = step.add(
         "adamw_", params, grads, state[:2], None, hyper, code, masters=copies, lr_multipliers=multipliers,
-        first_parameter=first_parameter, counts=state[2],
+        first_parameter=first_parameter, counts=state[2], radii=None if radii is None else list(radii),
     )  # fmt: skip
     if refused:
         i = refused[0]
+        if norm is not None:
+            check_on_cpu("adamw_", i, params)
         if copies is not None:
             check_masters("adamw_", i, params, copies)
         _check_step(i, params, grads, state[2])
@@ -187,8 +203,8 @@ def _traced_adamw_(
     stored: tuple[Any, ...],
     **others: Any,
 ) -> Tensor | None:
-    """Run `adamw_` through ``torch.ops``. `stored`: state_dtype, rounding and masters."""
-    for name, given in zip(("state_dtype", "rounding", "masters"), stored, strict=True):
+    """Run `adamw_` through ``torch.ops``. `stored`: state_dtype, rounding, masters and norm."""
+    for name, given in zip(("state_dtype", "rounding", "masters", "norm"), stored, strict=True):
         if given is not None:
             raise NotImplementedError(
                 f"adamw_: {name} expected None under torch.compile and dispatch modes, got {describe(given)}"

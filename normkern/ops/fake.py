@@ -17,7 +17,9 @@ from .checks import check_l, check_pairs, not_taken, why_refused, would_take
 from .clipping import check_max_norm
 from .per_sample import new_embedding_moments, new_norm_sums, new_sample_sums
 from .sample_moments import check_recentre, new_moments, new_row_sums
-from .types import PAIR_SUMS, SUMS, Stats, stats_code
+from .sphere import radii_of
+from .step_arguments import check_norm_arguments
+from .types import PAIR_SUMS, SUMS, Norm, Stats, stats_code
 
 Entries = Sequence[Tensor | None]
 
@@ -116,6 +118,22 @@ def adamw_(
     if len(steps) != len(params):
         raise ValueError(f"adamw_: steps has {len(steps)} entries but params has {len(params)}")
     return _new_table(params, _slots(params, stats, "adamw_") if stats else 0, len(SUMS))
+
+
+def apply_updates_(
+    params: list[Tensor],
+    updates: list[Tensor | None],
+    *,
+    lr: float,
+    norm: Norm = "keep",
+    radius: list[Tensor] | None = None,
+    stats: Stats = None,
+) -> Tensor:
+    """Check the arguments of `ops.apply_updates_`; return unwritten results."""
+    check_norm_arguments("apply_updates_", norm, None, lr, params, updates)
+    radii_of(radius, params, norm)
+    _check_lists("apply_updates_", {"params": params, "updates": updates}, one_device=stats is not None)
+    return _new_table(params, _slots(params, stats, "apply_updates_") if stats else 0, len(SUMS))
 
 
 def svag_combine_(grads_a: list[Tensor], grads_b: list[Tensor], l: float) -> None:

@@ -11,11 +11,13 @@ An op differs from its function in `ops` where a schema cannot express it:
   momentum buffers are unwritten tensors whose indices are in `first`. The overload "tensor" takes lr, weight_decay and
   grad_scale as tensors, which it needs for found_inf too.
 * `adamw_`: as `sgd_`, but that lists of state hold zeros where a parameter has none yet.
+* `apply_updates_`: `radius` is a list of tensors, one for each parameter, or None.
 * `moments`: returns the totals, (2,), instead of writing them. `divisor` divides `factor`, as B may be a symbol and
   a float cannot. The overload "list" takes several tensors.
 * `recentre_`: returns a bool tensor of no dimension.
 
-`Pass`, and `gauge_step` with the `gauge` argument of `sgd_`, are not here: they are no functions of tensors.
+`Pass`, and `gauge_step` with the `gauge` argument of `sgd_`, are not here: they are no functions of tensors. Nor are
+`norm` and `radii` of `sgd_` and `adamw_`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import adam, clipping, fake, pairs, per_sample, sample_moments, sgd
+from . import adam, clipping, fake, pairs, per_sample, sample_moments, sgd, sphere
 
 
 def _table(sums: Tensor | None, params: Sequence[Tensor]) -> Tensor:
@@ -72,6 +74,10 @@ def _adamw_(
     numbers: dict[str, Any] = {"beta1": beta1, "beta2": beta2, "weight_decay": weight_decay, "grad_scale": grad_scale}
     others |= {name: x for name, x in numbers.items() if x is not None}
     return _table(adam.adamw_(params, grads, list(exp_avgs), list(exp_avg_sqs), list(steps), **others), params)
+
+
+def _apply_updates_(params: list[Tensor], updates: list[Tensor | None], **others: Any) -> Tensor:
+    return _table(sphere.apply_updates_(params, updates, **others), params)
 
 
 def _welford_(means: list[Tensor], samples: list[Tensor | None], squares: list[Tensor], **others: Any) -> Tensor:
@@ -142,6 +148,12 @@ OPS = (
         ),
         _adamw_,
         fake.adamw_,
+    ),
+    Op(
+        'apply_updates_(Tensor(a!)[] params, Tensor?[] updates, *, float lr, str? norm="keep", Tensor[]? radius=None, '
+        "str? stats=None) -> Tensor",
+        _apply_updates_,
+        fake.apply_updates_,
     ),
     Op(
         "svag_combine_(Tensor(a!)[] grads_a, Tensor[] grads_b, float l) -> ()",

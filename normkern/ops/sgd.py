@@ -12,8 +12,15 @@ from ..tracing import is_traced
 from ._binary import GaugeStep, Hyper, Pass, describe
 from .checks import as_float, check_l, inverses, why_refused
 from .launch import run_pass
-from .step_arguments import check_masters, read_lr_multipliers, split_numbers, with_new_masters
-from .types import OnDevice, Rounding, Stats, precision, stats_code
+from .step_arguments import (
+    check_masters,
+    check_norm_arguments,
+    check_on_cpu,
+    read_lr_multipliers,
+    split_numbers,
+    with_new_masters,
+)
+from .types import Norm, OnDevice, Rounding, Stats, precision, stats_code
 
 
 def sgd_(
@@ -39,6 +46,8 @@ def sgd_(
     state_dtype: torch.dtype | None = None,
     rounding: Rounding | None = None,
     masters: list[Tensor | None] | None = None,
+    norm: Norm = None,
+    radii: Sequence[Tensor | None] | None = None,
 ) -> Tensor | None:
     r"""Take one step of SGD on a list of tensors, in one pass over memory; of SVAG, if there are pairs of gradients.
 
@@ -81,6 +90,10 @@ def sgd_(
         masters: float32 copies of parameters of 16 bits, updated in place: the step updates the copy, and the parameter
             becomes the rounded copy. Entries of a parameter that differ from the rounded copy replace it: the caller
             has written them. None entries are created for parameters of 16 bits, and put into the list.
+        norm: "keep" keeps the norm of each parameter, "keep_rows" that of each index of its first dimension, in two
+            passes: :math:`w' = R\,N(w - \eta R\,N(u))`, :math:`N(x) = x/|x|`, u the step above without lr and weight
+            decay, which is not applied. CPU only; lr is read by the host; not with `held` or `gauge`.
+        radii: R of each parameter, float64 on the CPU: one number, or one for each row. None, or None entries: |w|.
 
     Returns:
         None, or with `stats` a float64 tensor (slots, len(SUMS)) on their device: `SUMS` of every slot, parameter after
@@ -91,7 +104,8 @@ def sgd_(
         TypeError: an entry is not a plain tensor of these dtypes on a device that the binary has kernels for; dtypes or
             devices differ.
         ValueError: lengths or shapes differ, a tensor overlaps itself or part of another in memory, `lr_multipliers` or
-            `clip_coef` are something else, a scale is 0. Nothing is written.
+            `clip_coef` are something else, a scale is 0. With `norm`: lr, times a multiplier, is not in [0, 1), a
+            parameter or row without a radius is zero, rows of a vector are wanted. Nothing is written.
         RuntimeError: the device refuses the kernel.
 
     Reference: the update of `torch.optim.SGD`; sums as in Li and Arora, arXiv 1910.07454, section 2; pairs as in Li,
@@ -108,9 +122,12 @@ def sgd_(
             params, grads, momentum_buffers, lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay,
             nesterov=nesterov, maximize=maximize, grad_scale=grad_scale, stats=stats, held=held, l=l,
             held_scale=held_scale, gauge=gauge, found_inf=found_inf, clip_coef=clip_coef, lr_multipliers=lr_multipliers,
-            stored=(state_dtype, rounding, masters),
+            stored=(state_dtype, rounding, masters, norm),
         )  # fmt: skip
     params, grads = list(params), list(grads)
+    for name, x in (("held", held), ("gauge", gauge)):
+        if norm is not None and x is not None:
+            raise ValueError(f"sgd_: {name} expected None with norm, got {type(x).__name__}")
     buffers: list[Tensor | None] | None = None
     first: list[int] = []
     if (momentum != 0 if gauge is None else gauge.has_buffer) and momentum_buffers is not None:
@@ -132,23 +149,29 @@ def sgd_(
     eta: Any = lr
     decay: Any = weight_decay
     scale: Any = grad_scale
-    if found_inf is not None or any(isinstance(x, Tensor) for x in (lr, weight_decay, grad_scale)):
+    if norm is not None:
+        eta, decay = as_float("sgd_", "lr", lr), 0.0
+    if found_inf is not None or any(isinstance(x, Tensor) for x in (eta, decay, grad_scale)):
         of_one = grad_scale if held is None else as_float("sgd_", "grad_scale", grad_scale)
-        given = {"lr": lr, "weight_decay": weight_decay, "grad_scale": of_one}
+        given = {"lr": eta, "weight_decay": decay, "grad_scale": of_one}
         (eta, decay, scale), (lr_there, decay_there, scale_there) = split_numbers("sgd_", given)
         on_device = (lr_there, decay_there, scale_there, found_inf)
     of_first, of_second = inverses("sgd_", scale, None if firsts is None else held_scale)
     multipliers = None if lr_multipliers is None else read_lr_multipliers(lr_multipliers, len(params), "sgd_")
+    check_norm_arguments("sgd_", norm, radii, eta, params, grads, multipliers)
     _, seeded, first_parameter = precision(None, rounding, 0 if rounding is None else rounding.first)
     hyper = Hyper(
         lr=eta, momentum=momentum, dampening=dampening, weight_decay=decay, nesterov=nesterov, maximize=maximize,
         inverse_scale=of_first, second_inverse_scale=of_second, l=l, gauge=gauge, on_device=on_device, rounding=seeded,
+        keeps_norm=norm is not None, by_row=norm == "keep_rows",
     )  # fmt: skip
     refused = step.add(
         "sgd_", params, grads, None if buffers is None else [buffers], first, hyper, code, held=firsts, masters=copies,
-        lr_multipliers=multipliers, first_parameter=first_parameter,
+        lr_multipliers=multipliers, first_parameter=first_parameter, radii=None if radii is None else list(radii),
     )  # fmt: skip
     if refused:
+        if norm is not None:
+            check_on_cpu("sgd_", refused[0], params)
         lists = {"params": params, "grads": grads, "momentum_buffers": buffers, "held": firsts}
         if copies is not None:
             check_masters("sgd_", refused[0], params, copies)
@@ -182,8 +205,8 @@ def _traced_sgd_(
     stored: tuple[Any, ...],
     **others: Any,
 ) -> Tensor | None:
-    """Run `sgd_` through ``torch.ops``. `stored`: state_dtype, rounding and masters."""
-    for name, given in zip(("gauge", "state_dtype", "rounding", "masters"), (gauge, *stored), strict=True):
+    """Run `sgd_` through ``torch.ops``. `stored`: state_dtype, rounding, masters and norm."""
+    for name, given in zip(("gauge", "state_dtype", "rounding", "masters", "norm"), (gauge, *stored), strict=True):
         if given is not None:
             raise NotImplementedError(
                 f"sgd_: {name} expected None under torch.compile and dispatch modes, got {describe(given)}"

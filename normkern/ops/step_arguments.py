@@ -10,7 +10,41 @@ from torch import Tensor
 
 from ._binary import LrMultipliers, describe, device_index, kernel_takes
 from .checks import as_float
-from .types import LOW_PRECISION
+from .types import LOW_PRECISION, Norm, check_lr_on_sphere, check_norm
+
+
+def check_norm_arguments(
+    op: str,
+    norm: Norm,
+    radii: Sequence[Any] | None,
+    lr: float,
+    params: Sequence[Any],
+    grads: Sequence[Any],
+    multipliers: LrMultipliers | None = None,
+) -> None:
+    """Check what a step that keeps norms needs of its arguments.
+
+    Raises:
+        ValueError: radii without a norm, lr times a multiplier is not in [0, 1), rows of a vector are wanted.
+    """
+    check_norm(norm, op)
+    if norm is None:
+        if radii is not None:
+            raise ValueError(f"{op}: radii expected None without norm, got {type(radii).__name__}")
+        return
+    check_lr_on_sphere(lr, op)
+    for i, (p, g) in enumerate(zip(params, grads, strict=False)):
+        if g is None or not isinstance(p, Tensor):
+            continue
+        if norm == "keep_rows" and p.ndim < 2:
+            raise ValueError(rows_of_vector(f"{op}: params[{i}]", p))
+        if multipliers is not None:
+            check_lr_on_sphere(lr * float(multipliers.value(i)), f"{op}: params[{i}], with its multiplier")
+
+
+def rows_of_vector(what: str, p: Tensor) -> str:
+    """Return the sentence for a parameter that has no rows."""
+    return f'{what}: norm="keep_rows" expected at least two dimensions, got shape {tuple(p.shape)}; "keep" takes any'
 
 
 def if_on_device(x: object) -> Tensor | None:
@@ -51,6 +85,16 @@ def with_new_masters(
         if m is None and g is not None and isinstance(p, Tensor) and p.dtype in LOW_PRECISION:
             copies[i] = p.detach().float()
     return copies
+
+
+def check_on_cpu(op: str, i: int, params: list[Any]) -> None:
+    """Raise TypeError if parameter i lies where no kernel keeps norms."""
+    p = params[i]
+    if kernel_takes(p) and p.device.type != "cpu":
+        raise TypeError(
+            f"{op}: params[{i}] is {describe(p)}, but norm= has kernels on the CPU alone; expected it there. "
+            f"reference.{op} runs anywhere"
+        )
 
 
 def check_masters(op: str, i: int, params: list[Any], masters: list[Any]) -> None:

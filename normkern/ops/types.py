@@ -22,6 +22,10 @@ COMPUTE_DTYPES = tuple(dtype for dtype in DTYPES if dtype not in LOW_PRECISION)
 Stats: TypeAlias = Literal["tensor", "row"] | None
 _STATS_CODE = {None: 0, "tensor": 1, "row": 2}
 
+#: Which norms a step keeps: that of each tensor, or those of its rows, the indices of its first dimension.
+Norm: TypeAlias = Literal["keep", "keep_rows"] | None
+NORMS = ("keep", "keep_rows")
+
 #: Columns of the table of sums, in order.
 SUMS = ("weight_sq", "grad_sq", "weight_grad_dot", "update_sq", "weight_update_dot")
 #: The columns that a pair of gradients adds to them: <g1,g2>, |g1-g2|^2, |g1|^2, |g2|^2.
@@ -57,6 +61,22 @@ def stats_code(stats: Stats, where: str) -> int:
     except (KeyError, TypeError):
         near = did_you_mean(stats, ("tensor", "row"))
         raise ValueError(f'{where}: stats expected None, "tensor" or "row", got {stats!r}{near}') from None
+
+
+def check_norm(norm: Norm, where: str) -> None:
+    """Raise ValueError for an unknown choice of norms to keep; `where` begins the sentence."""
+    if norm is not None and norm not in NORMS:
+        near = did_you_mean(norm, NORMS)
+        raise ValueError(f'{where}: norm expected None, "keep" or "keep_rows", got {norm!r}{near}')
+
+
+def check_lr_on_sphere(lr: float, where: str) -> None:
+    """Raise ValueError for a learning rate that is no step on a sphere: at 1 the weights may vanish on the way."""
+    if not 0 <= lr < 1:
+        raise ValueError(
+            f"{where}: lr expected a number of at least 0 and below 1 with norm=, where it is the step relative to the "
+            f"weights' norm, got {lr!r}"
+        )
 
 
 def column(table: Tensor, name: str, columns: Sequence[str] = SUMS + PAIR_SUMS) -> Tensor:

@@ -15,7 +15,7 @@ from .corrected_decay import CORRECTED, MAX_LR, with_decay_of_step
 from .fused import FusedOptimizer
 from .group_step import Scaler
 from .low_precision import PRECISION
-from .options import EXP_AVG, EXP_AVG_SQ, OPTIONS_OF_OTHERS, check_count, check_decay, number
+from .options import EXP_AVG, EXP_AVG_SQ, NORM, OPTIONS_OF_OTHERS, check_count, check_decay, number
 
 _Betas = tuple[float | Tensor, float | Tensor]
 #: The forms of weight decay of AdamW.
@@ -68,6 +68,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         stats: ops.Stats = None,
+        norm: ops.Norm = None,
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
@@ -78,7 +79,7 @@ class Adam(FusedOptimizer, torch.optim.Adam):
         group: Any = None,
     ) -> None:
         self._construct(
-            {"stats": stats},
+            {"stats": stats, NORM: norm},
             (state_dtype, stochastic_rounding, rounding_seed, master_weights),
             ClipOptions(max_norm, norm_type, error_if_nonfinite, group),
             params,
@@ -152,10 +153,12 @@ class AdamW(Adam, torch.optim.AdamW):
             the gradients; they are unscaled inside the step and never written) and torch's errors for unsupported
             tensors.
         stats: None, "tensor" or "row": which norms `stats()` returns after a step. Also a group key, as are the next
-            five.
+            six.
         decay: "decoupled"; or "corrected", lr / max_lr times weight_decay, for scale-invariant weights whose learning
             rate falls (AdamC). See `SGD`; the ratio that stays is here that of the preconditioned gradient,
             :math:`|g/(\sqrt v + \epsilon)|/|w|`.
+        norm: as in `SGD`, with :math:`u = m'/(\sqrt{v'}/\sqrt{1-\beta_2^t} + \epsilon)`, zero where m' is. Weight decay
+            is not applied, whatever its default. Not with ``decay="corrected"`` or `amsgrad`.
         state_dtype: dtype of ``exp_avg`` and ``exp_avg_sq``, torch.float32 or torch.bfloat16, for parameters of 32 and
             16 bits. None: that of their parameters. With :math:`\beta_2 = 0.999` a bfloat16 ``exp_avg_sq`` moves only
             where :math:`g^2` is several times larger: prefer float32.
@@ -176,7 +179,7 @@ class AdamW(Adam, torch.optim.AdamW):
     Raises, at a step, before anything is written:
         RuntimeError: a parameter is of an integer dtype; a gradient is sparse, as in torch.
         ValueError: shapes differ; a parameter is expanded, or overlaps another partially; betas are not in [0, 1);
-            `stats` is no known choice; options of storage do not fit, as in `SGD`.
+            `stats` is no known choice; options of storage or `norm` do not fit, as in `SGD`.
 
     Reference: Loshchilov and Hutter, arXiv 1711.05101; `torch.optim.AdamW`; corrected decay: Defazio, arXiv 2506.02285.
 
@@ -191,7 +194,7 @@ class AdamW(Adam, torch.optim.AdamW):
     """
 
     _who = "AdamW"
-    _own_options = ("stats", "decay", *PRECISION)
+    _own_options = ("stats", "decay", NORM, *PRECISION)
     _group_keys = (MAX_LR, *FusedOptimizer._group_keys)
 
     def __init__(
@@ -210,6 +213,7 @@ class AdamW(Adam, torch.optim.AdamW):
         fused: bool | None = None,
         stats: ops.Stats = None,
         decay: str = "decoupled",
+        norm: ops.Norm = None,
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
@@ -221,7 +225,7 @@ class AdamW(Adam, torch.optim.AdamW):
     ) -> None:
         check_decay(decay, _DECAYS, "AdamW")
         self._construct(
-            {"stats": stats, "decay": decay},
+            {"stats": stats, "decay": decay, NORM: norm},
             (state_dtype, stochastic_rounding, rounding_seed, master_weights),
             ClipOptions(max_norm, norm_type, error_if_nonfinite, group),
             params,

@@ -33,6 +33,8 @@ class AdamGroupStep(GroupStep):
             self._check_capture()
         beta1, beta2 = check_betas(options["betas"], at)
         lr, weight_decay = options["lr"], options["weight_decay"]
+        if self.sphere is not None:  # lr was checked, and there is no decay
+            lr, weight_decay = number(lr, "lr", at), 0.0
         if scaler is not None or any(isinstance(x, Tensor) for x in (lr, weight_decay, beta1, beta2)):
             values, there = self._numbers_on_device({"lr": lr, "weight_decay": weight_decay}, scaler)
             # The bias correction follows from the betas where the counts of steps are.
@@ -65,16 +67,17 @@ class AdamGroupStep(GroupStep):
             )
 
     def _hyper(self) -> ops.Hyper:
-        kept, arguments = self.plan.hypers, self._arguments
+        kept, norm = self.plan.hypers, None if self.sphere is None else self.sphere.norm
+        arguments = (*self._arguments, norm)
         is_plain = self.on_device is None and self.precision is None
         if is_plain and (last := kept.get(self.index)) is not None and last[0] == arguments:
             return last[1]
-        lr, beta1, beta2, eps, weight_decay, decoupled, maximize, inverse_scale = arguments
+        lr, beta1, beta2, eps, weight_decay, decoupled, maximize, inverse_scale, _ = arguments
         state_dtype, rounding, _ = (None, None, 0) if self.precision is None else self.precision.code()
         hyper = ops.Hyper(
             lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled,
             maximize=maximize, inverse_scale=inverse_scale, on_device=self.on_device, rounding=rounding,
-            state_dtype=state_dtype,
+            state_dtype=state_dtype, keeps_norm=norm is not None, by_row=norm == "keep_rows",
         )  # fmt: skip
         if is_plain:
             kept[self.index] = (arguments, hyper)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .options import At, number, place
+from .options import NORM, At, number, place
 
 #: The value of the option, and the group key with the largest learning rate of the schedule. OneCycleLR sets it; other
 #: schedulers of torch set "initial_lr".
@@ -24,10 +24,16 @@ def with_decay_of_step(group: dict[str, Any], plain: str, where: str | At) -> di
     The group itself where its decay is not corrected.
 
     Raises:
-        ValueError: the largest learning rate is not known or not positive, or the learning rate is larger.
+        ValueError: the group keeps norms; the largest learning rate is not known or not positive, or the learning rate
+            is larger.
     """
     if group["decay"] != CORRECTED:
         return group
+    if group.get(NORM) is not None:
+        raise ValueError(
+            f'{place(where)}: norm expected None with decay="corrected", as steps that keep norms apply no weight '
+            f"decay, got {group[NORM]!r}"
+        )
     lr, weight_decay = number(group["lr"], "lr", where), number(group["weight_decay"], "weight_decay", where)
     largest = group.get(MAX_LR, group.get("initial_lr"))
     if largest is None:

@@ -45,7 +45,7 @@ def _p_norm(x: Tensor, p: float) -> Tensor:
 
 def step_with_torch(group: GroupStep, grad_scale: Tensor | None, clip_coef: Tensor | None) -> None:
     """Step the parameters that no kernel takes, by torch's loop where it has all options of the group."""
-    is_plain = (group.gauge is None or group.gauge.step is None) and group.precision is None
+    is_plain = (group.gauge is None or group.gauge.step is None) and group.precision is None and group.sphere is None
     (_step_with_torch if is_plain else _step_with_reference)(group, grad_scale, clip_coef)
 
 

@@ -26,6 +26,7 @@ from .group_step import Scaler
 from .low_precision import PRECISION, ROUNDING_STEP, check_precision, restore_precision
 from .options import (
     LR_MULTIPLIERS,
+    NORM,
     At,
     check_checkpoint,
     check_key_names,
@@ -37,6 +38,7 @@ from .options import (
 from .parameter_names import PARAM_NAMES, all_names, group_names, names_from_model, remember_names
 from .partitions import check_whole, reduced, wrapper_that_splits
 from .run_state import RunState, scaler_attribute
+from .sphere import check_radii
 from .step_stats import Measured, StepStats
 
 
@@ -46,7 +48,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     #: The name in error sentences.
     _who: ClassVar[str]
     #: Options that torch's optimizer does not have, and other group keys of ours.
-    _own_options: tuple[str, ...] = ("stats", *PRECISION)
+    _own_options: tuple[str, ...] = ("stats", NORM, *PRECISION)
     _group_keys: tuple[str, ...] = (LR_MULTIPLIERS, ROUNDING_STEP)
     #: Of those, what belongs to the model and is not saved, and what a checkpoint without it does not change.
     _keys_of_model: tuple[str, ...] = ()
@@ -79,6 +81,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             params, numbers: arguments that torch would refuse without their name.
         """
         ops.stats_code(own_defaults["stats"], self._who)
+        ops.check_norm(own_defaults[NORM], self._who)
         self._own_defaults: dict[str, Any] = {**own_defaults, **dict(zip(PRECISION, stored, strict=True))}
         check_precision(self._own_defaults, self._who)
         self._check_arguments(params, **numbers)
@@ -317,7 +320,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = run.plan
         step.begin()
         norm = coef = None
-        measures = False
+        measures = keeps = False
         try:
             groups = self._groups(inverse_scale, scaler)
             if scaler is not None and self._leaves_a_trace(groups) and self._skips(found_inf, grad_scale):
@@ -326,8 +329,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             written = step.check(run.written)
             for group in groups:
                 measures = measures or group.stats is not None
-            if measures or max_norm is not None:
-                use = (measures, max_norm is not None)
+                keeps = keeps or group.sphere is not None
+            if measures or keeps or max_norm is not None:
+                use = (measures, max_norm is not None, keeps)
                 if run.whole is not written or run.whole_for != use:
                     params = [p for group in groups for p in group.params]
                     check_whole(self._who, params, run.part_of, clip_options.group, *use)
@@ -374,11 +378,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Complete the table of a step's sums, keep it for `stats`, and return it."""
         run = self._run
         measured: list[tuple[int, float | Tensor, list[Any], int]] = []
+        kept: set[int] = set()
         multipliers: dict[int, ops.LrMultipliers] = {}
         fell_back = has_shards = False
         for group in groups:
             if group.stats is not None:
                 measured.append((group.index, group.lr_now(), group.params, len(group.params)))
+            if group.sphere is not None:
+                kept.add(group.index)
             if group.multipliers is not None:
                 multipliers[group.index] = group.multipliers
             fell_back = fell_back or bool(group.torch_sums)
@@ -388,7 +395,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             table = with_torch_sums(table, groups)
         if has_shards:
             self._sum_over_shards(table, groups, offsets)
-        run.measured = Measured(table, offsets, measured, multipliers, clip_coef, self._who, self._is_adaptive)
+        run.measured = Measured(table, offsets, measured, multipliers, clip_coef, self._who, self._is_adaptive, kept)
         if run.clip_options.group is not None:
             run.measured.totals = reduced(run.measured.own_totals(), run.clip_options.group)
         elif run.part_of is not None:
@@ -422,6 +429,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Check the options of a loaded param group."""
         check_options(group, self._numbers, where)
         check_precision(group, where)
+        ops.check_norm(group[NORM], where)
 
     def _check_state(self, state: Any, groups: list[dict[str, Any]]) -> None:
         """Check a loaded state."""
@@ -438,6 +446,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             return False
         return there not in (None, -1) and all(
             not group["stochastic_rounding"]  # the steps taken are counted here
+            and group[NORM] is None  # no kernel
             and all(p.device == found_inf.device for p in group["params"])
             for group in self.param_groups
         )
@@ -563,6 +572,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             own_tensors(state["state"], run.loaded["state"])
             if CLIPPING in run.loaded:
                 clip_options = clip_options.loaded(run.loaded[CLIPPING], f"{self._who}.load_state_dict")
+        check_radii(state["state"], groups, self._who)
         # In place, for wrappers that have taken these objects.
         own_state, own_groups = self.state, self.param_groups
         new_state = dict(state["state"])

@@ -17,8 +17,9 @@ from ..tracing import in_dispatch_mode
 from .dtensor import check_summable, is_dtensor, own_rows, shard
 from .exponential_decay import GroupGauge
 from .low_precision import GroupPrecision, group_precision
-from .options import LR_MULTIPLIERS, MASTER, STEP, At, number, place
+from .options import LR_MULTIPLIERS, MASTER, RADIUS, STEP, At, number, place
 from .pair import Pair
+from .sphere import GroupSphere, group_sphere
 
 _log = logging.getLogger("normkern")
 
@@ -49,8 +50,10 @@ class GroupStep:
         "params",
         "plan",
         "precision",
+        "radii",
         "row",
         "slot",
+        "sphere",
         "state",
         "stats",
         "torch_sums",
@@ -94,7 +97,11 @@ class GroupStep:
         self.wrappers: list[Tensor] = []  # DTensors whose local part the kernel writes
         self.is_whole = False  # the kernel takes every parameter, all of them plain tensors
 
+        self.radii: list[Any] | None = None
+        self.sphere: GroupSphere | None = group_sphere(options, at, self.multipliers)
+
         keys = self._read(inverse_scale, scaler)
+        entries = keys if self.sphere is None else (*keys, RADIUS)
         self.precision: GroupPrecision | None = group_precision(options, at, self.row)
         all_to_torch = self._is_left_to_torch() or in_dispatch_mode()
         if (
@@ -102,7 +109,7 @@ class GroupStep:
             and (self.pair is None or self.pair.has_own_grads)
             and (self.precision is None or not self.precision.has_masters)
             and plan.add_whole(
-                self.op, self.params, state if keys else None, keys or self.state_keys, self._hyper(), self.code,
+                self.op, self.params, state if entries else None, entries or self.state_keys, self._hyper(), self.code,
                 self.index, self.multipliers, self.row, None if self.pair is None else self.pair.held,
             )
         ):  # fmt: skip
@@ -181,9 +188,13 @@ class GroupStep:
             for key in self.buffers():
                 converted = precision.convert(params, self.grads, self.entries[key])
                 self.created += [(params[i], key, self.entries[key][i]) for i in converted]
+        if self.sphere is not None:
+            radii, new = self.sphere.radii(params, self.grads, self.masters, self.state)
+            self.radii = radii
+            self.created += [(params[i], RADIUS, radii[i]) for i in new]
         refused = self._add(
             params, grads, self.entries, self._unwritten(missing), held=None if pair is None else pair.held,
-            masters=self.masters, lr_multipliers=self.multipliers, first_parameter=self.row,
+            masters=self.masters, lr_multipliers=self.multipliers, first_parameter=self.row, radii=self.radii,
         )  # fmt: skip
         if all_to_torch:
             self.left_to_torch = [i for i, g in enumerate(self.grads) if g is not None]
@@ -303,11 +314,14 @@ class GroupStep:
         return self.lr.clone() if isinstance(self.lr, Tensor) else self.lr
 
     def reference_options(self, i: int) -> dict[str, Any]:
-        """Return how parameter i is stored, as `reference` takes it."""
+        """Return how parameter i is stored and which norms stay, as `reference` takes it."""
+        kept: dict[str, Any] = {}
+        if self.sphere is not None and self.radii is not None:
+            kept = {"norm": self.sphere.norm, "radii": [self.radii[i]]}
         if self.precision is None:
-            return {}
+            return kept
         rounding = self.precision.rounding
-        return {
+        return kept | {
             "state_dtype": self.precision.state_dtype,
             "masters": None if self.masters is None else [self.masters[i]],
             "rounding": None if rounding is None else rounding._replace(first=self.precision.first + i),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from .options import MASTER, At, place
+from .options import MASTER, RADIUS, At, place
 
 #: The group key that counts the steps that were rounded at random.
 ROUNDING_STEP = "rounding_step"
@@ -136,12 +136,12 @@ def restore_precision(
 ) -> None:
     """Load again from the checkpoint what `torch.optim.Optimizer.load_state_dict` has cast to the parameters' dtype.
 
-    A buffer, by its name, is loaded as a step would make a new one; a master copy in float32.
+    A buffer, by its name, is loaded as a step would make a new one; a master copy in float32, a radius in float64.
     """
     for group, saved_group in zip(groups, saved["param_groups"], strict=True):
         for p, key in zip(group["params"], saved_group["params"], strict=True):
             entry, given = state.get(p, {}), saved["state"].get(key, {})
-            wanted = dict.fromkeys(buffers, group["state_dtype"]) | {MASTER: torch.float32}
+            wanted = dict.fromkeys(buffers, group["state_dtype"]) | {MASTER: torch.float32, RADIUS: torch.float64}
             for name, dtype in wanted.items():
                 if isinstance(entry.get(name), Tensor) and dtype is not None:
                     entry[name] = given[name].to(dtype=dtype, device=entry[name].device)

@@ -17,6 +17,8 @@ from ..names import did_you_mean
 BUFFER = "momentum_buffer"
 #: The entry that holds its copy in float32.
 MASTER = "master_weight"
+#: The group key that says which norms stay, and the entry of a parameter's state with them.
+NORM, RADIUS = "norm", "radius"
 #: Group keys: (scale, z, exponent) of `ops.gauge_step`; True where the loss is known not to see the group's scale; the
 #: norms whose running statistics follow the weights.
 GAUGE, SCALE_INVARIANT, NORM_BUFFERS = "gauge", "scale_invariant", "norm_buffers"

@@ -16,6 +16,7 @@ from ..noise.pairs import Noise, NoiseAverage
 from ..tracing import uncompiled
 from .dtensor import is_dtensor, sum_over_shards
 from .fused import FusedOptimizer
+from .options import NORM
 from .pair_writes import ClippedPairs, SecondGradient, warn_of_clipped_pairs, writes
 from .run_state import scaler_attribute
 
@@ -366,6 +367,15 @@ class _Held:
         table = (~torch.isfinite(total)).double().expand(len(grads)).reshape(-1, 1).clone()
         sum_over_shards(table, [(slice(i, i + 1), g) for i, g in enumerate(grads)])  # all ranks must know
         return not bool(table.any())
+
+
+def check_norm_is_free(group: dict[str, Any], where: str) -> None:
+    """Check that a group keeps no norms."""
+    if group.get(NORM) is not None:
+        raise ValueError(
+            f"{where}: norm expected None, as the equation that SVAG follows is that of steps whose norm is free, got "
+            f"{group[NORM]!r}"
+        )
 
 
 def _has_none(entries: list[Any]) -> bool:

@@ -39,7 +39,7 @@ def wrapper_that_splits() -> str | None:
 
 
 def check_whole(
-    who: str, params: Iterable[Any], part_of: str | None, group: Any, measured: bool, clipped: bool
+    who: str, params: Iterable[Any], part_of: str | None, group: Any, measured: bool, clipped: bool, kept: bool
 ) -> None:
     """Check that what is summed over the parameters is of whole ones, or is added over the ranks.
 
@@ -50,6 +50,7 @@ def check_whole(
         group: the process group that the user has named, or None.
         measured: sums of each parameter are wanted.
         clipped: the norm of all gradients is wanted.
+        kept: the norm of each parameter, or of its rows, is to stay.
 
     Raises:
         RuntimeError: sums over the parameters would be of one rank.
@@ -70,6 +71,11 @@ def check_whole(
         )
     if not has_flat_shards(params):
         return
+    if kept:
+        raise RuntimeError(
+            f"{who}.step: the parameters are shards of FullyShardedDataParallel, and no rank knows the norms of whole "
+            "ones, which norm= keeps; expected norm=None, or parameters that are not split"
+        )
     if measured:
         raise RuntimeError(
             f"{who}.step: the parameters are shards of FullyShardedDataParallel, and no rank can measure whole "

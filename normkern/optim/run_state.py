@@ -60,9 +60,9 @@ class RunState:
         self.grad_norm: Tensor | None = None
         self.written: tuple[Tensor, ...] | None = None
         self.dlpack_refs: list[object] = []
-        #: What `check_whole` has accepted: the tensors of the step, and whether they are measured and clipped.
+        #: What `check_whole` has accepted: the tensors of the step; whether they are measured, clipped, kept in norm.
         self.whole: tuple[Tensor, ...] | None = None
-        self.whole_for = (False, False)
+        self.whole_for = (False, False, False)
         #: What the loading hooks have made of a state dict, while it is loaded.
         self.loaded: dict[str, Any] | None = None
         self.warned: set[str] = set()

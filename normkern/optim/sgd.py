@@ -21,6 +21,7 @@ from .low_precision import PRECISION
 from .options import (
     BUFFER,
     GAUGE,
+    NORM,
     NORM_BUFFERS,
     OPTIONS_OF_OTHERS,
     SCALE_INVARIANT,
@@ -53,6 +54,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         stats: None, "tensor" or "row": which norms `stats()` returns after a step. Also a group key.
         decay: "coupled", weight decay as part of the gradient; "exponential", as a growing learning rate; "corrected",
             coupled, but lr / max_lr times weight_decay. Also a group key, which may change between steps.
+        norm: None; "keep" holds the norm of each parameter at its first value R, "keep_rows" that of each index of its
+            first dimension: :math:`w' = R\,N(w - \eta R\,N(u))`, :math:`N(x) = x/|x|`, u the step without lr and
+            weight decay, which is not applied. Also a group key. See below.
         state_dtype: dtype of momentum buffers, torch.float32 or torch.bfloat16, for parameters of 32 and 16 bits;
             buffers of another dtype are converted at the next step. None: new buffers have their parameter's dtype.
             Also a group key, as are the others below.
@@ -104,6 +108,11 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     which `OneCycleLR` sets, else its ``initial_lr``, which every scheduler sets; without either, or with lr above it, a
     step raises ValueError. A tensor lr is read by the host.
 
+    ``norm="keep"`` needs lr from 0 to below 1, the step relative to R, which is read by the host. R is
+    ``state[p]["radius"]``, float64, taken from the weights at the first step, saved and loaded. Delete it to take the
+    norms of now. A direction of zeros scales w to R; a NaN or an infinity makes the whole parameter or row NaN. CPU
+    tensors take a kernel in two passes, those on other devices torch's operations.
+
     Sparse and complex tensors, tensor subclasses, gradients of another dtype than their parameter, and devices without
     kernels fall back to torch's own loop; logger "normkern" reports it at level DEBUG. So does everything under a
     dispatch mode or a torch.func transform, and, with `stats`, parameters on other devices than the first. A DTensor is
@@ -123,10 +132,13 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             With ``decay="exponential"``: lr * weight_decay is more than (1 - sqrt(momentum))^2, where no growing
             learning rate follows decay; a parameter has no gradient while others of its group have; the group is not
             scale-invariant, or a weight is zero; `differentiable`; `lr_multipliers`. And everywhere: `lr_multipliers`
-            are not one finite number of at least 0 for each parameter.
+            are not one finite number of at least 0 for each parameter. With ``norm=``: lr, times a multiplier, is not
+            in [0, 1); a new radius is 0 or not finite; rows of a vector; a DTensor or a complex parameter; another
+            `decay` than "coupled"; `differentiable`.
+        RuntimeError: ``norm=`` with shards of `FullyShardedDataParallel`.
 
     Reference: torch.optim.SGD; for the exponential learning rate Li and Arora, arXiv 1910.07454, with constant
-    hyperparameters; with any, and nesterov, `ops.gauge_step`.
+    hyperparameters; with any, and nesterov, `ops.gauge_step`; kept norms: Hyperball, arXiv 2606.16899.
 
     >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
     >>> opt = SGD([w], lr=0.1, momentum=0.9, weight_decay=0.01)
@@ -137,7 +149,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     _who = "SGD"
-    _own_options = ("stats", "decay", *PRECISION)
+    _own_options = ("stats", "decay", NORM, *PRECISION)
     _keys_of_model = (NORM_BUFFERS, FOLLOWERS)
     _kept_keys = (NORM_BUFFERS, FOLLOWERS, SCALE_INVARIANT)
     _group_keys = (MAX_LR, GAUGE, SCALE_INVARIANT, NORM_BUFFERS, FOLLOWERS, *FusedOptimizer._group_keys)
@@ -163,6 +175,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         fused: bool | None = None,
         stats: ops.Stats = None,
         decay: str = "coupled",
+        norm: ops.Norm = None,
         state_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
@@ -174,7 +187,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     ) -> None:
         check_decay(decay, SGD_DECAYS, "SGD")
         self._begin(
-            {"stats": stats, "decay": decay},
+            {"stats": stats, "decay": decay, NORM: norm},
             (state_dtype, stochastic_rounding, rounding_seed, master_weights),
             ClipOptions(max_norm, norm_type, error_if_nonfinite, group),
             params,

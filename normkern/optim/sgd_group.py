@@ -30,6 +30,8 @@ class SgdGroupStep(GroupStep):
         options, at, pair = self.options, self.at, self.pair
         lr, weight_decay = options["lr"], options["weight_decay"]
         self.is_rescaled = False  # whether a power of two was taken out of the stored weights
+        if self.sphere is not None:  # lr was checked, and there is no decay
+            lr, weight_decay = number(lr, "lr", at), 0.0
         if scaler is not None or isinstance(lr, Tensor) or isinstance(weight_decay, Tensor):
             may_read = pair is None and options["decay"] == "coupled" and GAUGE not in options
             (lr, weight_decay), there = self._numbers_on_device(
@@ -59,17 +61,17 @@ class SgdGroupStep(GroupStep):
 
     def _hyper(self) -> ops.Hyper:
         gauge, pair, kept = None if self.gauge is None else self.gauge.step, self.pair, self.plan.hypers
-        arguments = self._arguments
+        arguments, norm = self._arguments, None if self.sphere is None else self.sphere.norm
         is_plain = pair is None and gauge is None and self.on_device is None and self.precision is None
-        if is_plain and (last := kept.get(self.index)) is not None and last[0] == arguments:
+        if is_plain and (last := kept.get(self.index)) is not None and last[0] == (arguments, norm):
             return last[1]
         lr, momentum, dampening, weight_decay, nesterov, maximize, inverse_scale = arguments
         if is_plain:
             hyper = ops.Hyper(
                 lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
-                maximize=maximize, inverse_scale=inverse_scale,
+                maximize=maximize, inverse_scale=inverse_scale, keeps_norm=norm is not None, by_row=norm == "keep_rows",
             )  # fmt: skip
-            kept[self.index] = (arguments, hyper)
+            kept[self.index] = ((arguments, norm), hyper)
             return hyper
         state_dtype, rounding, _ = (None, None, 0) if self.precision is None else self.precision.code()
         return ops.Hyper(
@@ -77,7 +79,7 @@ class SgdGroupStep(GroupStep):
             maximize=maximize, inverse_scale=inverse_scale,
             second_inverse_scale=1.0 if pair is None else pair.second_inverse_scale, l=1.0 if pair is None else pair.l,
             gauge=gauge, on_device=None if pair is not None else self.on_device, rounding=rounding,
-            state_dtype=state_dtype,
+            state_dtype=state_dtype, keeps_norm=norm is not None, by_row=norm == "keep_rows",
         )  # fmt: skip
 
     def _new_entry(self, p: Tensor, key: str) -> Tensor:

@@ -65,6 +65,7 @@ class StepStats:
         totals: Tensor | None = None,
         part_of: str | None = None,
         is_adaptive: bool = False,
+        kept: list[bool] | None = None,
     ) -> None:
         """Name the rows of a table.
 
@@ -73,6 +74,7 @@ class StepStats:
             names, offsets, lr: per parameter; `offsets` are where the slots begin.
             totals: (len(ops.SUMS),), the sums of all parameters; None: they are those of the table.
             is_adaptive: the size of an update does not depend on that of the gradient, as with Adam.
+            kept: per parameter, whether the step kept its norm and lr is relative to it; None: none of them.
             part_of: who has given the optimizer a part of the parameters only, with no `totals`; None: they are all.
         """
         ends = (*offsets[1:], table.shape[0])
@@ -82,6 +84,7 @@ class StepStats:
         self._counts = [b - a for a, b in zip(offsets, ends, strict=True)]
         self._lr = lr
         self._totals, self._part_of, self._is_adaptive = totals, part_of, is_adaptive
+        self._kept = kept if kept is not None and any(kept) else None
 
     @property
     def weight_sq(self) -> Tensor:
@@ -143,16 +146,14 @@ class StepStats:
     def effective_lr(self) -> Tensor:
         """The learning rate on the unit sphere, lr with its multiplier: lr / |w|^2 (arXiv 2010.02916, section 2).
 
-        Of `AdamW` and `Adam`, whose updates are as large for any size of the gradient, lr / |w|.
+        Of `AdamW` and `Adam`, whose updates are as large for any size of the gradient, lr / |w|. Where ``norm=`` keeps
+        norms it is lr itself.
         """
         divisor = self.weight_norm if self._is_adaptive else self.weight_sq
-        parts = []
-        for lr, slots in _runs(self._lr, self._counts):  # filled on the device: a copy from the host would wait
-            if isinstance(lr, Tensor):
-                parts.append(lr.double().view(1).expand(slots))
-            else:
-                parts.append(torch.full((slots,), lr, dtype=torch.float64, device=self._table.device))
-        return torch.cat(parts) / divisor if parts else divisor.clone()
+        if self._kept is not None:
+            on_sphere = _filled([float(kept) for kept in self._kept], self._counts, self._table.device) != 0
+            divisor = torch.where(on_sphere, torch.where(divisor.isnan(), divisor, 1.0), divisor)
+        return _filled(self._lr, self._counts, self._table.device) / divisor
 
     def scalars(self, quantities: str | Iterable[str] = _LOGGED, prefix: str = "") -> dict[str, float]:
         """Return one flat dict of plain numbers, as loggers take them: ``{prefix}{quantity}/{name}`` -> number.
@@ -176,13 +177,18 @@ class StepStats:
         if not isinstance(prefix, str):
             raise TypeError(f"StepStats.scalars: prefix expected a string, got {prefix!r}")
         table, names, lr = self._by_parameter(), list(self.names), list(self._lr)
+        kept = [False] * len(lr) if self._kept is None else list(self._kept)
         if self._part_of is None:
             stepped = ~table.isnan().all(1, keepdim=True)
             totals = torch.where(stepped, table, 0.0).sum(0) if self._totals is None else self._totals
             table = torch.cat([table, totals.view(1, -1)])
             names.append("all")
-            lr.append(lr[0] if lr and len(_runs(lr, [1] * len(lr))) == 1 else math.nan)
-        vectors = StepStats(table, [""] * len(names), tuple(range(len(names))), lr, is_adaptive=self._is_adaptive)
+            alike = len(set(kept)) == 1 and len(_runs(lr, [1] * len(lr))) == 1
+            lr.append(lr[0] if alike else math.nan)
+            kept.append(alike and kept[0])
+        vectors = StepStats(
+            table, [""] * len(names), tuple(range(len(names))), lr, is_adaptive=self._is_adaptive, kept=kept
+        )
         rows = torch.stack([getattr(vectors, quantity) for quantity in chosen]).tolist() if chosen else []
         return {
             f"{prefix}{quantity}/{name}": x
@@ -215,8 +221,8 @@ class StepStats:
 class Measured:
     """The sums of a step, from which `stats()` makes its result; names are made when the caller asks for them."""
 
-    __slots__ = ("_stats", "clip_coef", "groups", "is_adaptive", "multipliers", "offsets", "part_of", "table", "totals",
-                 "who")  # fmt: skip
+    __slots__ = ("_stats", "clip_coef", "groups", "is_adaptive", "kept", "multipliers", "offsets", "part_of", "table",
+                 "totals", "who")  # fmt: skip
 
     def __init__(
         self,
@@ -227,11 +233,15 @@ class Measured:
         clip_coef: Tensor | None,
         who: str,
         is_adaptive: bool,
+        kept: set[int],
     ) -> None:
-        """`groups`: index, lr, parameters and their number of each measured one; `multipliers` of the lr, by group."""
+        """`groups`: index, lr, parameters and their number of each measured one; `multipliers` of the lr, by group.
+
+        `kept`: the groups whose norms the step kept.
+        """
         self.table, self.offsets, self.groups = table, offsets, groups
         self.multipliers, self.clip_coef = multipliers, clip_coef
-        self.who, self.is_adaptive = who, is_adaptive
+        self.who, self.is_adaptive, self.kept = who, is_adaptive, kept
         self.totals: Tensor | None = None  # of all ranks, where the parameters are split over them
         self.part_of: str | None = None
         self._stats: StepStats | None = None
@@ -249,7 +259,10 @@ class Measured:
                 multipliers = self.multipliers.get(index)
                 lr += [group_lr if multipliers is None else group_lr * multipliers.value(i) for i in range(size)]
             names = names_of([(index, params) for index, _, params, _ in self.groups])
-            self._stats = StepStats(self.table, names, self.offsets, lr, self.totals, self.part_of, self.is_adaptive)
+            kept = [index in self.kept for index, _, _, size in self.groups for _ in range(size)]
+            self._stats = StepStats(
+                self.table, names, self.offsets, lr, self.totals, self.part_of, self.is_adaptive, kept
+            )
         return self._stats
 
     def own_totals(self) -> Tensor:
@@ -271,7 +284,18 @@ def _chosen(quantities: str | Iterable[str]) -> list[str]:
     return chosen
 
 
-def _runs(lr: list[float | Tensor], counts: list[int]) -> list[tuple[float | Tensor, int]]:
+def _filled(numbers: Sequence[float | Tensor], counts: list[int], device: torch.device) -> Tensor:
+    """Return each number as often as its count says, in float64."""
+    parts = [torch.empty(0, dtype=torch.float64, device=device)]
+    for x, count in _runs(numbers, counts):  # filled on the device: a copy from the host would wait
+        if isinstance(x, Tensor):
+            parts.append(x.double().view(1).expand(count))
+        else:
+            parts.append(torch.full((count,), x, dtype=torch.float64, device=device))
+    return torch.cat(parts)
+
+
+def _runs(lr: Sequence[float | Tensor], counts: list[int]) -> list[tuple[float | Tensor, int]]:
     """Return runs of one learning rate, and how many slots each has."""
     runs: list[tuple[float | Tensor, int]] = []
     for x, count in zip(lr, counts, strict=True):

@@ -14,9 +14,9 @@ from .clip_options import ClipOptions
 from .corrected_decay import with_decay_of_step
 from .group_step import Scaler
 from .low_precision import PRECISION
-from .options import At, number
+from .options import NORM, At, number
 from .pair import Pair
-from .pair_steps import Pairs, PairSteps
+from .pair_steps import Pairs, PairSteps, check_norm_is_free
 from .run_state import SgdState
 from .sgd import SGD
 from .sgd_group import SgdGroupStep
@@ -90,7 +90,7 @@ class SVAG(PairSteps, SGD):
     _run: SvagState
     _run_state = SvagState
     _options_of_svag_names = ("l", "momentum_scaling")
-    _own_options = ("stats", "decay", *PRECISION, "l", "momentum_scaling")
+    _own_options = ("stats", "decay", NORM, *PRECISION, "l", "momentum_scaling")
 
     def __init__(
         self,
@@ -156,6 +156,7 @@ class SVAG(PairSteps, SGD):
     def _check_own(self, group: dict[str, Any], where: str) -> None:
         ops.check_l(group["l"], where)
         _check_scaling(group["momentum_scaling"], where)
+        check_norm_is_free(group, where)
 
     def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[SgdGroupStep]:
         groups = []

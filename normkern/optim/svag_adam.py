@@ -17,9 +17,9 @@ from .corrected_decay import CORRECTED, with_decay_of_step
 from .dtensor import is_dtensor
 from .group_step import Scaler, share_memory
 from .low_precision import PRECISION
-from .options import check_decay, number
+from .options import NORM, check_decay, number
 from .pair import Pair
-from .pair_steps import Pairs, PairSteps
+from .pair_steps import Pairs, PairSteps, check_norm_is_free
 from .run_state import RunState
 
 
@@ -139,7 +139,7 @@ class SVAGAdam(PairSteps, Adam):
     _called = "SVAGAdam"
     _run: SvagAdamState
     _run_state = SvagAdamState
-    _own_options = ("stats", *PRECISION, "l")
+    _own_options = ("stats", NORM, *PRECISION, "l")
     _options_of_svag_names = ("l",)
 
     def __init__(
@@ -171,6 +171,7 @@ class SVAGAdam(PairSteps, Adam):
         for option in ("amsgrad", "differentiable"):
             if group.get(option):
                 raise ValueError(f"{where}: {option} expected False with SVAG, got {group[option]!r}")
+        check_norm_is_free(group, where)
 
     def _groups(self, inverse_scale: float, scaler: Scaler | None) -> list[AdamGroupStep]:
         self._run.of_groups.clear()
@@ -267,7 +268,7 @@ class SVAGAdamW(SVAGAdam, AdamW):
     """
 
     _called = "SVAGAdamW"
-    _own_options = ("stats", "decay", *PRECISION, "l")
+    _own_options = ("stats", "decay", NORM, *PRECISION, "l")
 
     def _kernel_options(self, index: int, group: dict[str, Any]) -> dict[str, Any]:
         where = self._place(index)

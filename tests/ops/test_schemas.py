@@ -45,6 +45,9 @@ def sample(name, dtype, *, whole=False):
             numbers = {key: torch.tensor(value) for key, value in numbers.items()}
             more = {"clip_coef": torch.tensor(0.5, dtype=torch.float64), "lr_multipliers": torch.tensor([1.0, 0.5])}
             return (x, lists(dtype, none=none), *state), {**numbers, **more, "stats": "tensor"}
+        case "apply_updates_":
+            radius = [torch.tensor(2.0, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)]
+            return (x, lists(dtype, none=none)), {"lr": 0.1, "radius": radius, "stats": "row"}
         case "grad_sq_norms":
             return (lists(dtype, none=none),), {"grad_scale": 2.0, "held": lists(dtype, none=none), "l": 3.0}
         case "clip_coef":
@@ -115,7 +118,7 @@ def test_every_op_of_ops_is_there():
 
 
 #: Ops that write several lists.
-IN_PLACE = ("welford_", "svag_combine_", "adamw_", "adamw_.tensor")
+IN_PLACE = ("welford_", "svag_combine_", "apply_updates_", "adamw_", "adamw_.tensor")
 
 
 #: The op's arguments as `ops` takes them, and its results as `ops` returns them.

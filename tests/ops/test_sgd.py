@@ -387,8 +387,8 @@ def test_a_pass_knows_its_ops_and_their_state():
         step.add("lion_", ones, ones, None, None, ops.Hyper())
     with pytest.raises(ValueError, match="sgd_: expected 1 lists of state buffers, got 2"):
         step.add("sgd_", ones, ones, [ones, ones], None, ops.Hyper(momentum=0.9))
-    with pytest.raises(ValueError, match="gather: expected at most 3 keys, got 4"):
-        ops.gather(ones, {}, ("a", "b", "c", "d"))
+    with pytest.raises(ValueError, match="gather: expected at most 4 keys, got 5"):
+        ops.gather(ones, {}, ("a", "b", "c", "d", "e"))
 
 
 def test_refuses_a_table_of_the_wrong_size():

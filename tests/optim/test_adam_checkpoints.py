@@ -50,7 +50,7 @@ def test_checkpoint_has_torchs_entries(kind):
     for x, y in zip(a["state"].values(), b["state"].values(), strict=True):
         assert x.keys() == y.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(x[key].dtype == y[key].dtype and x[key].shape == y[key].shape for key in x)
-    own = {"stats", "lr_multipliers", "state_dtype", "stochastic_rounding", "rounding_seed", "master_weights"}
+    own = {"stats", "norm", "lr_multipliers", "state_dtype", "stochastic_rounding", "rounding_seed", "master_weights"}
     own |= {"decay"} if kind == "AdamW" else set()
     assert set(a["param_groups"][0]) - set(b["param_groups"][0]) == own
 

@@ -51,7 +51,7 @@ def test_checkpoint_has_torchs_entries():
     assert all(x.keys() == y.keys() for x, y in zip(a["state"].values(), b["state"].values(), strict=True))
     assert set(b["param_groups"][0]) <= set(a["param_groups"][0])
     assert set(a["param_groups"][0]) - set(b["param_groups"][0]) == {
-        "stats", "decay", "lr_multipliers", "state_dtype", "stochastic_rounding", "rounding_seed", "master_weights",
+        "stats", "decay", "norm", "lr_multipliers", "state_dtype", "stochastic_rounding", "rounding_seed", "master_weights",
     }  # fmt: skip
     w = nn.Parameter(torch.ones(1))
     w.grad = torch.ones(1)
@@ -64,7 +64,7 @@ def test_old_checkpoints():
     params, opt = trained(normkern.SGD, stats="row", maximize=True)
     saved = opt.state_dict()
     saved["state"][3] = {"momentum_buffer": None}
-    for key in ("maximize", "foreach", "differentiable", "fused", "stats", "decay"):
+    for key in ("maximize", "foreach", "differentiable", "fused", "stats", "decay", "norm"):
         del saved["param_groups"][0][key]
     twins = [nn.Parameter(p.detach().clone()) for p in params]
     other = normkern.SGD(twins, lr=0.5, maximize=True, stats="tensor")

@@ -45,6 +45,11 @@ def worker(rank, world, rendezvous, stats, kind):
         rows = before[0].double().square().sum(1)  # of all ranks; tests/ranks/sums.py has the rest
         torch.testing.assert_close(s.weight_sq[s.slots["0.0"]], rows if stats == "row" else rows.sum(0, keepdim=True))
         torch.testing.assert_close(s.weight_sq[s.slots["0.1"]], before[1].double().square().sum(0, keepdim=True))
+    kept = getattr(normkern, kind)(ours, norm="keep", **OPTIONS[kind])
+    with pytest.raises(ValueError, match=r"params\[0\] is a DTensor; norm='keep' expected whole parameters"):
+        kept.step()
+    with pytest.raises(TypeError, match=r"apply_updates_: params\[0\] is DTensor"):
+        normkern.apply_updates_(ours, [p.grad for p in ours], lr=0.1)
     leave()
 
 

@@ -19,6 +19,9 @@ bool select_isa(const char* name) { return name[0] == 's'; }
 void run(const Chunk*, int64_t count, int64_t) {
   if (count > 0) refuse();
 }
+void run_on_sphere(const KeptTensor*, int64_t count, int64_t) {
+  if (count > 0) refuse();
+}
 void sq_norms(const Chunk*, int64_t count, int64_t) {
   if (count > 0) refuse();
 }
