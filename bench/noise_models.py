@@ -81,7 +81,7 @@ def table(results: dict[str, Any]) -> str:
     for net, library in results["left_out"].items():
         lines.append(table_row(net, "-", f"needs {library}", "-", "-"))
     m = results["machine_info"]
-    kind = "" if results["clock"] == "wall" else f" Seconds of the {results['clock']}."
+    kind = "" if results["clock"] == "wall" else f" CPU time of the {results['clock']}."
     legend = f"Times a plain forward and backward. {m['cpu']}, one thread, {m['isa']}, torch {m['torch']}.{kind}"
     return "\n".join([*lines, "", legend])
 

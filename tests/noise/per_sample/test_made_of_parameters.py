@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import normkern
+from normkern.noise.per_sample.derived import Derived
 
 from .case import Problem, classes, numbers, squares, words
 from .measuring import assert_right, measured, refuses
@@ -257,3 +258,30 @@ def test_changed_gradient_of_a_made_weight_is_still_found():
     problem.model.weight.register_hook(lambda g: g * 1.01)
     with refuses("'weight' .*do not add up"):
         measured(problem)
+
+
+def test_contributions_to_one_derived_tensor_go_back_together(monkeypatch):
+    """As those of layers that share a table of relative positions."""
+
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Parameter(torch.randn(7, 2, dtype=torch.float64))
+
+        def forward(self, x):
+            places = self.table[torch.tensor([[3, 4, 5], [2, 3, 4], [1, 2, 3]])].permute(2, 0, 1)
+            for _ in range(3):
+                x = torch.tanh(x + places)
+            return x
+
+    torch.manual_seed(0)
+    model, x = Shared(), torch.randn(4, 2, 3, 3, dtype=torch.float64)
+    went = []
+    back = Derived.back_rows
+    monkeypatch.setattr(Derived, "back_rows", lambda self, *args: went.append(self) or back(self, *args))
+    noise = normkern.GradientNoise(model, ("norms", "variance"))
+    with noise:
+        model(x).square().flatten(1).sum(1).mean().backward()
+    assert len(went) == 1
+    rows = [torch.autograd.grad(model(x)[b].square().sum(), model.table)[0] for b in range(4)]
+    torch.testing.assert_close(noise.result().variance["table"], torch.stack(rows).var(0))
