@@ -137,7 +137,14 @@ def test_the_twin_says_the_same_for_several_steps(rule, norm):
     radii = [reference.norms(w, norm) * 1.5 for w in ours]
     name = "adamw_" if rule.startswith("adam") else "sgd_"
     lists = [[[None] * 2 for _ in range(3 if name == "adamw_" else 1)] for _ in range(2)]
-    options = {"lr": 0.2, "weight_decay": 0.3, **RULES[rule], "norm": norm, "radii": radii, "lr_multipliers": [1.0, 0.5]}
+    options = {
+        "lr": 0.2,
+        "weight_decay": 0.3,
+        **RULES[rule],
+        "norm": norm,
+        "radii": radii,
+        "lr_multipliers": [1.0, 0.5],
+    }
     for _ in range(5):
         grads = [torch.randn(w.shape, generator=make, dtype=F64) for w in ours]
         a = getattr(ops, name)(ours, grads, *lists[0], stats="row", **options)
