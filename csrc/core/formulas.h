@@ -35,6 +35,7 @@ struct Traits {
   bool writes_w = true;
   int buffers = 0;  // of state that it writes
   bool reads_buffers = false;
+  bool divides = false;     // by the last buffer: what pads that is 1
   bool is_gauged = false;   // weights stand for others: see gauge.h
   bool keeps_norm = false;  // runs as two passes: see "On a sphere"
   bool writes_buffers = true, reads_grad = true;
@@ -49,6 +50,11 @@ struct Traits {
   constexpr Traits counting() const {
     Traits t = *this;
     t.counts_steps = true;
+    return t;
+  }
+  constexpr Traits dividing() const {
+    Traits t = *this;
+    t.divides = true;
     return t;
   }
   constexpr Traits without_pairs() const {
@@ -323,7 +329,7 @@ template <class R> struct AdamCoefficients {
 };
 
 struct Adam {
-  static constexpr Traits traits = Traits::step().keeping(2).counting().without_pairs();
+  static constexpr Traits traits = Traits::step().keeping(2).counting().dividing().without_pairs();
   using First = Adam;
   template <class R> using Coefficients = AdamCoefficients<R>;
   template <class R> static NK_HD void apply(const AdamCoefficients<R>& c, R& w, R g, R& m, R& v) {

@@ -161,9 +161,10 @@ void run(const StepNumbers<Rule, kMeasure, R>& scalars, const Streams<W, G, V, k
     Padded<W> w;
     Padded<G> g, h;
     Padded<V> v[kRoom<Rule>];
-    if (rest) {  // the same step on a copy, padded with zeros, which add nothing to the sums
+    if (rest) {  // the same step on a copy, padded with what adds nothing to the sums
       now = {w.in(from.w, rest), g.in(from.g, rest), {}, h.in(from.h, kMeasure == Measure::pair ? rest : 0)};
-      for (int k = 0; k < kRoom<Rule>; k++) now.v[k] = v[k].in(from.v[k], kTraits.reads_buffers ? rest : 0);
+      for (int k = 0; k < kRoom<Rule>; k++)
+        now.v[k] = v[k].in(from.v[k], kTraits.reads_buffers ? rest : 0, kTraits.divides && k == kTraits.buffers - 1);
     }
     step<Rule, kMeasure>(eight, now, s);
     if (rest) {

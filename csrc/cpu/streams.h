@@ -108,13 +108,14 @@ template <bool kWrites> NK_HD void prefetch(const Weights& w) {
   if (w.master) prefetch<kWrites>(Any{(char*)w.master, DType::f32});
 }
 
-// ---- The last few coordinates: a copy, padded with zeros -----------------------------------------------------------
+// ---- The last few coordinates: a copy, padded with zeros or with ones ---------------------------------------------
 
 template <class T> struct Padded;
 template <class T> struct Padded<T*> {
   T x[kLanes];
-  NK_HD T* in(const T* from, int n) {
+  NK_HD T* in(const T* from, int n, bool ones = false) {
     __builtin_memset(x, 0, sizeof x);
+    if (ones) store(x, Side<Real<T>, kLanes>::all(1));
     for (int k = 0; k < n; k++) x[k] = from[k];
     return x;
   }
@@ -125,8 +126,9 @@ template <class T> struct Padded<T*> {
 template <class T> struct Padded<const T*> : Padded<T*> {};
 template <> struct Padded<Any> {
   float x[kLanes];
-  NK_HD Any in(Any from, int n) {
+  NK_HD Any in(Any from, int n, bool ones = false) {
     __builtin_memset(x, 0, sizeof x);
+    if (ones) store(Any{(char*)x, from.dtype}, Side<float, kLanes>::all(1));
     if (n) __builtin_memcpy(x, from.p, n * from.item());  // a stream that is not read is null
     return {(char*)x, from.dtype};
   }

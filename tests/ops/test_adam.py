@@ -355,3 +355,20 @@ def test_refusal(given, error, text):
     assert all((x == 1).all() for x in written)
     steps = arguments["steps"] or []
     assert all(not isinstance(x, torch.Tensor) or x.numel() != 1 or x in (0, 1) for x in steps)
+
+
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_sums_without_eps_at_every_size(is_strided, state_dtype):
+    """The last coordinates run in a block of eight, and what pads it must add nothing: not 0/0 either."""
+    for size in range(1, 20):
+        w, g = torch.linspace(1, 2, 2 * size), torch.linspace(-1, 3, 2 * size) + 0.01
+        w, g = (w[::2], g[::2]) if is_strided else (w[:size].clone(), g[:size].clone())
+        m, v = torch.zeros_like(w, dtype=state_dtype), torch.zeros_like(w, dtype=state_dtype)
+        old = w.double()
+        sums = ops.adamw_(
+            [w], [g], [m], [v], [torch.zeros(())], lr=0.1, eps=0.0, stats="tensor", state_dtype=state_dtype
+        )
+        update = w.double() - old
+        expected = torch.stack([old @ old, g.double() @ g.double(), old @ g.double(), update @ update, old @ update])
+        torch.testing.assert_close(sums[0], expected, rtol=1e-12, atol=0)
