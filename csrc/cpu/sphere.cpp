@@ -8,7 +8,7 @@
 namespace nk::cpu {
 namespace {
 
-constexpr int kOwn = StepSums::count;
+constexpr int kColumns = StepSums::count;
 
 // Norms that take several chunks each run together until they have so many coordinates: few enough for a cache, enough
 // for all threads. A larger tensor runs alone.
@@ -19,11 +19,11 @@ constexpr int64_t kInL1 = 2048, kMostNorms = 64;
 
 int64_t size_of_norm(const KeptTensor& t) { return t.whole.size / t.slots; }
 
-// The first pass over a part: writes the state, and the sums of each norm or part of one, kOwn apart.
+// The first pass over a part: writes the state, and the sums of each norm or part of one, kColumns apart.
 void advance(const KeptTensor& t, int64_t begin, int64_t size, double* sums, int64_t slot_size) {
   Chunk c = part_of(t.whole, begin, size);
   c.rounds_at_random = false;  // that is of the weights, which are not written
-  c.sums = sums, c.columns = kOwn, c.slot_size = slot_size;
+  c.sums = sums, c.columns = kColumns, c.slot_size = slot_size;
   const Isa& isa = table();
   const int direction = direction_of(c.rule);
   (is_mixed(c) ? isa.advance_mixed[direction] : isa.advance[direction][(int)c.dtype])(c);
@@ -48,7 +48,7 @@ double* row_of(const KeptTensor& t, int64_t coordinate) {
   return t.whole.sums + coordinate / t.whole.slot_size * t.whole.columns;
 }
 void add(double* to, const double* sums) {
-  for (int j = 0; j < kOwn; j++) to[j] += sums[j];
+  for (int j = 0; j < kColumns; j++) to[j] += sums[j];
 }
 
 // Some coordinates of a tensor: norms that lie in one chunk, or a part of one norm.
@@ -66,15 +66,15 @@ void run_norms(const Piece& piece, double* partial) {
   // What strided memory is gathered into holds no whole rows.
   const int64_t most = t.whole.strided ? 1 : std::clamp<int64_t>(kInL1 / size, 1, kMostNorms);
   for (int64_t at = piece.begin; at < end;) {
-    double sums[kMostNorms * kOwn];
+    double sums[kMostNorms * kColumns];
     const int64_t count = std::min(most, (end - at) / size);
     advance(t, at, count * size, sums, size);
     for (int64_t k = 0; k < count; k++, at += size) {
-      const Turn by = turn_of(t, at / size, sums + k * kOwn);
+      const Turn by = turn_of(t, at / size, sums + k * kColumns);
       if (!t.whole.sums) {
         turn(t, at, size, by, nullptr, size);
       } else if (partial) {
-        double own[kOwn];
+        double own[kColumns];
         turn(t, at, size, by, own, size);
         add(partial, own);
       } else {
@@ -94,8 +94,8 @@ void run_small(const KeptTensor* tensors, int64_t count, bool on_pool) {
     for (int64_t at = 0; at < t->whole.size; at += together)
       pieces.push_back({t, at, std::min(together, t->whole.size - at), 0, is_part ? partials++ : -1});
   }
-  std::vector<double> sums(partials * kOwn);
-  const auto partial_of = [&](const Piece& p) { return p.partial < 0 ? nullptr : &sums[p.partial * kOwn]; };
+  std::vector<double> sums(partials * kColumns);
+  const auto partial_of = [&](const Piece& p) { return p.partial < 0 ? nullptr : &sums[p.partial * kColumns]; };
   parallel_for_each((int64_t)pieces.size(), on_pool, [&](int64_t i) { run_norms(pieces[i], partial_of(pieces[i])); });
   for (const Piece& p : pieces)
     if (const double* partial = partial_of(p)) add(row_of(*p.of, p.begin), partial);
@@ -126,18 +126,18 @@ class Together {
   }
 
   void run() {
-    sums_.assign(first_.size() * kOwn, 0.0);
+    sums_.assign(first_.size() * kColumns, 0.0);
     parallel_for_each((int64_t)first_.size(), on_pool_, [&](int64_t i) {
       const Piece& p = first_[i];
-      advance(*p.of, p.begin, p.size, &sums_[i * kOwn], p.size);
+      advance(*p.of, p.begin, p.size, &sums_[i * kColumns], p.size);
     });
     for (size_t i = 0; i < first_.size();) {
       const Piece& p = first_[i];
-      double all[kOwn] = {};
-      for (; i < first_.size() && first_[i].unit == p.unit; i++) add(all, &sums_[i * kOwn]);
+      double all[kColumns] = {};
+      for (; i < first_.size() && first_[i].unit == p.unit; i++) add(all, &sums_[i * kColumns]);
       turns_[p.unit] = turn_of(*p.of, p.begin / size_of_norm(*p.of), all);
     }
-    sums_.assign(partials_ * kOwn, 0.0);
+    sums_.assign(partials_ * kColumns, 0.0);
     // The end of the first pass is what it has left in the caches.
     const int64_t n = (int64_t)second_.size();
     parallel_for_each(n, on_pool_, [&](int64_t i) {
@@ -148,10 +148,10 @@ class Together {
       else if (p.partial < 0)
         turn(t, p.begin, p.size, turns_[p.unit], row_of(t, p.begin), t.whole.slot_size);
       else
-        turn(t, p.begin, p.size, turns_[p.unit], &sums_[p.partial * kOwn], p.size);
+        turn(t, p.begin, p.size, turns_[p.unit], &sums_[p.partial * kColumns], p.size);
     });
     for (const Piece& p : second_)
-      if (p.of->whole.sums && p.partial >= 0) add(row_of(*p.of, p.begin), &sums_[p.partial * kOwn]);
+      if (p.of->whole.sums && p.partial >= 0) add(row_of(*p.of, p.begin), &sums_[p.partial * kColumns]);
     turns_.clear(), first_.clear(), second_.clear();
     partials_ = coordinates_ = 0;
   }
