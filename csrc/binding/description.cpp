@@ -41,7 +41,7 @@ void Shim::connect(const std::map<std::string, uintptr_t>& functions, int64_t of
 }
 
 bool Shim::read(PyObject* tensor, Description& d) const {
-  const Handle t = handle(tensor);
+  Handle t = handle(tensor);
   int32_t layout, dtype, device;
   int64_t *sizes, *strides;
   void* data;
@@ -54,7 +54,7 @@ bool Shim::read(PyObject* tensor, Description& d) const {
 }
 
 bool Shim::is_still(PyObject* tensor, const Description& last) const {
-  const Handle t = handle(tensor);
+  Handle t = handle(tensor);
   int32_t code;
   int64_t* dims;
   int64_t ndim;
