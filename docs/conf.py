@@ -31,7 +31,7 @@ nitpick_ignore_regex = [
     ("py:obj", ".*"),  # see default_role
     ("py:class", r"(torch|collections|contextlib|typing|fractions|ops|nn)\b.*"),  # no network to look them up
     ("py:class", r"Axes|normkern\.(monitors\.report\.Entry|_C\.GaugeStep)"),
-    ("py:class", r"normkern\.optim\.(halves\.Batch|fused\.FusedOptimizer)"),
+    ("py:class", r"normkern\.optim\.(halves\.Batch|fused\.FusedOptimizer|pair_steps\.PairSteps)"),
     ("py:class", r"normkern\.noise\.per_sample\.(tensor_state\.TensorState|operation\.Operation)"),
 ]
 
