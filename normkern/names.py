@@ -31,7 +31,7 @@ def did_you_mean(words: object, known: Iterable[str]) -> str:
     "; did you mean 'norms'?"
     """
     names = list(known)
-    for word in [words] if isinstance(words, str) else words if isinstance(words, Iterable) else ():
+    for word in [words] if isinstance(words, str) else words if isinstance(words, (list, tuple, set)) else ():
         if isinstance(word, str) and word not in names and (near := get_close_matches(word, names, 1)):
             return f"; did you mean {near[0]!r}?"
     return ""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import ops
 from ..names import did_you_mean
+from .parameter_names import PARAM_NAMES
 
 #: The entry of an optimizer's state that holds a parameter's momentum buffer; torch's name.
 BUFFER = "momentum_buffer"
@@ -146,6 +147,12 @@ def check_checkpoint(
         for j, key in enumerate(ids):
             if not isinstance(key, Hashable):
                 refuse(f"param_groups[{i}]['params'][{j}]", "a number or a name", key)
+        names = group.get(PARAM_NAMES)
+        if names is not None and not isinstance(names, (list, tuple)):
+            refuse(f"param_groups[{i}]['{PARAM_NAMES}']", "a list of names", names)
+        for j, name in enumerate(names or ()):
+            if not isinstance(name, str):
+                refuse(f"param_groups[{i}]['{PARAM_NAMES}'][{j}]", "a name", name)
 
 
 def check_state(state: Any, groups: list[dict[str, Any]], buffers: Iterable[str], who: str) -> None:
@@ -167,14 +174,14 @@ def check_state(state: Any, groups: list[dict[str, Any]], buffers: Iterable[str]
 
 
 def check_count(state: Any, groups: list[dict[str, Any]], buffers: Iterable[str], who: str) -> None:
-    """Check that every parameter that has one of the buffers has all, and a count of steps."""
+    """Check that every parameter that has a state has all buffers, and a count of steps."""
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
             entry = state.get(p, {})
             where = f"{who}.load_state_dict: the state of param_groups[{g}]['params'][{i}]"
             needed = (*buffers, STEP)
             lacks = [name for name in needed if entry.get(name) is None]
-            if lacks and len(lacks) < len(needed):
+            if lacks and len(entry) > 0:
                 raise ValueError(f"{where} expected {', '.join(needed)}, got one without {lacks[0]}")
             if not lacks:
                 steps = number(entry[STEP], STEP, where)

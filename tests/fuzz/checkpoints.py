@@ -21,14 +21,29 @@ OPTIMIZERS = (
         lr=0.1, momentum=0.5, weight_decay=0.1, decay="exponential",
     ),
     lambda params: normkern.SVAG(params, lr=0.1, momentum=0.9, l=1),
+    lambda params: normkern.AdamW(params, lr=0.1, stats="tensor", master_weights=True),
+    lambda params: normkern.SGD(params, lr=0.1, momentum=0.9, norm="keep", stats="tensor"),
 )  # fmt: skip
 KEYS = (
     "state", "param_groups", "params", "momentum_buffer", "master_weight", "lr", "momentum", "dampening",
     "weight_decay", "nesterov", "maximize", "foreach", "differentiable", "fused", "stats", "decay", "gauge",
     "scale_invariant", "norm_buffers", "lr_multipliers", "state_dtype", "stochastic_rounding", "rounding_seed",
-    "rounding_step", "master_weights", "l", "momentum_scaling", "param_names",
+    "rounding_step", "master_weights", "l", "momentum_scaling", "param_names", "norm", "radius", "exp_avg", "betas",
 )  # fmt: skip
-WORDS = ("tensor", "row", "coupled", "exponential", "fixed", "continuous", True, False, torch.float32, torch.bfloat16)
+WORDS = (
+    "tensor",
+    "row",
+    "coupled",
+    "exponential",
+    "fixed",
+    "continuous",
+    "keep",
+    "keep_rows",
+    True,
+    False,
+    torch.float32,
+    torch.bfloat16,
+)
 
 
 def trained(make):

@@ -140,6 +140,7 @@ def bad_checkpoints():
     yield "shape", change(entry("exp_avg", torch.ones(2))), rf"{where}: exp_avg expected shape \(16, 3\), got \(2,\)"
     yield "kind", change(entry("exp_avg_sq", [1.0])), rf"{where}: exp_avg_sq expected a tensor, got list"
     yield "no step", change(lambda s: s["state"][4].pop("step")), rf"{where} expected exp_avg, .*got one without step"
+    yield "none of all", change(lambda s: s["state"].update({4: {"sum": torch.ones(3)}})), rf"{where} .*got one without"
     yield "no average", change(lambda s: s["state"][4].pop("exp_avg_sq")), rf"{where} .*got one without exp_avg_sq"
     yield "steps", change(entry("step", torch.tensor(-3.0))), rf"{where}: step expected a whole number .*got -3.0"
     yield "half", change(entry("step", torch.tensor(2.5))), rf"{where}: step expected a whole number .*got 2.5"

@@ -143,6 +143,21 @@ def corrupted():
     )
     yield "no params", change(lambda s: s["param_groups"][0].pop("params")), r"got one without 'params'"
     yield (
+        "names no list",
+        change(lambda s: s["param_groups"][0].update(param_names=0.5)),
+        r"param_groups\[0\]\['param_names'\] expected a list of names, got float",
+    )
+    yield (
+        "name no text",
+        change(lambda s: s["param_groups"][0].update(param_names=["a", 2])),
+        r"param_groups\[0\]\['param_names'\]\[1\] expected a name, got int",
+    )
+    yield (
+        "norm a tensor",
+        change(lambda s: s["param_groups"][0].update(norm=torch.tensor(1.0))),
+        r"param_groups\[0\]: norm expected None",
+    )
+    yield (
         "too many groups",
         change(lambda s: s["param_groups"].append(s["param_groups"][0])),
         r"different number of parameter groups",
