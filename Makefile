@@ -156,10 +156,16 @@ bench-ddp: $(BENCH_READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test,lint]"
 	touch $@
 
+# timm and Ultralytics need torchvision, whose wheels do not load beside every torch and then break all that import it: tests
+# and benchmarks have a stub.
+WITHOUT_BROKEN_TORCHVISION = $(BIN)/python -c "import torchvision" 2> /dev/null || \
+  $(BIN)/python -m pip uninstall --quiet --yes torchvision
+
 # Large peers are optional: the rows of those that cannot be installed say so.
 .venv/bench-ready: pyproject.toml constraints.txt | .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group bench-peers || echo "bench: going on without some peers"
+	$(WITHOUT_BROKEN_TORCHVISION)
 	touch $@
 
 # tidy, dist, docs, cmake, backpack, frameworks: the dependency groups of pyproject.toml.
@@ -167,11 +173,10 @@ bench-ddp: $(BENCH_READY)
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group $*
 	touch $@
 
-# timm and Ultralytics need torchvision, whose wheels do not load beside every torch and then break all that import it: tests
-# have a stub. Ultralytics needs OpenCV, which needs libraries of a desktop, or else its edition without windows.
+# Ultralytics needs OpenCV, which needs libraries of a desktop, or else its edition without windows.
 .venv/frameworks-ready .venv/zoo-ready: pyproject.toml constraints.txt | .venv/ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt --group $(patsubst .venv/%-ready,%,$@)
-	$(BIN)/python -c "import torchvision" 2> /dev/null || $(BIN)/python -m pip uninstall --quiet --yes torchvision
+	$(WITHOUT_BROKEN_TORCHVISION)
 	$(if $(findstring frameworks,$@),$(BIN)/python -c "import cv2" 2> /dev/null || { \
 	  $(BIN)/python -m pip uninstall --quiet --yes opencv-python && \
 	  $(BIN)/python -m pip install --quiet --force-reinstall --no-deps opencv-python-headless; })
