@@ -15,6 +15,7 @@ from rich.table import Table
 from .results import Results, Row, digits, load, short_reason
 
 MARKS = "<!-- bench:begin -->", "<!-- bench:end -->"
+ADAMW_MARKS = "<!-- bench-adamw:begin -->", "<!-- bench-adamw:end -->"
 SVAG_MARKS = "<!-- bench-svag:begin -->", "<!-- bench-svag:end -->"
 NOISE_MARKS = "<!-- bench-noise:begin -->", "<!-- bench-noise:end -->"
 
@@ -35,7 +36,15 @@ COLUMNS = {
     "torch compile + norms": "torch compile + norms",
     "five-stream loop": "five-stream loop",
 }
-#: The same for the second table, whose rows are the cases with SVAG steps.
+#: The same for the table whose rows are the cases with AdamW steps.
+ADAMW_COLUMNS = {
+    "normkern AdamW tensor": "stats tensor",
+    "torch AdamW fused": "torch fused",
+    "torch AdamW compile": "torch compile",
+    "torch AdamW foreach": "torch foreach",
+    "seven-stream loop": "seven-stream loop",
+}
+#: The same for the table whose rows are the cases with SVAG steps.
 SVAG_COLUMNS = {
     "combine + torch fused + sums": "combine, torch fused, sums",
     "lerp + torch fused + sums": "lerp, torch fused, sums",
@@ -43,7 +52,7 @@ SVAG_COLUMNS = {
     "torch compile by hand + sums": "all by hand, compiled",
     "six-stream loop": "six-stream loop",
 }
-#: The same for the third table, whose rows are networks.
+#: The same for the table whose rows are networks.
 NOISE_COLUMNS = {
     "normkern nsr": "nsr",
     "normkern norms": "norms",
@@ -108,6 +117,17 @@ def readme_table(results: Results) -> str:
             rate = digits(ours.rate or 0.0)
             lines.append(table_row(group, scaled(ours.seconds), rate, *times(results, ours, COLUMNS)))
     legend = f"After GB/s: times normkern's step. -: not measured. {where(results)}"
+    return "\n".join([*lines, "", legend]) if len(lines) > without_rows else ""
+
+
+def adamw_table(results: Results) -> str:
+    """Return the AdamW steps as Markdown: time of normkern, and multiples of it for peers. Empty without cases."""
+    lines = table_head("case", "normkern AdamW", *ADAMW_COLUMNS.values())
+    without_rows = len(lines)
+    for group, rows in results.groups.items():
+        if ours := rows.get("normkern AdamW"):
+            lines.append(table_row(group, scaled(ours.seconds), *times(results, ours, ADAMW_COLUMNS)))
+    legend = f"After its time: times normkern's AdamW. {where(results)}"
     return "\n".join([*lines, "", legend]) if len(lines) > without_rows else ""
 
 
@@ -189,7 +209,9 @@ def main() -> None:
     show(console if console.is_terminal else Console(width=120), results)
     if arguments.readme:
         # A results file with a part of the benchmarks leaves the other tables as they are.
-        tables = ((readme_table, MARKS), (svag_table, SVAG_MARKS), (noise_table, NOISE_MARKS))
+        tables = (
+            (readme_table, MARKS), (adamw_table, ADAMW_MARKS), (svag_table, SVAG_MARKS), (noise_table, NOISE_MARKS)
+        )  # fmt: skip
         for table, marks in ((make(results), marks) for make, marks in tables):
             if table and any(mark in arguments.readme.read_text() for mark in marks):
                 write_between_marks(arguments.readme, table, marks)

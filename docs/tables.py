@@ -121,6 +121,7 @@ def papers() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "bench": lambda: report.readme_table(load(BENCH / "bench.json")),
+    "bench-adamw": lambda: report.adamw_table(load(BENCH / "bench.json")),
     "bench-svag": lambda: report.svag_table(load(BENCH / "bench.json")),
     "bench-noise": lambda: report.noise_table(load(BENCH / "noise.json")),
     "bench-noise-models": lambda: noise_models.table(read(BENCH / "noise_models.json")),
