@@ -444,6 +444,14 @@ def test_readme_gets_the_table_between_its_marks(tmp_path):
         report.write_between_marks(readme, table)
 
 
+def test_adamw_table_has_its_peers_as_multiples(tmp_path):
+    seconds = {"seven-stream loop": 0.019, "normkern AdamW": 0.020, "torch AdamW fused": 0.025}
+    lines = report.adamw_table(load(results_file(tmp_path / "json", seconds))).splitlines()
+    assert lines[2] == "| a case, float32 | 20.0 ms | - | 1.25 | - | - | 0.950 |"
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    assert report.adamw_table(load(results_file(tmp_path / "none", BEFORE))) == ""
+
+
 def test_svag_has_a_table_of_its_own(tmp_path, monkeypatch):
     seconds = {"six-stream loop": 0.01, "normkern": 0.01, "normkern SVAG": 0.0125, "lerp + torch fused + sums": 0.05}
     out = [("combine + torch fused + sums", "wrong: 137 eps")]
