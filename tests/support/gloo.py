@@ -41,7 +41,7 @@ def run_script(script, *arguments, processes, folder):
         script: a path.
         arguments: of the script.
         processes: how many.
-        folder: an empty one, for the processes to meet in.
+        folder: an empty one, for the processes to meet in; what the script saves goes there.
     """
     told = Path(folder) / "told"
     try:
@@ -60,6 +60,7 @@ def _free_port():
 def _script(rank, world, folder, port, script, arguments):
     faulthandler.dump_traceback_later(120, exit=True)  # who waits for whom
     told = os.open(folder / "told", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.chdir(folder)
     for number in (1, 2):
         os.dup2(told, number)
     os.environ |= {
