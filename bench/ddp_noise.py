@@ -11,10 +11,8 @@ other before every turn; a turn has taken as long as in the slowest process. The
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -28,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import normkern
 
+from .measure import against
 from .nets import NETS
-from .report import scaled, table_head, table_row, write_between_marks
+from .report import publish, scaled, table_head, table_row
 from .results import digits
 
 MARKS = "<!-- bench-ddp:begin -->", "<!-- bench-ddp:end -->"
@@ -83,15 +82,12 @@ def measure(name: str, rounds: int) -> dict[str, list[float]]:
 
 
 def summary(name: str, samples: dict[str, list[float]]) -> dict[str, Any]:
-    quartiles = {who: statistics.quantiles(x, n=4) for who, x in samples.items()}
     coordinates = sum(p.numel() for p in NETS[name].make().model.parameters())
-    plain = quartiles[PLAIN][1]
     return {
         "network": name,
         "coordinates": coordinates,
         "rounds": len(samples[PLAIN]),
-        "seconds": {who: {"q1": a, "median": b, "q3": c} for who, (a, b, c) in quartiles.items()},
-        "times_of_plain": {who: b / plain for who, (_, b, _) in quartiles.items()},
+        **against(PLAIN, samples),
     }
 
 
@@ -122,14 +118,11 @@ def main() -> None:
     if dist.get_rank() == 0:
         from .machine import machine_info
 
-        document = {"machine_info": machine_info(), "processes": dist.get_world_size(), "quick": given.quick}
-        text = table(document | {"cases": cases})
+        document: dict[str, Any] = {"machine_info": machine_info(), "processes": dist.get_world_size()}
+        document |= {"quick": given.quick, "cases": cases}
+        text = table(document)
         print(text, flush=True)
-        if given.json:
-            given.json.parent.mkdir(parents=True, exist_ok=True)
-            given.json.write_text(json.dumps(document | {"cases": cases}, indent=1) + "\n")
-        if given.readme:
-            write_between_marks(given.readme, text, MARKS)
+        publish(document, text, MARKS, given.json, given.readme)
     dist.barrier()
     os._exit(0)  # without torch's teardown, in which a gloo process aborts now and then
 

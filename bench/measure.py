@@ -50,6 +50,15 @@ def plan(costs: dict[str, float], seconds: float, seed: int = 0, least: int = LE
     return planned
 
 
+def against(plain: str, samples: dict[str, list[float]]) -> dict[str, Any]:
+    """Return quartiles of the seconds of each, and its median over that of `plain`."""
+    quartiles = {who: statistics.quantiles(x, n=4) for who, x in samples.items()}
+    return {
+        "seconds": {who: {"q1": a, "median": b, "q3": c} for who, (a, b, c) in quartiles.items()},
+        "times_of_plain": {who: b / quartiles[plain][1] for who, (_, b, _) in quartiles.items()},
+    }
+
+
 def settle(step: Callable[[], object], clock: Clock) -> None:
     begin = clock()
     step()

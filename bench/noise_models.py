@@ -9,10 +9,8 @@ with autograd, is not timed. Ratios are those of medians.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -23,9 +21,9 @@ import torch
 
 import normkern
 
-from .measure import interleave
+from .measure import against, interleave
 from .published import PUBLISHED, Published, made
-from .report import digits, scaled, table_head, table_row, write_between_marks
+from .report import digits, publish, scaled, table_head, table_row
 
 MARKS = "<!-- bench-noise-models:begin -->", "<!-- bench-noise-models:end -->"
 PLAIN, NSR, VARIANCE = "plain", "nsr", "norms + variance"
@@ -58,16 +56,13 @@ def stepper(net: Published, stats: tuple[str, ...]) -> Callable[[], object]:
 def measure(net: Published, seconds: float, clock: str) -> dict[str, Any]:
     steps = {name: stepper(net, stats) for name, stats in STATS.items()}
     samples, _ = interleave(steps, seconds, CLOCKS[clock], LEAST)
-    quartiles = {name: statistics.quantiles(x, n=4) for name, x in samples.items()}
     parameters = list(made(net)[0].parameters())
-    plain = quartiles[PLAIN][1]
     return {
         "network": net.name,
         "tensors": len(parameters),
         "coordinates": sum(p.numel() for p in parameters),
         "turns": {name: len(x) for name, x in samples.items()},
-        "seconds": {name: {"q1": a, "median": b, "q3": c} for name, (a, b, c) in quartiles.items()},
-        "times_of_plain": {name: b / plain for name, (_, b, _) in quartiles.items()},
+        **against(PLAIN, samples),
     }
 
 
@@ -111,11 +106,7 @@ def main() -> None:
     document |= {"cases": cases, "left_out": left_out}
     text = table(document)
     print(text, flush=True)
-    if given.json:
-        given.json.parent.mkdir(parents=True, exist_ok=True)
-        given.json.write_text(json.dumps(document, indent=1) + "\n")
-    if given.readme:
-        write_between_marks(given.readme, text, MARKS)
+    publish(document, text, MARKS, given.json, given.readme)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ python -m bench.report bench/results/bench.json --readme docs/benchmarks.md --pl
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -195,6 +196,15 @@ def write_between_marks(file: Path, text: str, marks: tuple[str, str] = MARKS) -
         raise ValueError(f"{file}: expected one {begin} and after it one {end}")
     head, rest = before.split(begin)
     file.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def publish(document: object, text: str, marks: tuple[str, str], file: Path | None, page: Path | None) -> None:
+    """Write results as JSON into a file, and their table into a page between its marks."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(document, indent=1) + "\n")
+    if page:
+        write_between_marks(page, text, marks)
 
 
 def main() -> None:

@@ -336,7 +336,12 @@ class PairSteps(FusedOptimizer):
         noise_decay = state.pop(_NOISE_DECAY, 0.99)
         super()._restore(state)
         self._options_of_svag = {key: self.defaults[key] for key in self._options_of_svag_names}
+        self._begin_pairs(noise_decay)
+
+    def _begin_pairs(self, noise_decay: float) -> None:
+        """Begin the averages, after the constructor of torch's optimizer."""
         self._pairs.begin_noise(noise_decay)
+        # The scaler passes its scale instead of unscaling `.grad`, which has only half of the gradients.
         self._step_supports_amp_scaling = True
 
 

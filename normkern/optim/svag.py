@@ -145,9 +145,7 @@ class SVAG(PairSteps, SGD):
             error_if_nonfinite=error_if_nonfinite,
             group=group,
         )
-        self._pairs.begin_noise(noise_decay)
-        # The scaler passes its scale instead of unscaling `.grad`, which has only half of the gradients.
-        self._step_supports_amp_scaling = True
+        self._begin_pairs(noise_decay)
 
     @property
     def _pairs(self) -> Pairs:

@@ -155,9 +155,7 @@ class SVAGAdam(PairSteps, Adam):
         self._check_decay_of_noise(noise_decay)
         self._options_of_svag = {"l": l}
         super().__init__(params, lr, **options)
-        self._pairs.begin_noise(noise_decay)
-        # The scaler passes its scale instead of unscaling `.grad`, which has only half of the gradients.
-        self._step_supports_amp_scaling = True
+        self._begin_pairs(noise_decay)
 
     @property
     def _pairs(self) -> Pairs:

@@ -65,7 +65,7 @@ class Mutant:
         return [unit for unit in units if unit.storage in ("", "float")]
 
     def verdict(self) -> str:
-        """What is said of it, by a process of its own; nothing if nobody objects."""
+        """Return the objections of the checks, from a process of its own; empty if it passes them all."""
         done = fresh.python("-m", "simt.mutants", self.name, cwd=build.HERE.parent, path=[build.ROOT], timeout=300)
         if done.returncode not in (0, 1) or (done.returncode and not done.stdout.strip()):
             raise RuntimeError(f"mutant {self.name!r}, exit code {done.returncode}:\n{done.stdout}{done.stderr}")
