@@ -126,7 +126,7 @@ def apply_updates_(
     *,
     lr: float,
     norm: Norm = "keep",
-    radius: list[Tensor] | None = None,
+    radius: list[Tensor | None] | None = None,
     stats: Stats = None,
 ) -> Tensor:
     """Check the arguments of `ops.apply_updates_`; return unwritten results."""

@@ -11,7 +11,7 @@ An op differs from its function in `ops` where a schema cannot express it:
   momentum buffers are unwritten tensors whose indices are in `first`. The overload "tensor" takes lr, weight_decay and
   grad_scale as tensors, which it needs for found_inf too.
 * `adamw_`: as `sgd_`, but that lists of state hold zeros where a parameter has none yet.
-* `apply_updates_`: `radius` is a list of tensors, one for each parameter, or None.
+* `apply_updates_`: `radius` is None or a list with one tensor, or None, for each parameter.
 * `moments`: returns the totals, (2,), instead of writing them. `divisor` divides `factor`, as B may be a symbol and
   a float cannot. The overload "list" takes several tensors.
 * `recentre_`: returns a bool tensor of no dimension.
@@ -150,7 +150,7 @@ OPS = (
         fake.adamw_,
     ),
     Op(
-        'apply_updates_(Tensor(a!)[] params, Tensor?[] updates, *, float lr, str? norm="keep", Tensor[]? radius=None, '
+        'apply_updates_(Tensor(a!)[] params, Tensor?[] updates, *, float lr, str? norm="keep", Tensor?[]? radius=None, '
         "str? stats=None) -> Tensor",
         _apply_updates_,
         fake.apply_updates_,

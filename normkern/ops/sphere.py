@@ -68,8 +68,6 @@ def apply_updates_(
     params, updates = list(params), list(updates)
     if is_traced():
         radii = radii_of(radius, params, norm)
-        if radii is not None and None in radii:
-            raise NotImplementedError(f"{_WHO}: radius expected no None under torch.compile and dispatch modes")
         table: Tensor = torch_op(_WHO, params, updates, lr=lr, norm=norm, radius=radii, stats=stats)
         return None if stats is None else table
     eta = as_float(_WHO, "lr", lr)

@@ -46,7 +46,7 @@ def sample(name, dtype, *, whole=False):
             more = {"clip_coef": torch.tensor(0.5, dtype=torch.float64), "lr_multipliers": torch.tensor([1.0, 0.5])}
             return (x, lists(dtype, none=none), *state), {**numbers, **more, "stats": "tensor"}
         case "apply_updates_":
-            radius = [torch.tensor(2.0, dtype=torch.float64), torch.tensor(3.0, dtype=torch.float64)]
+            radius = [torch.tensor(2.0, dtype=torch.float64), None]
             return (x, lists(dtype, none=none)), {"lr": 0.1, "radius": radius, "stats": "row"}
         case "grad_sq_norms":
             return (lists(dtype, none=none),), {"grad_scale": 2.0, "held": lists(dtype, none=none), "l": 3.0}
