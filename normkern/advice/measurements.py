@@ -169,10 +169,11 @@ def _slots(result: Any, names: frozenset[str] | None) -> tuple[Tensor, Tensor]:
         return result.trace_sigma, result.grad_sq_norm_unbiased
     _check_names(names, result.slots)
     parts = [result.slots[name] for name in sorted(names)]
-    return tuple(  # type: ignore[return-value]
-        torch.stack([column[part].sum() for part in parts]).sum()
-        for column in (result.slot_trace_sigma, result.slot_grad_sq_norm_unbiased)
-    )
+
+    def total(column: Tensor) -> Tensor:
+        return torch.stack([column[part].sum() for part in parts]).sum()
+
+    return total(result.slot_trace_sigma), total(result.slot_grad_sq_norm_unbiased)
 
 
 def _check_names(names: frozenset[str], known: Iterable[str]) -> None:
